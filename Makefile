@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+# Sets up what it needs by itself: every target but help and clean makes .venv and installs nearsight into it, again when
+# what is installed has changed. Asks for Python 3.10 or newer and no compiler.
+
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO := runs/demo
+# Python sources are installed as links, so that only these call for another installation.
+INSTALLED_FROM := pyproject.toml $(wildcard CMakeLists.txt csrc/*)
+# Each is touched last, so that a set-up which was interrupted is taken up again.
+WITH_TRAIN := $(VENV)/.installed-train
+WITH_DEV := $(VENV)/.installed-dev
+# One worker per core, each on one thread, but no more than memory carries: every worker loads PyTorch.
+WORKERS := --numprocesses auto --maxprocesses 4 --dist worksteal
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test quick check format bench clean distclean
+.NOTPARALLEL:
+
+help: ## show this list
+	@echo "make TARGET, where TARGET is one of"
+	@sed -n 's/^\([a-z]*\):.*## /  \1:/p' $(firstword $(MAKEFILE_LIST)) | while IFS=: read -r target text; do \
+		printf '  %-10s %s\n' $$target "$$text"; done
+	@echo "PYTHON=python3.12 chooses the Python for a new $(VENV); PYTEST_ARGS='-k window' goes to pytest."
+
+demo: $(WITH_TRAIN) ## train a network without convolutions on handwritten digits, and show its report
+	rm -rf $(DEMO)
+	$(BIN)/nearsight train --model sasa_nano --data digits --output $(DEMO)
+	@echo "The report: $(CURDIR)/$(DEMO)/report.html"
+	@if [ "$$(uname -s)" = Darwin ]; then opener=open; elif [ -n "$$DISPLAY$$WAYLAND_DISPLAY" ]; then opener=xdg-open; fi; \
+	if [ -z "$$CI" ] && [ -n "$$opener" ] && command -v $$opener >/dev/null; then \
+		$$opener $(DEMO)/report.html >/dev/null 2>&1 || true; fi
+
+test: $(WITH_DEV) ## run all tests
+	$(BIN)/python -m pytest $(WORKERS) $(PYTEST_ARGS)
+
+quick: $(WITH_DEV) ## run the tests that take seconds
+	$(BIN)/python -m pytest $(WORKERS) -m "not slow" $(PYTEST_ARGS)
+
+check: $(WITH_DEV) ## look at format, lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+format: $(WITH_DEV) ## put the code into the house format
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(WITH_TRAIN) ## measure the speed and memory that the README claims
+	$(BIN)/python bench/unfold.py
+
+clean: ## remove caches and build output
+	rm -rf build dist .pytest_cache .ruff_cache .hypothesis lightning_logs
+	find src tests bench -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean ## remove .venv and the demo as well
+	rm -rf $(VENV) $(DEMO)
+
+$(WITH_TRAIN): $(INSTALLED_FROM) | $(BIN)/pip
+	$(BIN)/python -m pip install --editable '.[train]'
+	@touch $@
+
+$(WITH_DEV): $(INSTALLED_FROM) | $(BIN)/pip
+	$(BIN)/python -m pip install --editable '.[dev]'
+	@touch $(WITH_TRAIN) $@
+
+# The first Python that is new enough. An existing .venv that works is kept, however it was made.
+$(BIN)/pip:
+	@for python in $(or $(PYTHON),python3 python3.13 python3.12 python3.11 python3.10 python3.14 python); do \
+		if "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then \
+			if ! "$$python" -c 'import ensurepip, venv' 2>/dev/null; then \
+				echo "$$python cannot make a virtual environment: it lacks ensurepip or venv." \
+					"On Debian and Ubuntu: apt install python3-venv"; \
+				exit 1; \
+			fi; \
+			echo "$$python -m venv $(VENV)"; \
+			exec "$$python" -m venv $(VENV); \
+		fi; \
+	done; \
+	echo "nearsight needs Python 3.10 or newer and $(or $(PYTHON),no python3 here) is it:" \
+		"install one, or name it with PYTHON=/path/to/python"; \
+	exit 1

@@ -1,0 +1,76 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Turns a checked problem into the lists of a Plan. Integers only; compiled without instruction set flags.
+
+#ifndef NEARSIGHT_GEOMETRY_H
+#define NEARSIGHT_GEOMETRY_H
+
+#include <vector>
+
+#include "nearsight.h"
+#include "plan.h"
+
+namespace nearsight {
+
+// One axis of the map. A window's entry e is the cell query + first_offset + e * dilation.
+struct Axis {
+    int64_t cells = 1, kernel = 1, stride = 1, dilation = 1;
+    int32_t border = NEARSIGHT_BORDER_MASK;
+    bool causal = false;
+
+    int64_t queries() const { return (cells + stride - 1) / stride; }
+    int64_t entries() const { return border == NEARSIGHT_BORDER_SHIFT ? 2 * kernel - 1 : kernel; }
+    int64_t first_offset() const;
+    bool sees(int64_t query_cell, int64_t entry) const;
+};
+
+// Axes of rank 1 and 2 get leading axes of one cell: every problem has z, y and x.
+struct Geometry {
+    Axis axes[3];
+    explicit Geometry(const nearsight_problem& problem);
+};
+
+enum class Home { queries, keys };
+
+// The lists behind a Pass. `lanes` is the width of a vector.
+class PassLists {
+  public:
+    PassLists(const Geometry& geometry, Home home, int lanes, int64_t batch, int64_t heads, int batch_group,
+              int64_t tile_cells);
+    PassLists(const PassLists&) = delete;
+    PassLists& operator=(const PassLists&) = delete;
+    const Pass& pass() const { return pass_; }
+
+  private:
+    struct Rows {
+        std::vector<Group> groups;
+        std::vector<Visit> visits;
+    };
+
+    RowAxis build_rows(const Axis& axis, int rows_per_group, Rows& rows) const;
+    void add_group(const Axis& axis, const std::vector<int64_t>& homes, Rows& rows) const;
+    void add_tile(const Axis& axis, int64_t first, int64_t last, int batch_group);
+    int32_t add_runs(const Axis& axis, bool queries, int64_t first, int64_t last, int batch_group);
+    LaneVector add_vector(const Axis& axis, int64_t first, int64_t last, int batch_group);
+    bool sees(const Axis& axis, int64_t home, int64_t entry) const;
+    int64_t away_offset(const Axis& axis, int64_t entry) const;
+
+    const Home home_;
+    const int lanes_;
+    Rows z_, y_;
+    std::vector<LaneTile> tiles_;
+    std::vector<LaneVector> vectors_;
+    std::vector<Run> runs_;
+    std::vector<int32_t> masks_;
+    Pass pass_ = {};
+};
+
+// How many batches to lay side by side so that a narrow map fills vectors of `lanes`.
+int choose_batch_group(const Axis& x, int64_t batch, int lanes);
+
+// Cells of x to work on at a time so that the packed rows that a group sees stay in the second cache level.
+int64_t choose_tile_cells(const Geometry& geometry, int64_t channels, int lanes);
+
+}  // namespace nearsight
+
+#endif

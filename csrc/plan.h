@@ -1,0 +1,123 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The plan of a call: its geometry turned into lists, once, so that the kernels see no border, stride or dilation.
+//
+// Words. A *pass* computes something for every *home* cell by looking at *away* cells: the forward and the gradient of
+// the query have queries at home and keys away, the gradients of key and value have keys at home and queries away.
+// Lanes run along the last axis, x. A *group* is up to three home rows that share the away rows they see, a *visit* is
+// one away row seen by a group, an *entry* is an index into the tables of bias and relative of one axis.
+//
+// Plain data only: the files that include this are compiled for different instruction sets, and any inline function or
+// template here could be linked from the wrong one.
+
+#ifndef NEARSIGHT_PLAN_H
+#define NEARSIGHT_PLAN_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+namespace nearsight {
+
+constexpr int kGroupRows = 3;
+
+struct Tensor {
+    char* data;
+    int64_t batch, head, z, y, x, channel;  // strides in elements
+};
+
+// Lanes `lane + i * step` hold the cells `index + i` of the tensor's x axis, of batch `group` of a batch group.
+struct Run {
+    int32_t lane, step, count, group;
+    int64_t index;
+};
+
+// One vector of home lanes: which entries of x any of its lanes sees, and which lanes see which.
+struct LaneVector {
+    int32_t first_entry, entries;
+    int64_t mask;  // into Pass::masks, entries * lanes of 0 or -1; negative when every lane sees every entry
+};
+
+struct LaneTile {
+    int32_t vectors, first_vector;
+    int32_t home_first_run, home_runs, away_first_run, away_runs;
+    int32_t left;        // away lane of home lane 0
+    int32_t home_pitch;  // lanes of a packed home row
+    int32_t away_pitch;
+};
+
+struct Visit {
+    int64_t cell;         // unwrapped, names the row in the cache of packed rows
+    int64_t index;        // of the tensor's row; negative for a row of zeros
+    int32_t slot;         // in the cache of packed rows
+    int32_t first, last;  // the rows of the group that see it
+    int32_t entry[kGroupRows], order[kGroupRows];
+};
+
+struct Group {
+    int32_t rows;
+    int32_t home[kGroupRows];   // index of the tensor's row
+    int32_t count[kGroupRows];  // visits of each row
+    int32_t first_visit, visits;
+    int32_t first_entry, last_entry;
+};
+
+struct RowAxis {
+    const Group* groups;
+    const Visit* visits;
+    int32_t group_count, slots, max_count, max_visits;
+};
+
+struct Pass {
+    RowAxis z, y;  // the groups of z have one row each
+    const LaneTile* tiles;
+    const LaneVector* vectors;
+    const Run* runs;
+    const int32_t* masks;
+    int32_t tile_count, max_entries, max_home_pitch, max_away_pitch;
+    int64_t step;    // away lanes per entry: dilation, negated when queries are away
+    int64_t offset;  // away lane of entry 0, relative to the home lane
+    int32_t chunks;  // the (z, y) groups of a map are cut into so many parts
+    int32_t items;   // batch groups * chunks * tiles, for each head
+    int32_t jobs;    // items of a head are dealt out in so many consecutive parts
+};
+
+struct ChannelRange {
+    int32_t begin, end;  // all other channels of the table are zero
+};
+
+struct Plan {
+    int32_t bfloat16;
+    int64_t batch, heads, head_dim, value_dim;
+    int32_t batch_group;    // batches side by side in one row, for maps narrower than a vector
+    int64_t out[3];         // queries along z, y, x
+    int32_t entries[3];     // of the tables
+    int64_t bias_entries;   // product of the above
+    float query_multiplier; // scale * log2(e): logits are kept in base 2
+    float scale;
+    Pass query_pass, key_pass;
+
+    const float* bias;             // (heads, entries), times log2(e), or NULL
+    const float* relative[3];      // z, y, x
+    const ChannelRange* nonzero[3];  // (heads)
+    Tensor query, key, value, out_tensor, grad_out, grad_query, grad_key, grad_value;
+    float* lse;
+    float* delta;         // sum over channels of out * grad_out
+    float* bias_parts;    // (heads, jobs, bias_entries) partial sums, or NULL
+    float* relative_parts[3];
+    int32_t want_query, want_key, want_value;
+};
+
+// One instruction set's code. A workspace is one thread's scratch memory.
+struct Kernel {
+    int lanes;
+    size_t (*forward_bytes)(const Plan*);
+    size_t (*query_gradient_bytes)(const Plan*);
+    size_t (*key_gradient_bytes)(const Plan*);
+    void (*forward)(const Plan*, int64_t head, int64_t job, char* workspace);
+    void (*query_gradient)(const Plan*, int64_t head, int64_t job, char* workspace);  // and bias, relative, delta
+    void (*key_gradient)(const Plan*, int64_t head, int64_t job, char* workspace);    // and value
+};
+
+}  // namespace nearsight
+
+#endif

@@ -1,0 +1,199 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// A vector of floats as wide as the instruction set's registers, by compiler vector extensions. Included by kernel.cpp
+// only; everything here has internal linkage, since the same names mean other code in each instruction set's object.
+
+#ifndef NEARSIGHT_SIMD_H
+#define NEARSIGHT_SIMD_H
+
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__AVX512F__)
+#define NEARSIGHT_LANES 16
+#define NEARSIGHT_EACH_QUAD(f) f(0), f(4), f(8), f(12)
+#elif defined(__AVX__)
+#define NEARSIGHT_LANES 8
+#define NEARSIGHT_EACH_QUAD(f) f(0), f(4)
+#else
+#define NEARSIGHT_LANES 4
+#define NEARSIGHT_EACH_QUAD(f) f(0)
+#endif
+
+#define NEARSIGHT_INLINE inline __attribute__((always_inline))
+
+namespace {
+
+constexpr int kLanes = NEARSIGHT_LANES;
+#if defined(__AVX512F__) || defined(__ARM_NEON)
+constexpr int kRegisters = 32;
+#else
+constexpr int kRegisters = 16;
+#endif
+
+typedef float Vector __attribute__((vector_size(4 * kLanes)));
+typedef int32_t IntVector __attribute__((vector_size(4 * kLanes)));
+typedef float UnalignedVector __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+typedef int32_t UnalignedIntVector __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+typedef float Quad __attribute__((vector_size(16)));
+typedef float UnalignedQuad __attribute__((vector_size(16), aligned(4), may_alias));
+typedef uint16_t ShortQuad __attribute__((vector_size(8)));
+typedef uint32_t WordQuad __attribute__((vector_size(16)));
+typedef uint16_t Bfloat16;
+
+NEARSIGHT_INLINE Vector load(const float* p) { return *(const UnalignedVector*)p; }
+NEARSIGHT_INLINE IntVector load_mask(const int32_t* p) { return *(const UnalignedIntVector*)p; }
+NEARSIGHT_INLINE void store(float* p, Vector v) { *(UnalignedVector*)p = v; }
+NEARSIGHT_INLINE Vector splat(float x) { return x - Vector{}; }
+NEARSIGHT_INLINE Vector keep(IntVector mask, Vector v) { return (Vector)((IntVector)v & mask); }
+NEARSIGHT_INLINE Vector choose(IntVector mask, Vector yes, Vector no) {
+    return (Vector)(((IntVector)yes & mask) | ((IntVector)no & ~mask));
+}
+
+// max(a, b), and b when either is not a number.
+NEARSIGHT_INLINE Vector maximum(Vector a, Vector b) {
+#if defined(__AVX512F__)
+    return (Vector)__builtin_ia32_maxps512_mask(a, b, b, (uint16_t)-1, 4);
+#elif defined(__AVX__)
+    return (Vector)__builtin_ia32_maxps256(a, b);
+#elif defined(__SSE__)
+    return (Vector)__builtin_ia32_maxps(a, b);
+#else
+    return a > b ? a : b;
+#endif
+}
+
+// Keeps a value in a register. Without it the compiler folds one unaligned load into every multiplication that uses it,
+// and the loads, not the multiplications, become the limit.
+NEARSIGHT_INLINE void pin(Vector& v) {
+#if defined(__x86_64__)
+    __asm__("" : "+v"(v));
+#elif defined(__aarch64__)
+    __asm__("" : "+w"(v));
+#else
+    (void)v;
+#endif
+}
+
+NEARSIGHT_INLINE float sum_lanes(Vector v) {
+    float sum = 0;
+    for (int i = 0; i < kLanes; ++i) sum += v[i];
+    return sum;
+}
+
+// 2^t for t <= 127, relative error 1.6e-7; what would be below 2^-125 becomes about 2^-125. NaN stays NaN.
+NEARSIGHT_INLINE Vector exp2(Vector t) {
+    t = maximum(splat(-125.0f), t);
+    const Vector magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, kept in the low bits
+    const Vector rounded = t + magic;
+    const Vector f = t - (rounded - magic);
+    Vector p = splat(0.00132546026725322f);
+    p = p * f + splat(0.009671999141573906f);
+    p = p * f + splat(0.05550779402256012f);
+    p = p * f + splat(0.24022231996059418f);
+    p = p * f + splat(0.6931469440460205f);
+    p = p * f + splat(1.0f);
+    const IntVector power = ((IntVector)rounded << 23) + 0x3f800000;
+    return p * (Vector)power;
+}
+
+// Natural logarithm of positive normal numbers, relative error about 1e-7. NaN stays NaN.
+NEARSIGHT_INLINE Vector log_natural(Vector x) {
+    const IntVector bits = (IntVector)x;
+    const IntVector exponent = (bits - 0x3f3504f3) >> 23;  // so that the mantissa lies in [sqrt(1/2), sqrt(2))
+    const Vector mantissa = (Vector)(bits - (exponent << 23));
+    const Vector s = (mantissa - 1.0f) / (mantissa + 1.0f);  // log(mantissa) = 2 atanh(s)
+    const Vector s2 = s * s;
+    Vector p = splat(2.0f / 9.0f);
+    p = p * s2 + splat(2.0f / 7.0f);
+    p = p * s2 + splat(2.0f / 5.0f);
+    p = p * s2 + splat(2.0f / 3.0f);
+    p = p * s2 + splat(2.0f);
+    const Vector log = p * s + __builtin_convertvector(exponent, Vector) * 0.693147180559945f;
+    return choose((IntVector)(x == x), log, x);
+}
+
+// Four vectors hold four rows of 4 numbers per quad; afterwards quad by quad the columns.
+NEARSIGHT_INLINE void transpose_quads(Vector& a, Vector& b, Vector& c, Vector& d) {
+#define LOW(k) k, kLanes + k, k + 1, kLanes + k + 1
+#define HIGH(k) k + 2, kLanes + k + 2, k + 3, kLanes + k + 3
+#define LOW_PAIRS(k) k, k + 1, kLanes + k, kLanes + k + 1
+#define HIGH_PAIRS(k) k + 2, k + 3, kLanes + k + 2, kLanes + k + 3
+    const Vector ab_low = __builtin_shufflevector(a, b, NEARSIGHT_EACH_QUAD(LOW));
+    const Vector ab_high = __builtin_shufflevector(a, b, NEARSIGHT_EACH_QUAD(HIGH));
+    const Vector cd_low = __builtin_shufflevector(c, d, NEARSIGHT_EACH_QUAD(LOW));
+    const Vector cd_high = __builtin_shufflevector(c, d, NEARSIGHT_EACH_QUAD(HIGH));
+    a = __builtin_shufflevector(ab_low, cd_low, NEARSIGHT_EACH_QUAD(LOW_PAIRS));
+    b = __builtin_shufflevector(ab_low, cd_low, NEARSIGHT_EACH_QUAD(HIGH_PAIRS));
+    c = __builtin_shufflevector(ab_high, cd_high, NEARSIGHT_EACH_QUAD(LOW_PAIRS));
+    d = __builtin_shufflevector(ab_high, cd_high, NEARSIGHT_EACH_QUAD(HIGH_PAIRS));
+#undef LOW
+#undef HIGH
+#undef LOW_PAIRS
+#undef HIGH_PAIRS
+}
+
+NEARSIGHT_INLINE float load_one(const float* p) { return *p; }
+NEARSIGHT_INLINE float load_one(const Bfloat16* p) {
+    const uint32_t bits = (uint32_t)*p << 16;
+    float x;
+    memcpy(&x, &bits, 4);
+    return x;
+}
+NEARSIGHT_INLINE Quad load_quad(const float* p) { return *(const UnalignedQuad*)p; }
+NEARSIGHT_INLINE Quad load_quad(const Bfloat16* p) {
+    ShortQuad bits;
+    memcpy(&bits, p, 8);
+    return (Quad)(__builtin_convertvector(bits, WordQuad) << 16);
+}
+
+NEARSIGHT_INLINE void store_one(float* p, float x) { *p = x; }
+NEARSIGHT_INLINE void store_one(Bfloat16* p, float x) {  // to nearest, ties to even
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    *p = x == x ? (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16) : (uint16_t)0x7fc0;
+}
+NEARSIGHT_INLINE void store_quad(float* p, Quad v) { *(UnalignedQuad*)p = v; }
+NEARSIGHT_INLINE void store_quad(Bfloat16* p, Quad v) {
+    const WordQuad bits = (WordQuad)v;
+    const WordQuad rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    const WordQuad number = (WordQuad)(v == v);
+    const ShortQuad out = __builtin_convertvector((rounded & number) | (0x7fc0 & ~number), ShortQuad);
+    memcpy(p, &out, 8);
+}
+
+// Quads `stride` elements apart, side by side.
+template <class T>
+NEARSIGHT_INLINE Vector load_quads(const T* p, ptrdiff_t stride) {
+#if NEARSIGHT_LANES == 4
+    (void)stride;  // one quad is a whole vector of the narrowest kind
+    return load_quad(p);
+#else
+    typedef float Octet __attribute__((vector_size(32)));
+    const Octet low = __builtin_shufflevector(load_quad(p), load_quad(p + stride), 0, 1, 2, 3, 4, 5, 6, 7);
+#if NEARSIGHT_LANES == 8
+    return low;
+#else
+    const Octet high =
+        __builtin_shufflevector(load_quad(p + 2 * stride), load_quad(p + 3 * stride), 0, 1, 2, 3, 4, 5, 6, 7);
+    return __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+#endif
+#endif
+}
+
+template <class T>
+NEARSIGHT_INLINE void store_quads(T* p, ptrdiff_t stride, Vector v) {
+    (void)stride;  // one quad is a whole vector of the narrowest kind
+    store_quad(p, __builtin_shufflevector(v, v, 0, 1, 2, 3));
+#if NEARSIGHT_LANES >= 8
+    store_quad(p + stride, __builtin_shufflevector(v, v, 4, 5, 6, 7));
+#endif
+#if NEARSIGHT_LANES == 16
+    store_quad(p + 2 * stride, __builtin_shufflevector(v, v, 8, 9, 10, 11));
+    store_quad(p + 3 * stride, __builtin_shufflevector(v, v, 12, 13, 14, 15));
+#endif
+}
+
+}  // namespace
+
+#endif

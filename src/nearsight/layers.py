@@ -1,0 +1,435 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Layers: projections, a position encoding and the operation, with the borders of ``nn.Conv1d/2d/3d``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from .attention import attention_weights, global_attention, local_attention
+from .errors import OptionError, ShapeError
+from .positions import Position, RelativePosition, position_encoding
+from .window import Window
+
+_CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+_convolve = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+class SelfAttention(nn.Module):
+    """What local and global layers share: project to query, key and value, attend, perhaps project again.
+
+    Use :class:`LocalSelfAttention2d` and its siblings.
+    """
+
+    rank: int
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int | None,
+        *,
+        window: Window | None,
+        num_heads: int,
+        position: str | Position,
+        map_size: int | tuple[int, ...],
+        scale: float | None,
+        qkv_bias: bool,
+        out_proj: bool,
+        backend: str | None,
+    ) -> None:
+        super().__init__()
+        out_channels = in_channels if out_channels is None else out_channels
+        _check_channels(in_channels, out_channels, num_heads)
+        map_size = _per_axis("map_size", map_size, self.rank)
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.num_heads = num_heads
+        self.head_dim = out_channels // num_heads
+        self.window = window
+        self.scale = scale
+        self.backend = backend
+        self.qkv = _CONV[self.rank](in_channels, 3 * out_channels, 1, bias=qkv_bias)
+        self.position = position_encoding(
+            position,
+            channels=in_channels,
+            num_heads=num_heads,
+            head_dim=self.head_dim,
+            window=Window.everywhere(map_size) if window is None else window,
+            map_size=map_size,
+        )
+        self.proj = _CONV[self.rank](out_channels, out_channels, 1) if out_proj else nn.Identity()
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Start with queries, keys and values of the input's variance, so that logits have variance one."""
+        nn.init.normal_(self.qkv.weight, std=self.in_channels**-0.5)
+        if self.qkv.bias is not None:
+            nn.init.zeros_(self.qkv.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batched = self._batched(x)
+        query, key, value, window = self._project(batched)
+        out = local_attention(
+            query, key, value, window, **self._tables(window, key), scale=self.scale, backend=self.backend
+        )
+        y = self.proj(merge_heads(out, like=batched))
+        return y if x.ndim == batched.ndim else y.squeeze(0)
+
+    def attention_weights(self, x: Tensor) -> Tensor:
+        """The weights that :meth:`forward` mixes the values with: (B, N, *out, *kernel_size)."""
+        query, key, _, window = self._project(self._batched(x))
+        return attention_weights(query, key, window, **self._tables(window, key), scale=self.scale)
+
+    def window_on(self, size: Sequence[int]) -> Window:
+        """The memory block on a map of ``size`` cells: the layer's own, or for global attention the whole map."""
+        return Window.everywhere(size) if self.window is None else self.window
+
+    def _batched(self, x: Tensor) -> Tensor:
+        if x.ndim not in (self.rank + 1, self.rank + 2) or x.shape[-self.rank - 1] != self.in_channels:
+            axes = ", ".join("DHW"[-self.rank :]) if self.rank > 1 else "L"
+            raise ShapeError(
+                f"{type(self).__name__} takes (B, {self.in_channels}, {axes}) or ({self.in_channels}, {axes}); "
+                f"received {tuple(x.shape)}"
+            )
+        return x if x.ndim == self.rank + 2 else x.unsqueeze(0)
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Window]:
+        window = self.window_on(x.shape[2:])
+        x = self.position.embed(x)
+        strides = [axis.stride for axis in window.axes(self.rank)]
+        if max(strides) == 1:
+            query, key, value = self.qkv(x).chunk(3, 1)
+        else:
+            # Only the queries that stay are projected.
+            weight, bias, width = self.qkv.weight, self.qkv.bias, self.out_channels
+            query_bias, pair_bias = (None, None) if bias is None else (bias[:width], bias[width:])
+            places = x[(..., *[slice(None, None, stride) for stride in strides])]
+            query = _convolve[self.rank](places, weight[:width], query_bias)
+            key, value = _convolve[self.rank](x, weight[width:], pair_bias).chunk(2, 1)
+        query, key, value = (split_heads(tensor, self.num_heads) for tensor in (query, key, value))
+        query, key = self.position.rotate(query, key, window)
+        return query, key, value, window
+
+    def _tables(self, window: Window, key: Tensor) -> dict:
+        bias, relative = self.position.tables(window, key.shape[2:-1])
+        return {"bias": bias, "relative": relative}
+
+    def extra_repr(self) -> str:
+        parts = [f"{self.in_channels}, {self.out_channels}", f"num_heads={self.num_heads}"]
+        if self.window is not None:
+            defaults = {"stride": 1, "dilation": 1, "border": "mask", "causal": False}
+            parts.insert(1, f"kernel_size={self.window.kernel_size}")
+            parts += [
+                f"{name}={getattr(self.window, name)!r}"
+                for name, default in defaults.items()
+                if getattr(self.window, name) != default
+            ]
+        parts += [f"scale={self.scale}"] if self.scale is not None else []
+        parts += [f"backend={self.backend!r}"] if self.backend is not None else []
+        return ", ".join(parts)
+
+
+class _Local(SelfAttention):
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int | None = None,
+        kernel_size: int | tuple[int, ...] = 7,
+        *,
+        stride: int | tuple[int, ...] = 1,
+        dilation: int | tuple[int, ...] = 1,
+        border: str = "mask",
+        causal: bool | tuple[bool, ...] = False,
+        num_heads: int = 8,
+        position: str | Position = "relative",
+        map_size: int | tuple[int, ...] = 32,
+        scale: float | None = None,
+        qkv_bias: bool = False,
+        out_proj: bool = False,
+        backend: str | None = None,
+    ) -> None:
+        window = Window(kernel_size, stride=stride, dilation=dilation, border=border, causal=causal)
+        window.axes(self.rank)
+        super().__init__(
+            in_channels,
+            out_channels,
+            window=window,
+            num_heads=num_heads,
+            position=position,
+            map_size=map_size,
+            scale=scale,
+            qkv_bias=qkv_bias,
+            out_proj=out_proj,
+            backend=backend,
+        )
+
+
+class LocalSelfAttention1d(_Local):
+    """Local self-attention over a sequence, (B, C, L); see :class:`LocalSelfAttention2d`.
+
+    With ``causal=True`` an output sees its own cell and the ``kernel_size - 1`` before it.
+
+    Example:
+        >>> LocalSelfAttention1d(16, 32, 9, causal=True)(torch.randn(2, 16, 50)).shape
+        torch.Size([2, 32, 50])
+    """
+
+    rank = 1
+
+
+class LocalSelfAttention2d(_Local):
+    """The attention layer that takes the place of ``nn.Conv2d``: every output looks at the memory block around it.
+
+        q, k, v = W x;   y[p] = sum_{c in N(p)} softmax_c( scale * q[p] . (k[c] + r[c - p]) ) v[c]   in each head
+
+    Source: Ramachandran et al. 2019 (SASA, arXiv:1906.05909), section 3. Differs from the paper: ``scale=None`` divides the
+    logits by sqrt(head_dim), 1.0 is the paper's; cells off the image are masked, on which the paper is silent; ``stride``
+    subsamples the queries, where SASA attends at full resolution and then pools (as our SASA models do). As in the paper's
+    parameter counts the projections are dense, without bias, and there is no output projection.
+
+    Shapes: (B, in_channels, H, W) or (in_channels, H, W) -> the same with out_channels and ``ceil(n / stride)`` cells per
+    axis; contiguous or channels_last, and the output follows the input.
+
+    Parameters: 3 * in * out, + 3 * out with ``qkv_bias``, + out * (out + 1) with ``out_proj``, + those of the position
+    encoding (relative: k * out). Their number does not depend on k otherwise.
+
+    state_dict: ``qkv.weight`` (3 * out, in, 1, 1) with the query's rows first, then key and value; ``qkv.bias``;
+    ``position.*`` (see :mod:`nearsight.positions`); ``proj.weight``, ``proj.bias``.
+    ``.eval()`` changes nothing.
+
+    Args:
+        in_channels, out_channels: borders of the layer; out_channels None means in_channels.
+        kernel_size, stride, dilation, border, causal: the memory block, see :class:`Window`.
+        num_heads: heads split the width: head_dim = out_channels // num_heads.
+        position: a name from ``nearsight.positions.POSITIONS``, or a module from there.
+        map_size: cells per axis that ``position="learned"`` is made for; it is resampled on other maps.
+        scale: factor of the logits' products; None means head_dim ** -0.5.
+        qkv_bias: add a bias to the projections.
+        out_proj: project once more at the end.
+        backend: see :func:`local_attention`.
+
+    Raises:
+        ShapeError: channels that heads do not divide, an input of other channels or rank.
+        OptionError: an unknown name, a size below 1.
+
+    Example:
+        >>> LocalSelfAttention2d(64, 128, 7, stride=2)(torch.randn(2, 64, 32, 32)).shape
+        torch.Size([2, 128, 16, 16])
+    """
+
+    rank = 2
+
+
+class LocalSelfAttention3d(_Local):
+    """Local self-attention over a volume or a video, (B, C, D, H, W); see :class:`LocalSelfAttention2d`.
+
+    Example:
+        >>> LocalSelfAttention3d(16, kernel_size=3, num_heads=2)(torch.randn(1, 16, 4, 8, 8)).shape
+        torch.Size([1, 16, 4, 8, 8])
+    """
+
+    rank = 3
+
+
+class _Global(SelfAttention):
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int | None = None,
+        *,
+        num_heads: int = 8,
+        position: str | Position = "relative",
+        map_size: int | tuple[int, ...] = 32,
+        scale: float | None = None,
+        qkv_bias: bool = False,
+        out_proj: bool = False,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__(
+            in_channels,
+            out_channels,
+            window=None,
+            num_heads=num_heads,
+            position=position,
+            map_size=map_size,
+            scale=scale,
+            qkv_bias=qkv_bias,
+            out_proj=out_proj,
+            backend=backend,
+        )
+
+
+class GlobalSelfAttention1d(_Global):
+    """Global self-attention over a sequence, (B, C, L); see :class:`GlobalSelfAttention2d`.
+
+    Example:
+        >>> GlobalSelfAttention1d(16, map_size=50)(torch.randn(2, 16, 50)).shape
+        torch.Size([2, 16, 50])
+    """
+
+    rank = 1
+
+
+class GlobalSelfAttention2d(_Global):
+    """Self-attention in which every cell sees the whole image.
+
+        q, k, v = W x;   y[p] = sum_c softmax_c( scale * q[p] . (k[c] + r[c - p]) ) v[c]   in each head
+
+    Source: Vaswani et al. 2017 (arXiv:1706.03762), eq. 1, with the relative embeddings of Ramachandran et al. 2019
+    (arXiv:1906.05909). The cost grows with the square of the number of cells.
+
+    ``map_size`` is the largest map per axis that learnt relative tables serve: they hold ``2 * map_size - 1`` entries, and
+    smaller maps use their middle. Everything else is as in :class:`LocalSelfAttention2d`.
+
+    Raises:
+        ShapeError: also for a map larger than ``map_size`` where the position encoding is a table.
+
+    Example:
+        >>> GlobalSelfAttention2d(64, map_size=14)(torch.randn(2, 64, 14, 14)).shape
+        torch.Size([2, 64, 14, 14])
+    """
+
+    rank = 2
+
+
+class GlobalSelfAttention3d(_Global):
+    """Global self-attention over a volume or a video, (B, C, D, H, W); see :class:`GlobalSelfAttention2d`.
+
+    Example:
+        >>> GlobalSelfAttention3d(16, num_heads=2, map_size=(4, 6, 6))(torch.randn(1, 16, 4, 6, 6)).shape
+        torch.Size([1, 16, 4, 6, 6])
+    """
+
+    rank = 3
+
+
+class AttentionStem2d(nn.Module):
+    """SASA's stem: attention inside aligned blocks of the raw image, with values that know where in the block they are.
+
+        v[c] = ( sum_m p[c, m] W_m ) x[c],   p[c, m] = softmax_m( (row[c] + column[c]) . nu_m )
+
+    then batch norm and a max-pool over the same blocks. Row and column are those inside the block. Raw pixels say little
+    about themselves, so a plain value would lose where in the block an edge was.
+
+    Source: Ramachandran et al. 2019 (arXiv:1906.05909), section 3.2 and appendix. The paper states blocks of 4 x 4 and 4
+    heads, and not the number of mixtures: 4 fits its FLOPs. Row, column and nu have head_dim entries each, which the paper
+    does not state either. Queries, keys and relative embeddings are those of :class:`LocalSelfAttention2d`.
+    An image that is no multiple of the block ends in smaller blocks.
+
+    Shapes: (B, in_channels, H, W) -> (B, out_channels, ceil(H / kernel_size), ceil(W / kernel_size)).
+
+    Parameters: (2 + mixtures) * in * out + (2 * kernel_size - 1) * out + (2 * kernel_size + mixtures) * out / num_heads,
+    and 2 * out of the batch norm.
+
+    state_dict: ``qk.weight``, ``value.weight`` (mixtures * out, in, 1, 1), ``row``, ``column``, ``mixture``,
+    ``position.vectors.*``, ``norm.*``.
+
+    Raises:
+        ShapeError: channels that heads do not divide, an input of other channels or rank.
+
+    Example:
+        >>> AttentionStem2d(3, 64)(torch.randn(2, 3, 224, 224)).shape
+        torch.Size([2, 64, 56, 56])
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 3,
+        out_channels: int = 64,
+        *,
+        kernel_size: int = 4,
+        num_heads: int = 4,
+        mixtures: int = 4,
+        scale: float | None = None,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        _check_channels(in_channels, out_channels, num_heads)
+        head_dim = out_channels // num_heads
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.kernel_size = kernel_size
+        self.num_heads = num_heads
+        self.scale = scale
+        self.backend = backend
+        self.qk = nn.Conv2d(in_channels, 2 * out_channels, 1, bias=False)
+        self.value = nn.Conv2d(in_channels, mixtures * out_channels, 1, bias=False)
+        self.row = nn.Parameter(torch.randn(kernel_size, head_dim))
+        self.column = nn.Parameter(torch.randn(kernel_size, head_dim))
+        self.mixture = nn.Parameter(torch.randn(mixtures, head_dim))
+        self.position = RelativePosition(num_heads, head_dim, Window.everywhere((kernel_size,) * 2).table_size(2))
+        self.norm = nn.BatchNorm2d(out_channels)
+        for projection in (self.qk, self.value):
+            nn.init.normal_(projection.weight, std=in_channels**-0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.ndim != 4 or x.shape[1] != self.in_channels:
+            raise ShapeError(f"AttentionStem2d takes (B, {self.in_channels}, H, W); received {tuple(x.shape)}")
+        query_key_value = torch.cat([self.qk(x), self._values(x)], 1)
+        rows = [
+            torch.cat([self._attend(tile) for tile in _tiles(strip, 3, self.kernel_size)], 3)
+            for strip in _tiles(query_key_value, 2, self.kernel_size)
+        ]
+        return F.max_pool2d(self.norm(torch.cat(rows, 2)), self.kernel_size, ceil_mode=True)
+
+    def mixing(self) -> Tensor:
+        """p: how much of each value matrix a place of the block uses, (mixtures, kernel_size, kernel_size)."""
+        places = self.row[:, None] + self.column
+        return torch.einsum("y x d, m d -> m y x", places, self.mixture).softmax(0)
+
+    def _values(self, x: Tensor) -> Tensor:
+        rows, columns = (torch.arange(size, device=x.device) % self.kernel_size for size in x.shape[2:])
+        p = self.mixing()[:, rows][:, :, columns]
+        values = self.value(x).unflatten(1, (-1, self.out_channels))
+        return (p[:, None].to(values.dtype) * values).sum(1)
+
+    def _attend(self, tile: Tensor) -> Tensor:
+        """Global attention inside every block of a tile, whose sides are one block or a multiple of one."""
+        block = [min(self.kernel_size, size) for size in tile.shape[2:]]
+        grid = [size // side for size, side in zip(tile.shape[2:], block, strict=True)]
+        split = "b (three n d) (y p) (x q) -> three (b y x) n p q d"
+        query, key, value = rearrange(tile, split, three=3, n=self.num_heads, p=block[0], q=block[1])
+        _, relative = self.position.tables(Window.everywhere(block), block)
+        out = global_attention(query, key, value, relative=relative, scale=self.scale, backend=self.backend)
+        return rearrange(out, "(b y x) n p q d -> b (n d) (y p) (x q)", y=grid[0], x=grid[1])
+
+    def extra_repr(self) -> str:
+        return f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, num_heads={self.num_heads}"
+
+
+def split_heads(x: Tensor, num_heads: int) -> Tensor:
+    """(B, N*D, *map) -> (B, N, *map, D), a view."""
+    return x.unflatten(1, (num_heads, -1)).movedim(2, -1)
+
+
+def merge_heads(x: Tensor, like: Tensor) -> Tensor:
+    """(B, N, *map, D) -> (B, N*D, *map), in the memory format of ``like``."""
+    if not like.is_contiguous() and like.movedim(1, -1).is_contiguous():
+        return x.movedim(1, -2).flatten(-2).movedim(-1, 1)
+    return x.movedim(-1, 2).flatten(1, 2)
+
+
+def _tiles(x: Tensor, dim: int, block: int) -> list[Tensor]:
+    """Cut an axis into the part that whole blocks fill and the rest, if any."""
+    rest = x.shape[dim] % block
+    return [tile for tile in x.split([x.shape[dim] - rest, rest], dim) if tile.shape[dim]]
+
+
+def _check_channels(in_channels: int, out_channels: int, num_heads: int) -> None:
+    for name, value in (("in_channels", in_channels), ("out_channels", out_channels), ("num_heads", num_heads)):
+        if not isinstance(value, int) or value < 1:
+            raise OptionError(f"{name} must be an int of at least 1; received {value!r}")
+    if out_channels % num_heads:
+        fitting = max(heads for heads in range(1, num_heads) if out_channels % heads == 0)
+        raise ShapeError(f"num_heads={num_heads} must divide out_channels={out_channels}; num_heads={fitting} does")
+
+
+def _per_axis(name: str, value: int | tuple[int, ...], rank: int) -> tuple[int, ...]:
+    values = (value,) * rank if isinstance(value, int) else tuple(value)
+    if len(values) != rank or min(values) < 1:
+        raise ShapeError(f"{name} must be at least 1 and one number or {rank} of them; received {value!r}")
+    return values

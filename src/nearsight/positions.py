@@ -1,0 +1,376 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Position encodings: what tells attention where a cell is.
+
+An encoding may act in three places, and every class here fills in one of them:
+
+    embed(x)                           what is added to the layer's input            absolute encodings
+    rotate(query, key, window)         how query and key turn with their position    rotary encodings
+    tables(window, size)               bias and relative tables of the operation     relative encodings
+
+``equivariant`` says whether attention with the encoding commutes with translations: exactly so on a torus
+(``border="wrap"``), and elsewhere as far as no window touches the border.
+
+Symbols: N heads, D head_dim, C = N*D channels, k window, delta = key cell - query cell, one number per axis.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .errors import DtypeError, OptionError, ShapeError
+from .window import Axis, Window
+
+Tables = tuple[Tensor | None, Sequence[Tensor] | None]
+
+
+class Position(nn.Module):
+    """No encoding: attention sees a set of cells, and global attention is permutation-equivariant.
+
+    The base of all encodings: every hook does nothing. Parameters: 0.
+    """
+
+    equivariant = True
+
+    def embed(self, x: Tensor) -> Tensor:
+        """Act on the layer's input, (B, C_in, *map)."""
+        return x
+
+    def rotate(self, query: Tensor, key: Tensor, window: Window) -> tuple[Tensor, Tensor]:
+        """Act on query (B, N, *out, D) and key (B, N, *in, D)."""
+        return query, key
+
+    def tables(self, window: Window, size: Sequence[int]) -> Tables:
+        """``bias`` and ``relative`` for a window on a map of ``size`` cells; None for what there is not."""
+        return None, None
+
+
+class SinusoidalPosition(Position):
+    """Fixed absolute waves, added to the input.
+
+        x[c] + p,  p = [sin(c_a * w_i), cos(c_a * w_i)] for every axis a,  w_i = 10000 ** (-i / (C / (2 * axes)))
+
+    Source: Vaswani et al. 2017 (arXiv:1706.03762) section 3.5, an equal share of the channels per axis as in ViT code.
+    Not equivariant. Parameters: 0.
+
+    Raises:
+        ShapeError: the input's channels are no multiple of 2 * axes.
+    """
+
+    equivariant = False
+
+    def __init__(self, channels: int, rank: int) -> None:
+        super().__init__()
+        _divide("sinusoidal encoding", "in_channels", channels, 2 * rank)
+        self.rank = rank
+        self.register_buffer("frequencies", _frequencies(channels // (2 * rank), 10000.0), persistent=False)
+
+    def embed(self, x: Tensor) -> Tensor:
+        frequencies = self.get_buffer("frequencies")
+        for axis in range(self.rank):
+            cells = torch.arange(x.shape[2 + axis], device=x.device, dtype=frequencies.dtype)
+            angles = frequencies[:, None] * cells  # waves, cells
+            waves = torch.cat([angles.sin(), angles.cos()]).to(x.dtype)
+            x = _add_to_share(x, waves, axis, self.rank)
+        return x
+
+
+class LearnedPosition(Position):
+    """A learnt absolute embedding, added to the input.
+
+        x[c] + P[c],  P of shape (C, *map_size)
+
+    Source: Dosovitskiy et al. 2021 (arXiv:2010.11929). On a map of another size P is resampled linearly, as ViTs do when
+    the resolution changes. Not equivariant. Parameters: C * prod(map_size).
+    """
+
+    equivariant = False
+
+    def __init__(self, channels: int, map_size: Sequence[int]) -> None:
+        super().__init__()
+        self.embedding = nn.Parameter(torch.empty(channels, *map_size))
+        nn.init.trunc_normal_(self.embedding, std=0.02)
+
+    def embed(self, x: Tensor) -> Tensor:
+        embedding = self.embedding[None]
+        if embedding.shape[2:] != x.shape[2:]:
+            mode = ("linear", "bilinear", "trilinear")[x.ndim - 3]
+            embedding = F.interpolate(embedding, size=x.shape[2:], mode=mode, align_corners=False)
+        return x + embedding.to(x.dtype)
+
+
+class RelativePosition(Position):
+    """SASA's relative embeddings: a learnt vector per row offset and one per column offset, met by the query.
+
+        logit += scale * q . concat(r_row[delta_y], r_col[delta_x])
+
+    Source: Ramachandran et al. 2019 (arXiv:1906.05909), eq. 3. The halves are taken inside every head, and every head has
+    vectors of its own: that reading gives the paper's parameter counts. With one axis the vector has the full head_dim,
+    with three every axis has a third. Equivariant. Parameters: k * C, or (2n-1) * C in global attention over n cells per
+    axis.
+
+    The vectors start with a standard deviation of 2: heads that look in distinct directions from the first step train
+    faster than heads that all start by averaging their window.
+
+    state_dict: ``vectors.0`` (rows), ``vectors.1`` (columns), each (N, k, D / axes).
+    """
+
+    def __init__(self, num_heads: int, head_dim: int, table_size: Sequence[int]) -> None:
+        super().__init__()
+        rank = len(table_size)
+        if head_dim < rank:
+            raise ShapeError(
+                f"relative encoding gives every axis a share of head_dim; received head_dim={head_dim} for {rank} axes: "
+                "use fewer heads"
+            )
+        cuts = [head_dim * axis // rank for axis in range(rank + 1)]
+        self.shares = tuple(pairwise(cuts))
+        self.head_dim = head_dim
+        self.vectors = nn.ParameterList(
+            nn.Parameter(2 * torch.randn(num_heads, entries, end - start))
+            for entries, (start, end) in zip(table_size, self.shares, strict=True)
+        )
+
+    def tables(self, window: Window, size: Sequence[int]) -> Tables:
+        axes = window.axes(len(size))
+        return None, [
+            F.pad(_fit(vectors, 1, axis), (start, self.head_dim - end))
+            for vectors, axis, (start, end) in zip(self.vectors, axes, self.shares, strict=True)
+        ]
+
+
+class BiasPosition(Position):
+    """A learnt number per head and relative offset.
+
+        logit += B[head, delta]
+
+    Source: Liu et al. 2021 (Swin, arXiv:2103.14030), eq. 4; Hassani et al. 2023 (NAT, arXiv:2204.07143). A centred window
+    needs k entries per axis; Swin's and NAT's 2k-1 are those of ``border="shift"``. Equivariant.
+    Parameters: N * k**axes, or N * (2k-1)**axes with "shift", N * (2n-1)**axes in global attention.
+
+    state_dict: ``table`` (N, *table_size).
+    """
+
+    def __init__(self, num_heads: int, table_size: Sequence[int]) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.empty(num_heads, *table_size))
+        nn.init.trunc_normal_(self.table, std=0.02)
+
+    def tables(self, window: Window, size: Sequence[int]) -> Tables:
+        table = self.table
+        for dim, axis in enumerate(window.axes(len(size)), start=1):
+            table = _fit(table, dim, axis)
+        return table, None
+
+
+class ContinuousBias(Position):
+    """Swin v2's log-spaced continuous bias: a small network of the offset.
+
+        logit += 16 * sigmoid(MLP(g)),  g = sign(delta) * log2(1 + 8 |delta| / reach) / log2(8) per axis
+
+    Source: Liu et al. 2022 (arXiv:2111.09883), section 3.3; MLP axes -> 512 -> N, ReLU, no second bias. ``reach`` is the
+    largest offset of the window it was made for. Differs from the paper: the dot product stays as it is, where Swin v2 also
+    swaps in a cosine. Works on maps of any size. Equivariant. Parameters: 512 * (axes + 1) + 512 * N.
+    """
+
+    def __init__(self, num_heads: int, offsets: Sequence[Sequence[int]], hidden: int = 512) -> None:
+        super().__init__()
+        self.reach = tuple(max(1, max(map(abs, axis))) for axis in offsets)
+        self.mlp = nn.Sequential(
+            nn.Linear(len(self.reach), hidden), nn.ReLU(), nn.Linear(hidden, num_heads, bias=False)
+        )
+
+    def tables(self, window: Window, size: Sequence[int]) -> Tables:
+        like = self.mlp[0].weight
+        spread = [
+            delta.sign() * (1 + 8 * delta.abs() / reach).log2() / 3
+            for delta, reach in zip(_offsets(window, size, like), self.reach, strict=True)
+        ]
+        features = torch.stack(torch.meshgrid(*spread, indexing="ij"), -1)
+        return 16 * self.mlp(features).sigmoid().movedim(-1, 0), None
+
+
+class QuadraticPosition(Position):
+    """A hill around a learnt centre per head: the encoding with which attention can express any convolution.
+
+        logit += -alpha * || delta - centre ||**2
+
+    Source: Cordonnier, Loukas, Jaggi 2020 (arXiv:1911.03584), theorem 1: with alpha -> infinity a head reads the single
+    cell at its centre, and k*k heads make a k x k convolution. Centres start at random within a cell or two of the query,
+    alpha at 1. Equivariant. Parameters: (axes + 1) * N, 3 N on a map of two axes.
+
+    state_dict: ``centre`` (N, axes) in cells, ``alpha`` (N,) in 1 / cells**2.
+    """
+
+    def __init__(self, num_heads: int, rank: int) -> None:
+        super().__init__()
+        self.centre = nn.Parameter(torch.randn(num_heads, rank))
+        self.alpha = nn.Parameter(torch.ones(num_heads))
+
+    def tables(self, window: Window, size: Sequence[int]) -> Tables:
+        delta = torch.stack(torch.meshgrid(*_offsets(window, size, self.centre), indexing="ij"), -1)
+        heads = (slice(None), *[None] * len(size))
+        distance = (delta - self.centre[heads]).square().sum(-1)
+        return -self.alpha[heads] * distance, None
+
+
+class RotaryPosition(Position):
+    """Axial rotary encoding: pairs of query and key channels turn with the cell's position.
+
+        (q_2i, q_2i+1) turned by c_a * w_i,  w_i = 100 ** (-i / (D / (2 * axes))), an equal share of the pairs per axis
+
+    Source: Heo et al. 2024 (arXiv:2403.13298), "RoPE-axial", pairs interleaved as in their code. The logit depends on
+    delta alone, so it is equivariant. On a torus only whole turns around it are waves at all: with ``border="wrap"`` every
+    frequency is rounded to the nearest multiple of 2 pi / n. Parameters: 0.
+
+    Raises:
+        ShapeError: head_dim is no multiple of 2 * axes.
+    """
+
+    def __init__(self, head_dim: int, rank: int) -> None:
+        super().__init__()
+        _divide("rotary encoding", "head_dim", head_dim, 2 * rank)
+        share = head_dim // (2 * rank)
+        frequencies = torch.zeros(1, rank, rank, share)
+        for axis in range(rank):
+            frequencies[0, axis, axis] = _frequencies(share, 100.0)
+        self.register_buffer("frequencies", frequencies.flatten(2), persistent=False)  # heads or 1, axes, pairs
+
+    def rotate(self, query: Tensor, key: Tensor, window: Window) -> tuple[Tensor, Tensor]:
+        return _rotate(query, key, self.get_buffer("frequencies"), window)
+
+
+class MixedRotaryPosition(Position):
+    """Rotary encoding with learnt directions: every pair turns with a mixture of the axes.
+
+        (q_2i, q_2i+1) turned by sum_a c_a * w_i,a,  w learnt per head
+
+    Source: Heo et al. 2024 (arXiv:2403.13298), "RoPE-mixed"; initial directions are random, lengths 10 ** (-2i / D) for
+    pair i. Equivariant; "wrap" rounds as in :class:`RotaryPosition` (gradients pass straight through).
+    Parameters: axes * N * D / 2, which is C on a map of two axes.
+
+    state_dict: ``frequencies`` (N, axes, D / 2), in radians per cell.
+
+    Raises:
+        ShapeError: head_dim is odd.
+    """
+
+    def __init__(self, num_heads: int, head_dim: int, rank: int) -> None:
+        super().__init__()
+        _divide("mixed rotary encoding", "head_dim", head_dim, 2)
+        direction = F.normalize(torch.randn(num_heads, rank, head_dim // 2), dim=1)
+        self.frequencies = nn.Parameter(direction * _frequencies(head_dim // 2, 10.0))
+
+    def rotate(self, query: Tensor, key: Tensor, window: Window) -> tuple[Tensor, Tensor]:
+        return _rotate(query, key, self.frequencies, window)
+
+
+POSITIONS = ("none", "sinusoidal", "learned", "relative", "bias", "cpb", "quadratic", "rope", "mixed_rope")
+
+
+def position_encoding(
+    position: str | Position, *, channels: int, num_heads: int, head_dim: int, window: Window, map_size: Sequence[int]
+) -> Position:
+    """The encoding of that name for a layer; a module of :mod:`nearsight.positions` is taken as it is.
+
+    Args:
+        channels: of the layer's input, for absolute encodings.
+        window: the widest window that the layer will use, for tables.
+        map_size: cells per axis that learnt absolute embeddings are made for.
+
+    Raises:
+        OptionError: an unknown name.
+        DtypeError: neither a name nor an encoding.
+    """
+    if isinstance(position, Position):
+        return position
+    if not isinstance(position, str):
+        raise DtypeError(
+            f"position must be a name or a module of nearsight.positions; received {type(position).__name__}"
+        )
+    rank = len(map_size)
+    make = {
+        "none": Position,
+        "sinusoidal": lambda: SinusoidalPosition(channels, rank),
+        "learned": lambda: LearnedPosition(channels, map_size),
+        "relative": lambda: RelativePosition(num_heads, head_dim, window.table_size(rank)),
+        "bias": lambda: BiasPosition(num_heads, window.table_size(rank)),
+        "cpb": lambda: ContinuousBias(num_heads, window.offsets(rank)),
+        "quadratic": lambda: QuadraticPosition(num_heads, rank),
+        "rope": lambda: RotaryPosition(head_dim, rank),
+        "mixed_rope": lambda: MixedRotaryPosition(num_heads, head_dim, rank),
+    }
+    if position not in make:
+        raise OptionError(f"position must be one of {', '.join(POSITIONS)}; received {position!r}")
+    return make[position]()
+
+
+def _frequencies(count: int, base: float) -> Tensor:
+    return base ** (-torch.arange(count) / count)
+
+
+def _add_to_share(x: Tensor, waves: Tensor, axis: int, rank: int) -> Tensor:
+    """Add (channels, cells) waves along one axis to that axis' share of the channels."""
+    share = waves.shape[0]
+    shape = [1] * rank
+    shape[axis] = waves.shape[1]
+    return x + F.pad(waves.view(share, *shape), (*[0] * (2 * rank), axis * share, (rank - 1 - axis) * share))
+
+
+def _fit(table: Tensor, dim: int, axis: Axis) -> Tensor:
+    """The middle of a table made for a map at least as large: offset 0 stays in the centre."""
+    spare = table.shape[dim] - axis.table_size
+    if spare == 0:
+        return table
+    if spare < 0 or spare % 2:
+        raise ShapeError(
+            f"the position tables have {table.shape[dim]} entries along an axis that needs {axis.table_size}: "
+            "build the layer with a map_size of at least the largest map, or with position='cpb', 'quadratic' or 'rope', "
+            "which fit any size"
+        )
+    return table.narrow(dim, spare // 2, axis.table_size)
+
+
+def _offsets(window: Window, size: Sequence[int], like: Tensor) -> list[Tensor]:
+    return [torch.tensor(axis, dtype=like.dtype, device=like.device) for axis in window.offsets(len(size))]
+
+
+def _rotate(query: Tensor, key: Tensor, frequencies: Tensor, window: Window) -> tuple[Tensor, Tensor]:
+    """Turn query and key by (heads or 1, axes, pairs) frequencies, in float32 or wider."""
+    axes, size = window.axes(query.ndim - 3), key.shape[2:-1]
+    frequencies = frequencies.to(torch.promote_types(frequencies.dtype, torch.float32))
+    if window.border == "wrap":
+        frequencies = _whole_turns(frequencies, size)
+    return _turn(query, frequencies, [axis.stride for axis in axes]), _turn(key, frequencies, [1] * len(axes))
+
+
+def _whole_turns(frequencies: Tensor, size: Sequence[int]) -> Tensor:
+    """Round to multiples of 2 pi / n per axis, in value but not in gradient."""
+    unit = 2 * math.pi / torch.tensor(size, dtype=frequencies.dtype, device=frequencies.device)[:, None]
+    whole = (frequencies / unit).round() * unit
+    return frequencies + (whole - frequencies).detach()
+
+
+def _turn(x: Tensor, frequencies: Tensor, strides: Sequence[int]) -> Tensor:
+    """Rotate neighbouring channel pairs of (B, N, *map, D) by the sum of position times frequency."""
+    rank = x.ndim - 3
+    angles = torch.zeros((), dtype=frequencies.dtype, device=x.device)
+    for axis in range(rank):
+        shape = [1] * rank
+        shape[axis] = x.shape[2 + axis]
+        cells = strides[axis] * torch.arange(x.shape[2 + axis], dtype=frequencies.dtype, device=x.device)
+        turn = frequencies[:, axis]
+        angles = angles + cells.view(*shape, 1) * turn.view(turn.shape[0], *[1] * rank, -1)
+    even, odd = x.unflatten(-1, (-1, 2)).to(angles.dtype).unbind(-1)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2).to(x.dtype)
+
+
+def _divide(what: str, name: str, value: int, divisor: int) -> None:
+    if value % divisor:
+        raise ShapeError(f"{what} needs {name} to be a multiple of {divisor}; received {name}={value}")

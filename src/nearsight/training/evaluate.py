@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How good a trained model is: accuracy, loss and confusion matrix on one split."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from torchmetrics.functional.classification import multiclass_confusion_matrix
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a model said of every picture of a split, in order."""
+
+    labels: Tensor
+    logits: Tensor
+
+    @property
+    def predictions(self) -> Tensor:
+        return self.logits.argmax(1)
+
+    @property
+    def count(self) -> int:
+        return len(self.labels)
+
+    @property
+    def correct(self) -> int:
+        return int((self.predictions == self.labels).sum())
+
+    @property
+    def accuracy(self) -> float:
+        return self.correct / self.count
+
+    @property
+    def loss(self) -> float:
+        return F.cross_entropy(self.logits, self.labels).item()
+
+    @property
+    def confusion(self) -> np.ndarray:
+        """Counts, (true class, predicted class)."""
+        return multiclass_confusion_matrix(self.predictions, self.labels, self.logits.shape[1]).numpy()
+
+
+def evaluate(model: nn.Module, batches: DataLoader) -> Evaluation:
+    """Run a model over all batches, without gradients and in evaluation mode."""
+    device = next(model.parameters()).device
+    training = model.training
+    model.eval()
+    labels, logits = [], []
+    with torch.inference_mode():
+        for images, truth in batches:
+            logits.append(model(images.to(device)).float().cpu())
+            labels.append(truth)
+    model.train(training)
+    return Evaluation(torch.cat(labels), torch.cat(logits))

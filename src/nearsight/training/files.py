@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files that are either whole or not there: written beside their place, flushed to the disk, then renamed."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+from ..errors import TrainingError
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Put ``content`` at ``path`` in one step: after a crash at any moment the old file or the new one is there.
+
+    Raises:
+        TrainingError: the folder cannot be written to, or the disk is full.
+    """
+    try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fchmod(file.fileno(), 0o644)  # mkstemp's 0600 is for secrets
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise TrainingError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def write_text(path: Path, content: str) -> None:
+    """:func:`write_bytes` for text, in UTF-8."""
+    write_bytes(path, content.encode())
+
+
+def _sync_folder(folder: Path) -> None:
+    """The rename itself is safe from a power cut only once the folder is on the disk too."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A trained model in one file: its weights, and in the header all that is needed to rebuild it and to feed it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from timm.models import get_pretrained_cfg
+from torch import Tensor, nn
+
+from ..errors import DataError, NearsightError, OptionError
+from ..models import create_model
+from .data import View
+from .files import write_bytes
+
+WEIGHTS_FILE = "model.safetensors"
+CHECKPOINT_FILE = "last.ckpt"
+KEY = "nearsight"  # of the blueprint, in a safetensors header and in a checkpoint
+PREFIX = "model."  # of the network's weights in a checkpoint
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """What rebuilds a model and says how it sees pictures. Plain values only, so it fits in JSON."""
+
+    model: str
+    classes: tuple[str, ...]
+    view: View
+    data: str
+
+    def build(self) -> nn.Module:
+        """The network, freshly initialised.
+
+        Raises:
+            OptionError: no such model, or one that cannot take pictures of this size; the message says why.
+        """
+        kwargs: dict[str, Any] = {"num_classes": len(self.classes), "in_chans": self.view.channels}
+        if _pretrained_value(self.model, "fixed_input_size"):
+            kwargs["img_size"] = self.view.size
+        size = self.view.size
+        try:
+            model = create_model(self.model, **kwargs)
+            _try_on(model, (2, self.view.channels, size, size), len(self.classes))
+        except NearsightError:
+            raise
+        except Exception as error:  # timm's models raise what they like, assertions included
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise OptionError(f"model {self.model!r} cannot take {size}x{size} images: {reason}") from error
+        return model
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Blueprint:
+        values = json.loads(text)
+        view = View(**{name: _tupled(value) for name, value in values.pop("view").items()})
+        return cls(view=view, **{name: _tupled(value) for name, value in values.items()})
+
+
+def input_size(model: str) -> int:
+    """The size of pictures that a model was designed for."""
+    return (_pretrained_value(model, "input_size") or (3, 224, 224))[-1]
+
+
+def save_model(path: Path, model: nn.Module, blueprint: Blueprint) -> None:
+    """Write weights and blueprint as safetensors, whole or not at all."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    write_bytes(path, save(tensors, metadata={KEY: blueprint.to_json(), "format": "pt"}))
+
+
+def load_model(path: Path) -> tuple[nn.Module, Blueprint]:
+    """Rebuild a trained model from a run's folder, a ``.safetensors`` or a ``.ckpt`` file. Executes no code from it.
+
+    Raises:
+        DataError: nothing there, an unreadable file, or one that nearsight did not write.
+    """
+    file = _weights_file(path)
+    text, weights = _read_checkpoint_weights(file) if file.suffix == ".ckpt" else _read_safetensors(file)
+    try:
+        blueprint = Blueprint.from_json(text)
+        model = blueprint.build()
+        model.load_state_dict(weights)
+    except (ValueError, TypeError, AttributeError, KeyError, RuntimeError) as error:
+        raise DataError(f"{file} does not hold a model that can be rebuilt: {str(error).splitlines()[0]}") from error
+    return model.eval(), blueprint
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint of ``nearsight train``; only plain data is unpickled, so a foreign file cannot run code.
+
+    Raises:
+        DataError: missing, truncated, not a checkpoint, or one that would run code.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise DataError(f"there is no {path}") from error
+    except Exception as error:  # torch.load raises many kinds; each means the same to the user
+        raise DataError(f"cannot read the checkpoint {path}: it is truncated, damaged or of another kind") from error
+    if not isinstance(checkpoint, dict) or KEY not in checkpoint or "state_dict" not in checkpoint:
+        raise DataError(f"{path} was not written by `nearsight train`")
+    return checkpoint
+
+
+def _weights_file(path: Path) -> Path:
+    candidates = [path / WEIGHTS_FILE, path / CHECKPOINT_FILE] if path.is_dir() else [path]
+    for file in candidates:
+        if file.is_file():
+            return file
+    raise DataError(f"there is no {' or '.join(str(file) for file in candidates)}; `nearsight train` leaves them")
+
+
+def _read_safetensors(path: Path) -> tuple[str, Mapping[str, Tensor]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    except (SafetensorError, OSError) as error:
+        raise DataError(f"cannot read {path}: {error}; is it a whole safetensors file?") from error
+    if KEY not in metadata:
+        raise DataError(
+            f"{path} was not written by `nearsight train`: its header does not say how to rebuild the model"
+        )
+    return metadata[KEY], weights
+
+
+def _read_checkpoint_weights(path: Path) -> tuple[str, Mapping[str, Tensor]]:
+    checkpoint = read_checkpoint(path)
+    state = checkpoint["state_dict"]
+    return checkpoint[KEY], {name.removeprefix(PREFIX): t for name, t in state.items() if name.startswith(PREFIX)}
+
+
+def _pretrained_value(model: str, name: str) -> Any:
+    """What timm knows of a model before it is built; None for a model without such an entry."""
+    return getattr(get_pretrained_cfg(model), name, None)
+
+
+@torch.no_grad()
+def _try_on(model: nn.Module, shape: tuple[int, ...], num_classes: int) -> None:
+    """Many networks have a smallest picture; better to say so now than in the middle of a traceback."""
+    out = model.eval()(torch.zeros(shape))
+    model.train()
+    if out.shape != (shape[0], num_classes):
+        raise OptionError(f"its output must be {(shape[0], num_classes)}; received {tuple(out.shape)}")
+
+
+def _tupled(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value

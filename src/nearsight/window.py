@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The memory block: which cells of the input a query may see.
+
+Integers only. The arithmetic of :class:`Axis` is written with operators alone, so that plain ints, the symbolic ints of
+``torch.compile`` and integer tensors all go through the same lines: there is one geometry, and every backend uses it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass
+from functools import lru_cache
+from typing import Any
+
+from .errors import DtypeError, OptionError, ShapeError
+
+BORDERS = ("mask", "zeros", "shift", "wrap")
+MAX_RANK = 3
+
+
+def larger(a: Any, b: Any) -> Any:
+    """The maximum, for ints, symbolic ints and integer tensors alike."""
+    return (a + b + abs(a - b)) // 2
+
+
+def smaller(a: Any, b: Any) -> Any:
+    """The minimum, for ints, symbolic ints and integer tensors alike."""
+    return (a + b - abs(a - b)) // 2
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A window along one axis: the formulas of the module's geometry.
+
+    A query at cell ``c = p * stride`` lies on the dilation phase ``c % dilation``, the grid of every ``dilation``-th cell,
+    and sees ``kernel_size`` consecutive *steps* of that grid, from :meth:`first_step` on. Step ``t`` of phase ``f`` is the
+    cell ``f + t * dilation``.
+    """
+
+    kernel_size: int
+    stride: int = 1
+    dilation: int = 1
+    border: str = "mask"
+    causal: bool = False
+
+    @property
+    def left(self) -> int:
+        """How many steps before the query the window begins; an even window has one more to the left."""
+        return self.kernel_size - 1 if self.causal else self.kernel_size // 2
+
+    @property
+    def table_size(self) -> int:
+        """Entries of a position table: one per offset that can occur."""
+        return 2 * self.kernel_size - 1 if self.border == "shift" else self.kernel_size
+
+    @property
+    def offsets(self) -> tuple[int, ...]:
+        """Key cell minus query cell, for every entry of a position table."""
+        zero = self.kernel_size - 1 if self.border == "shift" else self.left
+        return tuple((entry - zero) * self.dilation for entry in range(self.table_size))
+
+    def output_size(self, cells: Any) -> Any:
+        return (cells + self.stride - 1) // self.stride
+
+    def steps(self, phase: Any, cells: Any) -> Any:
+        """How many cells lie on a dilation phase."""
+        return (cells - phase + self.dilation - 1) // self.dilation
+
+    def first_step(self, query_step: Any, steps: Any) -> Any:
+        """Where the window of a query begins on its phase of ``steps`` cells; below zero if it hangs over the edge."""
+        first = query_step - self.left
+        if self.border == "shift" and not self.causal:
+            return larger(smaller(first, steps - self.kernel_size), 0 * first)
+        return first
+
+    def entry(self, step: Any, query_step: Any, first_step: Any) -> Any:
+        """The index into a position table for the cell at ``step``."""
+        if self.border == "shift":
+            return step - query_step + self.kernel_size - 1
+        return step - first_step
+
+    def covers(self, cells: int) -> bool:
+        """Whether every query takes every cell into account exactly once and nothing else votes."""
+        if self.border not in ("mask", "shift") or self.causal:
+            return False
+        if self.border == "shift":
+            reach = self.kernel_size >= cells
+        else:
+            reach = self.left >= cells - 1 and self.kernel_size - 1 - self.left >= cells - 1
+        return reach and (self.dilation == 1 or cells <= 1)
+
+    def neighbours(self, cells: int) -> tuple[tuple[tuple[int, int], ...], ...]:
+        """For every query the ``(cell, entry)`` of each of its ``kernel_size`` places.
+
+        ``cell`` is -1 where the place lies outside and takes no part, -2 where it lies outside and votes as a zero.
+        """
+        return _neighbours(self, cells)
+
+
+@lru_cache(maxsize=256)
+def _neighbours(axis: Axis, cells: int) -> tuple[tuple[tuple[int, int], ...], ...]:
+    return tuple(tuple(_places(axis, p * axis.stride, cells)) for p in range(axis.output_size(cells)))
+
+
+def _places(axis: Axis, query_cell: int, cells: int):
+    query_step, phase = divmod(query_cell, axis.dilation)
+    steps = axis.steps(phase, cells)
+    first = axis.first_step(query_step, steps)
+    for step in range(first, first + axis.kernel_size):
+        entry = axis.entry(step, query_step, first)
+        if axis.border == "wrap":
+            yield (phase + step * axis.dilation) % cells, entry
+        elif 0 <= step < steps:
+            yield phase + step * axis.dilation, entry
+        else:
+            # An entry past the table's end can only belong to a place that takes no part.
+            yield (-2 if axis.border == "zeros" else -1), min(max(entry, 0), axis.table_size - 1)
+
+
+@dataclass(frozen=True)
+class Window:
+    """The memory block: the cells of the input that a query may see.
+
+    Along an axis of n cells with kernel k, dilation d and stride s, query p sits at cell c = p*s and sees the cells at the
+    offsets ``o_j = (j - k//2) * d``, ``j = 0 .. k-1``; an even k reaches one further to the left. With ``causal`` the block
+    ends at the query: ``o_j = (j - (k-1)) * d``.
+
+    Args:
+        kernel_size: cells per axis; may be larger than the map.
+        stride: the output keeps every ``stride``-th query, as in ``nn.Conv2d``.
+        dilation: distance in cells between neighbouring cells of the block.
+        border: what happens where the block hangs over the edge.
+            ``"mask"``: cells outside take no part in the softmax.
+            ``"zeros"``: they take part with a zero key and a zero value, position terms included; this is what
+            ``F.unfold`` with zero padding does.
+            ``"shift"``: the block slides inwards so that every query sees exactly k cells per axis (NATTEN's rule), or all
+            of them on a smaller map.
+            ``"wrap"``: indices modulo n, a torus.
+        causal: hide what lies behind the query, for all axes or one value per axis. With ``"shift"`` a causal axis is not
+            slid but masked.
+
+    Every value is one for all axes or a tuple with one per axis.
+
+    Raises:
+        OptionError: a size below 1, an unknown border.
+        ShapeError: tuples of different lengths, or more than three axes.
+
+    Example:
+        >>> Window(7, stride=2).output_size((56, 29))
+        (28, 15)
+    """
+
+    kernel_size: int | tuple[int, ...]
+    _: KW_ONLY
+    stride: int | tuple[int, ...] = 1
+    dilation: int | tuple[int, ...] = 1
+    border: str = "mask"
+    causal: bool | tuple[bool, ...] = False
+
+    def __post_init__(self) -> None:
+        for name in ("kernel_size", "stride", "dilation"):
+            object.__setattr__(self, name, _positive_ints(name, getattr(self, name)))
+        object.__setattr__(self, "causal", _bools(self.causal))
+        if self.border not in BORDERS:
+            raise OptionError(f"border must be one of {', '.join(BORDERS)}; received {self.border!r}")
+        _ = self.rank
+
+    @classmethod
+    def everywhere(cls, in_size: Sequence[int]) -> Window:
+        """The block as large as the image, from every query: global attention, with tables of ``2n-1`` entries."""
+        return cls(tuple(larger(2 * cells - 1, 1) for cells in in_size))
+
+    @property
+    def rank(self) -> int | None:
+        """The number of axes, or None while every value is one for all of them."""
+        values = {name: getattr(self, name) for name in ("kernel_size", "stride", "dilation", "causal")}
+        ranks = {name: len(value) for name, value in values.items() if isinstance(value, tuple)}
+        if len(set(ranks.values())) > 1:
+            raise ShapeError(f"a window needs one value for all axes or the same number of them; received {ranks}")
+        rank = next(iter(ranks.values()), None)
+        if rank is not None and not 1 <= rank <= MAX_RANK:
+            raise ShapeError(f"a window has 1 to {MAX_RANK} axes; received {rank}")
+        return rank
+
+    def axes(self, rank: int) -> tuple[Axis, ...]:
+        """The window along each of ``rank`` axes.
+
+        Raises:
+            ShapeError: the window was made for another number of axes.
+        """
+        if self.rank not in (None, rank):
+            raise ShapeError(f"{self} has {self.rank} axes but the map has {rank}: give one value per axis of the map")
+        columns = (self.kernel_size, self.stride, self.dilation, self.border, self.causal)
+        spread = [value if isinstance(value, tuple) else (value,) * rank for value in columns]
+        return tuple(Axis(*values) for values in zip(*spread, strict=True))
+
+    def output_size(self, in_size: Sequence[int]) -> tuple[int, ...]:
+        """Queries per axis on a map of ``in_size`` cells: ``ceil(n / stride)``."""
+        return tuple(axis.output_size(n) for axis, n in zip(self.axes(len(in_size)), in_size, strict=True))
+
+    def table_size(self, rank: int) -> tuple[int, ...]:
+        """Entries of a position table per axis: k, or 2k-1 with ``border="shift"``."""
+        return tuple(axis.table_size for axis in self.axes(rank))
+
+    def offsets(self, rank: int) -> tuple[tuple[int, ...], ...]:
+        """Per axis, the distance in cells from query to key for every entry of a position table."""
+        return tuple(axis.offsets for axis in self.axes(rank))
+
+    def covers(self, in_size: Sequence[int]) -> bool:
+        """Whether every query sees the whole map, each cell once: local attention is then global attention."""
+        return all(axis.covers(n) for axis, n in zip(self.axes(len(in_size)), in_size, strict=True))
+
+
+def _positive_ints(name: str, value: Any) -> int | tuple[int, ...]:
+    values = value if isinstance(value, (tuple, list)) else (value,)
+    for one in values:
+        if isinstance(one, (bool, float, str)) or not hasattr(one, "__index__"):
+            raise DtypeError(f"{name} must be an int or one int per axis; received {value!r}")
+        if one < 1:
+            raise OptionError(f"{name} must be at least 1; received {value!r}")
+    return tuple(values) if isinstance(value, (tuple, list)) else value
+
+
+def _bools(value: Any) -> bool | tuple[bool, ...]:
+    values = value if isinstance(value, (tuple, list)) else (value,)
+    if not all(isinstance(one, bool) for one in values):
+        raise DtypeError(f"causal must be a bool or one bool per axis; received {value!r}")
+    return tuple(values) if isinstance(value, (tuple, list)) else value

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What all tests share: the seed, the tolerances, and the backends that are held to the contract."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from functools import partial
+from types import ModuleType
+from typing import NamedTuple
+
+import hypothesis
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import nearsight as ns
+from nearsight.attention import BACKENDS
+from nearsight.attention.problem import describe
+
+# The same examples on every run and machine. `pytest --hypothesis-profile explore` looks for new ones.
+hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, database=None, print_blob=True)
+hypothesis.settings.register_profile("explore", deadline=None, database=None, print_blob=True, max_examples=2000)
+hypothesis.settings.load_profile("ci")
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # the workers are the parallelism
+
+# The c in c * eps * max(1, |ref|): how many roundings a result may be away from the oracle. Half precision is held in
+# float32 inside, so that only the rounding of the result is left; see `bound`.
+TOL = {torch.float64: 24, torch.float32: 24, torch.float16: 1, torch.bfloat16: 1}
+
+
+def bound(reference: np.ndarray, dtype: torch.dtype, condition: float = 1.0) -> np.ndarray:
+    """How far a result in ``dtype`` may be from the oracle's, element by element.
+
+    ``condition`` says by how much the problem itself amplifies a rounding: a logit of 1e4 carries an error of 1e4 * eps,
+    and the softmax turns an error in a logit into the same relative error of a weight.
+    """
+    wide = torch.promote_types(dtype, torch.float32)
+    stored, computed = TOL[dtype] * torch.finfo(dtype).eps, TOL[wide] * torch.finfo(wide).eps
+    return (stored if dtype != wide else 0) * np.maximum(1, np.abs(reference)) + (
+        computed * condition * np.maximum(1, np.abs(reference))
+    )
+
+
+def assert_near(name: str, found: Tensor, reference: np.ndarray, condition: float = 1.0) -> None:
+    """Fail unless every element of ``found`` is within :func:`bound` of the oracle's."""
+    assert tuple(found.shape) == reference.shape, f"{name}: shape {tuple(found.shape)}, expected {reference.shape}"
+    error = np.abs(found.detach().double().numpy() - reference)
+    allowed = bound(reference, found.dtype, condition)
+    if not (error <= allowed).all():  # NaN is not <=, so it fails too
+        worst = np.unravel_index(np.nanargmax(np.where(np.isnan(error), np.inf, error / allowed)), error.shape)
+        raise AssertionError(
+            f"{name}: {(~(error <= allowed)).sum()} of {error.size} elements are off; the worst, at "
+            f"{tuple(map(int, worst))}, is {found[worst].item():.9g}, the oracle says {reference[worst]:.9g} "
+            f"(allowed difference {allowed[worst]:.2g})"
+        )
+
+
+class Contestant(NamedTuple):
+    """A backend, or one variant of it, that is held to the contract."""
+
+    backend: ModuleType
+    variant: str | None = None
+
+    def __str__(self) -> str:
+        return self.backend.name if self.variant is None else f"{self.backend.name}[{self.variant}]"
+
+    def attend(self, *args, **kwargs) -> Tensor:
+        return self.run(ns.local_attention, *args, **kwargs)
+
+    def attend_globally(self, *args, **kwargs) -> Tensor:
+        return self.run(ns.global_attention, *args, **kwargs)
+
+    def run(self, operation: Callable[..., Tensor], *args, **kwargs) -> Tensor:
+        chosen = nullcontext() if self.variant is None else self.backend.use_variant(self.variant)
+        with chosen:
+            return operation(*args, backend=self.backend.name, **kwargs)
+
+    def why_not(self, query, key, value, window, *, bias=None, relative=None, scale=None) -> str | None:
+        return self.backend.why_not(describe(query, key, value, window, bias, relative))
+
+
+def contestants(backends=BACKENDS) -> Iterator[Contestant]:
+    """Every backend that runs on this machine, once for each of its variants.
+
+    A backend with several implementations, as a native one for each instruction set, has ``variants()``, the names of those
+    that this machine can run, and ``use_variant(name)``, a context manager.
+    """
+    for backend in backends:
+        if backend.unavailable() is None:
+            variants = backend.variants() if hasattr(backend, "variants") else [None]
+            yield from (Contestant(backend, variant) for variant in variants)
+
+
+ALL = tuple(contestants())
+every_backend = partial(pytest.mark.parametrize, "contestant", ids=str)
+
+
+def pytest_report_header() -> list[str]:
+    absent = {backend.name: backend.unavailable() for backend in BACKENDS}
+    reasons = [f"not tested: backend {name}: {why}" for name, why in absent.items() if why is not None]
+    return [f"backends under test: {', '.join(map(str, ALL))}", *reasons]
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)

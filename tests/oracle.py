@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What nearsight has to compute, by plain loops in float64, straight from "Semantics" in docs/design.md.
+
+This file never imports nearsight: it shares neither its geometry nor its tensors, so that one misunderstanding cannot sit
+on both sides of a comparison.
+"""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Axis(NamedTuple):
+    """One axis of the map and the window along it. The border "global" stands for global_attention: all cells."""
+
+    cells: int
+    kernel_size: int
+    stride: int = 1
+    dilation: int = 1
+    border: str = "mask"
+    causal: bool = False
+
+    @property
+    def queries(self) -> int:
+        return len(range(0, self.cells, self.stride))
+
+    @property
+    def table_size(self) -> int:
+        return {"shift": 2 * self.kernel_size - 1, "global": 2 * self.cells - 1}.get(self.border, self.kernel_size)
+
+
+def places(axis: Axis, query: int) -> list[tuple[int, int, int]]:
+    """The (place in the window, cell, table entry) of all that takes part along one axis.
+
+    Cell n, one past the end, is the cell outside that votes with zeros.
+    """
+    n, k, stride, d, border, causal = axis
+    centre = query * stride
+    if border == "global":
+        return [(cell, cell, cell - centre + n - 1) for cell in range(n)]
+    if border == "shift" and not causal:
+        phase, i = centre % d, centre // d
+        m = len(range(phase, n, d))
+        start = min(max(i - k // 2, 0), m - min(k, m))
+        return [(t - start, phase + t * d, t - i + k - 1) for t in range(start, start + min(k, m))]
+    found = []
+    for j in range(k):
+        cell = centre + (j - (k - 1 if causal else k // 2)) * d
+        if border == "wrap":
+            found.append((j, cell % n, j))
+        elif 0 <= cell < n:
+            found.append((j, cell, j))
+        elif border == "zeros":
+            found.append((j, n, j))
+    return found
+
+
+def block(axes: list[Axis], query: tuple[int, ...]) -> list[tuple[tuple[int, ...], ...]]:
+    """The same over all axes: a list of (places, cells, entries), each a tuple with one index per axis."""
+    per_axis = [places(axis, p) for axis, p in zip(axes, query, strict=True)]
+    return [tuple(zip(*combination, strict=True)) for combination in product(*per_axis)]
+
+
+def weights_of(axes, query, key, bias, relative, scale, b, n, p):
+    """The block of one query, its logits and their softmax. ``key`` is padded: see :func:`with_zero_cell`."""
+    seen = block(axes, p)
+    logits = np.empty(len(seen))
+    for c, (_, cell, entry) in enumerate(seen):
+        logits[c] = scale * (query[(b, n, *p)] @ key[(b, n, *cell)])
+        for table, e in zip(relative, entry, strict=bool(relative)):
+            logits[c] += scale * (query[(b, n, *p)] @ table[n, e])
+        if bias is not None:
+            logits[c] += bias[(n, *entry)]
+    exponentials = np.exp(logits - logits.max())
+    return seen, logits, exponentials / exponentials.sum()
+
+
+def with_zero_cell(tensor: np.ndarray) -> np.ndarray:
+    """(B, N, *in, D) with one more cell of zeros at the end of every map axis."""
+    return np.pad(tensor, [(0, 0), (0, 0), *[(0, 1)] * (tensor.ndim - 3), (0, 0)])
+
+
+def default(scale: float | None, query: np.ndarray) -> float:
+    return query.shape[-1] ** -0.5 if scale is None else scale
+
+
+def attention(query, key, value, axes, bias=None, relative=(), scale=None):
+    """The result (B, N, *out, E), the weights (B, N, *out, *kernel_size) and the largest |logit|."""
+    scale, key, value = default(scale, query), with_zero_cell(key), with_zero_cell(value)
+    out = np.zeros((*query.shape[:-1], value.shape[-1]))
+    weights = np.zeros((*query.shape[:-1], *(axis.kernel_size for axis in axes)))
+    largest = 0.0
+    for b, n, *p in np.ndindex(query.shape[:-1]):
+        seen, logits, softmax = weights_of(axes, query, key, bias, relative, scale, b, n, p)
+        largest = max(largest, np.abs(logits).max())
+        for (place, cell, _), weight in zip(seen, softmax, strict=True):
+            out[(b, n, *p)] += weight * value[(b, n, *cell)]
+            weights[(b, n, *p, *place)] = weight
+    return out, weights, largest
+
+
+def gradients(grad, query, key, value, axes, bias=None, relative=(), scale=None):
+    """The derivatives of ``(grad * out).sum()``: [dquery, dkey, dvalue, dbias if given, *drelative]."""
+    scale, key, value = default(scale, query), with_zero_cell(key), with_zero_cell(value)
+    dquery, dkey, dvalue = np.zeros_like(query), np.zeros_like(key), np.zeros_like(value)
+    dbias = None if bias is None else np.zeros_like(bias)
+    drelative = [np.zeros_like(table) for table in relative]
+    for b, n, *p in np.ndindex(query.shape[:-1]):
+        here = (b, n, *p)
+        seen, _, softmax = weights_of(axes, query, key, bias, relative, scale, b, n, p)
+        dweights = np.array([grad[here] @ value[(b, n, *cell)] for _, cell, _ in seen])
+        dlogits = softmax * (dweights - softmax @ dweights)
+        for (_, cell, entry), weight, dlogit in zip(seen, softmax, dlogits, strict=True):
+            dquery[here] += scale * dlogit * key[(b, n, *cell)]
+            dkey[(b, n, *cell)] += scale * dlogit * query[here]
+            dvalue[(b, n, *cell)] += weight * grad[here]
+            for table, dtable, e in zip(relative, drelative, entry, strict=bool(relative)):
+                dquery[here] += scale * dlogit * table[n, e]
+                dtable[n, e] += scale * dlogit * query[here]
+            if dbias is not None:
+                dbias[(n, *entry)] += dlogit
+    inside = (slice(None), slice(None), *(slice(axis.cells) for axis in axes))
+    return [dquery, dkey[inside], dvalue[inside], *([] if dbias is None else [dbias]), *drelative]
+
+
+def queries_that_see(axes: list[Axis], cell: tuple[int, ...]) -> set[tuple[int, ...]]:
+    """Which queries have a cell in their block."""
+    queries = np.ndindex(*(axis.queries for axis in axes))
+    return {p for p in queries if any(seen == cell for _, seen, _ in block(axes, p))}
