@@ -5,8 +5,9 @@
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO := runs/demo
-# Python sources are installed as links, so that only these call for another installation.
-INSTALLED_FROM := pyproject.toml $(wildcard CMakeLists.txt csrc/*)
+# Python files are found where they lie; only these call for another installation. The packages are among them because an
+# editable installation remembers which there were.
+INSTALLED_FROM := pyproject.toml $(wildcard CMakeLists.txt csrc/* src/nearsight/*/__init__.py)
 # Each is touched last, so that a set-up which was interrupted is taken up again.
 WITH_TRAIN := $(VENV)/.installed-train
 WITH_DEV := $(VENV)/.installed-dev

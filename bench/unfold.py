@@ -34,8 +34,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import nearsight as ns
+from nearsight.errors import BackendError
 
 TEXTBOOK = "unfold"
+SLOW_ON_PURPOSE = {"reference"}
 PASSES = ("forward", "forward+backward")
 MIB = 1 << 20
 
@@ -58,7 +60,9 @@ def textbook(query: Tensor, key: Tensor, value: Tensor, kernel_size: int) -> Ten
     return out.reshape(batch, heads, dim, height, width).permute(0, 1, 3, 4, 2)
 
 
-def contenders(args: argparse.Namespace, border: str) -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
+def contenders(
+    args: argparse.Namespace, border: str, announce: bool = False
+) -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
     """The textbook version, then every backend that can take the problem, each a function of query, key and value."""
     window = ns.Window(args.kernel_size, border=border)
 
@@ -70,16 +74,16 @@ def contenders(args: argparse.Namespace, border: str) -> dict[str, Callable[[Ten
     }
     sample = inputs(args, batch=1)[:3]
     for name, why_not in ns.backends().items():
-        if args.backends and name not in args.backends:
+        if name not in (args.backends or ns.backends().keys() - SLOW_ON_PURPOSE):
             continue
         if why_not is None:
             try:
                 run(name)(*sample)
-            except ns.BackendError as error:
+            except BackendError as error:
                 why_not = str(error)
         if why_not is None:
             chosen[name] = run(name)
-        else:
+        elif announce:
             print(f"without {name}: {why_not}")
     return chosen
 
@@ -105,7 +109,7 @@ def call(run: Callable[..., Tensor], tensors: list[Tensor], backward: bool) -> l
 def check_equal(args: argparse.Namespace) -> None:
     """Speeds of different functions do not compare: with zeros off the image, results and gradients must agree."""
     tensors = inputs(args, batch=1)
-    runs = contenders(args, border="zeros")
+    runs = contenders(args, border="zeros", announce=True)
     expected = call(runs[TEXTBOOK], tensors, backward=True)
     for name, run in runs.items():
         for received, wanted in zip(call(run, tensors, backward=True), expected, strict=True):
@@ -162,7 +166,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--size", type=int, default=64, help="rows and columns of the map")
     parser.add_argument("--kernel-size", type=int, default=7, help="odd")
     parser.add_argument("--border", choices=("mask", "zeros"), default="mask", help="of nearsight; F.unfold has zeros")
-    parser.add_argument("--backends", nargs="+", help="all that can, if not given")
+    parser.add_argument("--backends", nargs="+", help="all that can but reference, if not given")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", metavar="FILE", help="write every number there as well")

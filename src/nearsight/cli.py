@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _run(list(sys.argv[1:] if arguments is None else arguments))
     except NearsightError as error:
         print(f"nearsight: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 130 if isinstance(error.__cause__, SystemExit) else 2
+        return 130 if isinstance(error.__cause__, SystemExit) else 2  # Lightning turns Ctrl-C into SystemExit
     except KeyboardInterrupt:
         print("nearsight: stopped", file=sys.stderr)
         return 130
@@ -154,9 +154,8 @@ def _eval(arguments: list[str]) -> None:
         measures = {"accuracy": result.accuracy, "loss": result.loss, "confusion": result.confusion.tolist()}
         print(json.dumps({**summary, "classes": blueprint.classes, **measures}, indent=2))
     else:
-        print(
-            f"{blueprint.model} on {options.data}: {result.accuracy:.2%} ({result.correct} of {result.count} test images)"
-        )
+        share = f"{result.accuracy:.2%} ({result.correct} of {result.count} test images)"
+        print(f"{blueprint.model} on {options.data}: {share}")
 
 
 def _models(arguments: list[str]) -> None:

@@ -330,6 +330,7 @@ class AttentionStem2d(nn.Module):
 
     Raises:
         ShapeError: channels that heads do not divide, an input of other channels or rank.
+        OptionError: blocks of a single cell.
 
     Example:
         >>> AttentionStem2d(3, 64)(torch.randn(2, 3, 224, 224)).shape
@@ -349,6 +350,8 @@ class AttentionStem2d(nn.Module):
     ) -> None:
         super().__init__()
         _check_channels(in_channels, out_channels, num_heads)
+        if kernel_size < 2:
+            raise OptionError(f"kernel_size must be at least 2: in a block of one cell nothing attends; received {kernel_size}")
         head_dim = out_channels // num_heads
         self.in_channels = in_channels
         self.out_channels = out_channels

@@ -186,7 +186,7 @@ class ContinuousBias(Position):
         )
 
     def tables(self, window: Window, size: Sequence[int]) -> Tables:
-        like = self.mlp[0].weight
+        like = next(self.mlp.parameters())
         spread = [
             delta.sign() * (1 + 8 * delta.abs() / reach).log2() / 3
             for delta, reach in zip(_offsets(window, size, like), self.reach, strict=True)

@@ -168,9 +168,10 @@ def _blocks(tensor: Tensor, indices: list[Tensor]) -> Tensor:
 
 def _spans(tensor: Tensor, axes: list[AxisBlocks]) -> Tensor:
     spans = _blocks(tensor, [axis.cells for axis in axes])
-    if axes[0].zero is None:
+    zeros = [axis.zero for axis in axes if axis.zero is not None]
+    if not zeros:
         return spans
-    inside = _combine([~axis.zero[:, None] for axis in axes])[..., 0, :]
+    inside = _combine([~zero[:, None] for zero in zeros])[..., 0, :]
     return spans.masked_fill(~inside[..., None], 0)
 
 

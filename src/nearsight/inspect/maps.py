@@ -67,7 +67,7 @@ class AttentionMap:
             for axis, n, q in zip(axes, self.map_size, query, strict=True)
         ]
         inside = np.ix_(*[place >= 0 for place in cells])
-        index = np.ix_(range(self.num_heads), *[place[place >= 0] for place in cells])
+        index = np.ix_(np.arange(self.num_heads), *[place[place >= 0] for place in cells])
         # A torus smaller than the window shows a cell more than once: its weights add up.
         np.add.at(block, index, weights[(slice(None), *inside)])
         return block

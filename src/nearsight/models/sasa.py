@@ -36,9 +36,10 @@ class SasaResNet(nn.Module):
     Args:
         depths: blocks per stage.
         widths: bottleneck width per stage; a stage puts out four times as many channels.
-        stem: ``"attention"`` or ``"conv"``; None takes attention where there is an attention stage.
+        stem: ``"attention"``, ``"conv"``, or ``"pixel"``, a 1 x 1 projection that makes every pixel a cell. None takes
+            the convolution where there is no attention stage, else the pixel stem for stride 1, else attention.
         stem_width: channels of the stem.
-        stem_kernel: side of the attention stem's blocks, which is its stride.
+        stem_stride: pixels per cell after the stem, in each direction.
         attention_stages: stages (from 1) with attention; the others keep 3 x 3 convolutions. ``()`` gives the
             convolutional twin.
         kernel_size: side of the memory block, one or one per stage.
@@ -56,7 +57,7 @@ class SasaResNet(nn.Module):
         *,
         stem: str | None = None,
         stem_width: int = 64,
-        stem_kernel: int = 4,
+        stem_stride: int = 4,
         attention_stages: Sequence[int] | None = None,
         kernel_size: int | Sequence[int] = 7,
         num_heads: int = 8,
@@ -77,10 +78,12 @@ class SasaResNet(nn.Module):
             raise OptionError(f"kernel_size must be one number or {len(depths)}, one per stage; received {kernel_size}")
         self.num_classes = num_classes
         self.grad_checkpointing = False
-        self.stem = _stem(stem or ("attention" if attention_stages else "conv"), in_chans, stem_width, stem_kernel)
-        self.feature_info = [{"num_chs": stem_width, "reduction": stem_kernel, "module": "stem"}]
+        if stem is None:
+            stem = "conv" if not attention_stages else "pixel" if stem_stride == 1 else "attention"
+        self.stem = _stem(stem, in_chans, stem_width, stem_stride)
+        self.feature_info = [{"num_chs": stem_width, "reduction": stem_stride, "module": "stem"}]
         self.stages = nn.Sequential()
-        channels, reduction = stem_width, stem_kernel
+        channels, reduction = stem_width, stem_stride
         for stage, depth, width, side in zip(stages, depths, widths, kernel_sizes, strict=True):
             blocks = nn.Sequential()
             for block in range(depth):
@@ -100,7 +103,7 @@ class SasaResNet(nn.Module):
         """The last feature map, (B, num_features, H, W)."""
         x = self.stem(x)
         for stage in self.stages:
-            x = checkpoint_seq(stage, x) if self.grad_checkpointing and not torch.jit.is_scripting() else stage(x)
+            x = checkpoint_seq(stage, x) if self.grad_checkpointing else stage(x)
         return x
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
@@ -158,16 +161,21 @@ def _attention(
     return LocalSelfAttention2d(width, kernel_size=kernel_size, num_heads=num_heads, position=position, scale=scale)
 
 
-def _stem(name: str, in_chans: int, width: int, kernel_size: int) -> nn.Module:
+def _stem(name: str, in_chans: int, width: int, stride: int) -> nn.Module:
     if name == "attention":
-        return AttentionStem2d(in_chans, width, kernel_size=kernel_size)
-    if name != "conv":
-        raise OptionError(f"stem must be 'attention' or 'conv'; received {name!r}")
-    if kernel_size < 4:
+        return AttentionStem2d(in_chans, width, kernel_size=stride)
+    if name == "pixel" and stride == 1:
+        conv, pool = nn.Conv2d(in_chans, width, 1, bias=False), nn.Identity()
+    elif name == "conv" and stride < 4:
         # Small images keep their resolution in the convolution.
-        conv, pool = nn.Conv2d(in_chans, width, 3, padding=1, bias=False), nn.MaxPool2d(kernel_size, ceil_mode=True)
-    else:
+        conv, pool = nn.Conv2d(in_chans, width, 3, padding=1, bias=False), nn.MaxPool2d(stride, ceil_mode=True)
+    elif name == "conv" and stride == 4:
         conv, pool = nn.Conv2d(in_chans, width, 7, 2, padding=3, bias=False), nn.MaxPool2d(3, 2, padding=1)
+    else:
+        raise OptionError(
+            f"stem must be 'attention', 'conv' (stem_stride up to 4) or 'pixel' (stem_stride 1); "
+            f"received {name!r} with stem_stride={stride}"
+        )
     return nn.Sequential(conv, nn.BatchNorm2d(width), nn.ReLU(), pool)
 
 
@@ -199,5 +207,5 @@ def _create(variant: str, pretrained: bool, depths: Sequence[int], **kwargs: Any
 @register_model
 def sasa_nano(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """A network for images of 8 to 64 pixels with no spatial convolution in it: about 0.08 M parameters."""
-    small = {"depths": (1, 2, 1), "widths": (16, 32, 48), "stem_width": 32, "stem_kernel": 1, "num_heads": 4}
+    small = {"depths": (1, 2, 1), "widths": (16, 32, 48), "stem_width": 32, "stem_stride": 1, "num_heads": 4}
     return _create("sasa_nano", pretrained, **{"kernel_size": 5, **small, **kwargs})

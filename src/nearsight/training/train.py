@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import signal
 import time
 import warnings
 from collections.abc import Iterator, Mapping
@@ -151,7 +152,8 @@ def _trainer(recipe: Recipe, journal: Journal) -> L.Trainer:
 def _fit(trainer: L.Trainer, task: Classifier, data: Batches, checkpoint: Path | None, output: Path) -> None:
     try:
         trainer.fit(task, data, ckpt_path=checkpoint)
-    except SystemExit as stop:  # Lightning's answer to Ctrl-C
+    except SystemExit as stop:  # Lightning's answer to Ctrl-C, after which it ignores all further ones
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         advice = (
             "go on with: nearsight train --resume --output"
             if (output / CHECKPOINT_FILE).is_file()

@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The layers have the borders of nn.ConvNd, the papers' parameter counts, and train."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import nearsight as ns
+from nearsight.errors import OptionError, ShapeError
+
+CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+SIZE = (7, 10, 5)
+
+
+def local(rank):
+    return getattr(ns, f"LocalSelfAttention{rank}d")
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+@pytest.mark.parametrize("stride", [1, 2, 3])
+@pytest.mark.parametrize("dilation", [1, 2])
+def test_drop_in_for_convolutions(rank, stride, dilation):
+    x = torch.randn(2, 6, *SIZE[:rank])
+    conv = CONV[rank](6, 12, 3, stride, padding=dilation, dilation=dilation)
+    attention = local(rank)(6, 12, 3, stride=stride, dilation=dilation, num_heads=4)
+    assert attention(x).shape == conv(x).shape
+    assert attention(x[0]).shape == conv(x[0]).shape
+    torch.testing.assert_close(attention(x[:1])[0], attention(x[0]))
+
+
+@pytest.mark.parametrize("rank", [2, 3])
+@pytest.mark.parametrize("kind", ["Local", "Global"])
+def test_memory_formats(rank, kind):
+    layer = getattr(ns, f"{kind}SelfAttention{rank}d")(8, 16, num_heads=2, map_size=10)
+    last = torch.channels_last if rank == 2 else torch.channels_last_3d
+    x = torch.randn(2, 8, *SIZE[:rank])
+    y = layer(x)
+    assert y.is_contiguous()
+    y_last = layer(x.to(memory_format=last))
+    assert y_last.is_contiguous(memory_format=last)
+    torch.testing.assert_close(y, y_last)
+
+
+def test_the_layer_is_the_operation_between_projections():
+    torch.manual_seed(0)
+    layer = ns.LocalSelfAttention2d(6, 8, 3, stride=2, num_heads=2, qkv_bias=True, out_proj=True).double()
+    nn.init.normal_(layer.qkv.bias)
+    x = torch.randn(2, 6, 5, 7, dtype=torch.float64)
+    q, k, v = (t.unflatten(1, (2, 4)).movedim(2, -1) for t in layer.qkv(x).chunk(3, 1))
+    _, relative = layer.position.tables(ns.Window(3), (5, 7))
+    y = ns.local_attention(q[:, :, ::2, ::2], k, v, ns.Window(3, stride=2), relative=relative, backend="reference")
+    torch.testing.assert_close(layer(x), layer.proj(y.movedim(-1, 2).flatten(1, 2)))
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_layer_weights_mix_the_values(stride):
+    layer = ns.LocalSelfAttention2d(6, 6, 3, stride=stride, num_heads=1, border="zeros")
+    x = torch.randn(2, 6, 5, 7)
+    weights = layer.attention_weights(x)
+    assert weights.shape == (2, 1, *ns.Window(3, stride=stride).output_size((5, 7)), 3, 3)
+    patches = F.unfold(layer.qkv(x)[:, 12:], 3, padding=1, stride=stride).unflatten(1, (6, 9))
+    torch.testing.assert_close(torch.einsum("bckp,bpk->bcp", patches, weights.flatten(1, 3).flatten(2)), layer(x).flatten(2))
+
+
+@pytest.mark.parametrize(
+    ("options", "count"),
+    [
+        ({}, 3 * 16 * 32 + 7 * 32),
+        ({"position": "none"}, 3 * 16 * 32),
+        ({"qkv_bias": True}, 3 * 16 * 32 + 3 * 32 + 7 * 32),
+        ({"out_proj": True}, 3 * 16 * 32 + 7 * 32 + 32 * 33),
+    ],
+)
+def test_parameter_count_formula(options, count):
+    assert sum(p.numel() for p in ns.LocalSelfAttention2d(16, 32, **options).parameters()) == count
+
+
+def test_state_dict_names_survive():
+    layer = ns.LocalSelfAttention2d(16, 32, qkv_bias=True, out_proj=True)
+    assert {name: tuple(p.shape) for name, p in layer.state_dict().items()} == {
+        "qkv.weight": (96, 16, 1, 1),
+        "qkv.bias": (96,),
+        "position.vectors.0": (8, 7, 2),
+        "position.vectors.1": (8, 7, 2),
+        "proj.weight": (32, 32, 1, 1),
+        "proj.bias": (32,),
+    }
+    stem = ns.AttentionStem2d(3, 8)
+    assert set(stem.state_dict()) == {
+        "row", "column", "mixture", "qk.weight", "value.weight", "position.vectors.0", "position.vectors.1",
+        "norm.weight", "norm.bias", "norm.running_mean", "norm.running_var", "norm.num_batches_tracked",
+    }  # fmt: skip
+    # Encodings without parameters leave no trace.
+    assert set(ns.LocalSelfAttention2d(16, num_heads=2, position="rope").state_dict()) == {"qkv.weight"}
+
+
+def test_extra_repr():
+    assert repr(ns.LocalSelfAttention2d(16, 32, 5, stride=2, border="shift", scale=1.0)).splitlines()[1].strip() == (
+        "16, 32, kernel_size=5, num_heads=8, stride=2, border='shift', scale=1.0"
+    )
+    assert "16, 32, num_heads=8" in repr(ns.GlobalSelfAttention2d(16, 32))
+
+
+def test_eval_changes_nothing():
+    layer, x = ns.LocalSelfAttention2d(8, num_heads=2), torch.randn(1, 8, 6, 6)
+    assert torch.equal(layer(x), layer.eval()(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_dtypes(dtype):
+    layer = ns.LocalSelfAttention2d(8, num_heads=2).to(dtype)
+    assert layer(torch.randn(1, 8, 6, 6, dtype=dtype)).dtype == dtype
+
+
+def test_autocast():
+    layer = ns.LocalSelfAttention2d(8, num_heads=2, out_proj=True)
+    x = torch.randn(1, 8, 6, 6)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = layer(x)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), layer(x), atol=5e-2, rtol=5e-2)
+
+
+def test_logits_start_with_variance_one():
+    torch.manual_seed(0)
+    layer = ns.LocalSelfAttention2d(64, num_heads=2)
+    q, k, _ = layer.qkv(torch.randn(4, 64, 16, 16)).unflatten(1, (3, 2, 32)).unbind(1)
+    assert ((q * k).sum(2) * 32**-0.5).std().item() == pytest.approx(1, abs=0.15)
+
+
+@pytest.mark.parametrize(
+    ("run", "error", "message"),
+    [
+        (lambda: ns.LocalSelfAttention2d(16, 30), ShapeError, "num_heads=8 must divide out_channels=30; num_heads=6"),
+        (lambda: ns.LocalSelfAttention2d(0), OptionError, "in_channels must be .* received 0"),
+        (lambda: ns.LocalSelfAttention2d(16, num_heads=0), OptionError, "num_heads must be .* received 0"),
+        (lambda: ns.LocalSelfAttention2d(16, kernel_size=0), OptionError, "kernel_size must be at least 1; received 0"),
+        (lambda: ns.LocalSelfAttention2d(16, stride=-1), OptionError, "stride must be at least 1; received -1"),
+        (lambda: ns.LocalSelfAttention2d(16, kernel_size=(3, 3, 3)), ShapeError, "3 axes but the map has 2"),
+        (lambda: ns.LocalSelfAttention2d(16)(torch.randn(2, 8, 5, 5)), ShapeError, r"\(B, 16, H, W\).*\(2, 8, 5, 5\)"),
+        (lambda: ns.LocalSelfAttention1d(16)(torch.randn(1, 2, 16, 5)), ShapeError, r"\(B, 16, L\).*\(1, 2, 16, 5\)"),
+        (lambda: ns.AttentionStem2d(3, 10), ShapeError, "num_heads=4 must divide out_channels=10; num_heads=2"),
+        (lambda: ns.AttentionStem2d(3, kernel_size=1), OptionError, "at least 2.*received 1"),
+        (lambda: ns.AttentionStem2d(3)(torch.randn(1, 1, 8, 8)), ShapeError, r"\(B, 3, H, W\); received \(1, 1, 8, 8\)"),
+    ],
+)
+def test_errors(run, error, message):
+    with pytest.raises(error, match=message):
+        run()
+
+
+def test_a_causal_layer_learns_a_sequence():
+    """Predict the next symbol of a sequence in which each repeats the one four steps before it."""
+    torch.manual_seed(0)
+    seeds = torch.randint(0, 5, (256, 4))
+    sequences = seeds.repeat(1, 5)
+    embed, head = nn.Embedding(5, 16), nn.Conv1d(16, 5, 1)
+    layer = ns.LocalSelfAttention1d(16, kernel_size=5, causal=True, num_heads=2)
+    parameters = [*embed.parameters(), *layer.parameters(), *head.parameters()]
+    optimiser = torch.optim.Adam(parameters, lr=1e-2)
+
+    def predict(tokens):
+        return head(layer(embed(tokens).mT))
+
+    for _ in range(60):
+        logits = predict(sequences[:, :-1])
+        loss = F.cross_entropy(logits[..., 4:], sequences[:, 5:])
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    assert (logits[..., 4:].argmax(1) == sequences[:, 5:]).float().mean() > 0.99
+    # Causal: the future changes nothing.
+    changed = sequences.clone()
+    changed[:, 12:] = 0
+    torch.testing.assert_close(predict(sequences)[..., :12], predict(changed)[..., :12])
+
+
+def stem_by_hand(stem, x):
+    """The stem's equation for one aligned block of the image, cell by cell."""
+    heads, side = stem.num_heads, stem.kernel_size
+    p = stem.mixing()
+    q, k = (t.unflatten(0, (heads, -1)) for t in stem.qk(x[None])[0].chunk(2))
+    matrices = stem.value.weight[..., 0, 0].unflatten(0, (-1, stem.out_channels))
+    row, column = stem.position.vectors
+    y = torch.zeros(heads, stem.out_channels // heads, *x.shape[1:], dtype=x.dtype)
+    v = torch.stack(
+        [torch.einsum("m,moc,c->o", p[:, i, j], matrices, x[:, i, j]) for i in range(x.shape[1]) for j in range(x.shape[2])]
+    ).view(*x.shape[1:], heads, -1)
+    for n in range(heads):
+        for i in range(x.shape[1]):
+            for j in range(x.shape[2]):
+                logits = torch.stack([
+                    q[n, :, i, j] @ (k[n, :, a, b] + torch.cat([row[n, a - i + side - 1], column[n, b - j + side - 1]]))
+                    for a in range(x.shape[1]) for b in range(x.shape[2])
+                ])  # fmt: skip
+                weights = (logits * q.shape[1] ** -0.5).softmax(0)
+                y[n, :, i, j] = weights @ v[:, :, n].flatten(0, 1)
+    return y.flatten(0, 1)
+
+
+def test_stem_equation():
+    torch.manual_seed(0)
+    stem = ns.AttentionStem2d(3, 8, kernel_size=3, num_heads=2, mixtures=4).double().eval()
+    image = torch.randn(3, 6, 8, dtype=torch.float64)  # the last blocks are two cells wide
+    whole = torch.cat(
+        [torch.cat([stem_by_hand(stem, strip) for strip in band.split(3, 2)], 2) for band in image.split(3, 1)], 1
+    )
+    expected = F.max_pool2d(stem.norm(whole[None]), 3, ceil_mode=True)
+    torch.testing.assert_close(stem(image[None]), expected)
+
+
+def test_stem_shapes_parameters_and_gradients():
+    stem = ns.AttentionStem2d()
+    y = stem(torch.randn(2, 3, 30, 33))
+    assert y.shape == (2, 64, 8, 9)
+    assert sum(p.numel() for p in stem.parameters()) == (2 + 4) * 3 * 64 + 7 * 64 + (2 * 4 + 4) * 16 + 2 * 64
+    y.square().sum().backward()
+    assert [name for name, p in stem.named_parameters() if p.grad is None or not p.grad.any()] == []
