@@ -43,24 +43,40 @@ NEARSIGHT_INLINE void pack_lane(const T* source, ptrdiff_t channel_stride, int64
     for (int64_t c = 0; c < channels; ++c) lane[c * pitch] = load_one(source + c * channel_stride) * multiplier;
 }
 
-// `count` cells whose channels are contiguous: blocks of lanes x 4 channels are transposed in registers.
+// The cells at which to start blocks of `width` so that they cover `count` of them: the last block may overlap the one
+// before. Calls block(i) for each, or returns false when there are fewer cells than one block.
+template <class Block>
+NEARSIGHT_INLINE bool cover(int count, int width, Block block) {
+    if (count < width) return false;
+    for (int i = 0; i < count - width; i += width) block(i);
+    block(count - width);
+    return true;
+}
+
+// Cells whose channels are contiguous: blocks of cells x 4 channels are transposed in registers.
 template <class T>
 void pack_interleaved(const T* source, ptrdiff_t stride, int64_t channels, int count, float multiplier, float* lanes,
                       ptrdiff_t pitch) {
     const int64_t whole = channels & ~(int64_t)3;
-    int i = 0;
-    for (; i + kLanes <= count; i += kLanes) {
-        const T* cells = source + i * stride;
-        for (int64_t c = 0; c < whole; c += 4) {
+    for (int64_t c = 0; c < whole; c += 4) {
+        float* target = lanes + c * pitch;
+        const auto vectors = [&](int i) {
             Vector v[4];
-            for (int k = 0; k < 4; ++k) v[k] = load_quads(cells + k * stride + c, 4 * stride);
+            for (int k = 0; k < 4; ++k) v[k] = load_quads(source + (i + k) * stride + c, 4 * stride);
             transpose_quads(v[0], v[1], v[2], v[3]);
-            for (int k = 0; k < 4; ++k) store(lanes + (c + k) * pitch + i, v[k] * multiplier);
-        }
-        for (int64_t c = whole; c < channels; ++c)
-            for (int k = 0; k < kLanes; ++k) lanes[c * pitch + i + k] = load_one(cells + k * stride + c) * multiplier;
+            for (int k = 0; k < 4; ++k) store(target + k * pitch + i, v[k] * multiplier);
+        };
+        const auto quads = [&](int i) {
+            Quad v[4];
+            for (int k = 0; k < 4; ++k) v[k] = load_quad(source + (i + k) * stride + c);
+            transpose_quad(v[0], v[1], v[2], v[3]);
+            for (int k = 0; k < 4; ++k) store_quad(target + k * pitch + i, v[k] * multiplier);
+        };
+        if (cover(count, kLanes, vectors) || cover(count, 4, quads)) continue;
+        for (int i = 0; i < count; ++i) pack_lane(source + i * stride + c, 1, 4, multiplier, target + i, pitch);
     }
-    for (; i < count; ++i) pack_lane(source + i * stride, 1, channels, multiplier, lanes + i, pitch);
+    for (int i = 0; i < count && whole < channels; ++i)
+        pack_lane(source + i * stride + whole, 1, channels - whole, multiplier, lanes + whole * pitch + i, pitch);
 }
 
 template <class T>
@@ -83,23 +99,34 @@ void pack_run(const T* source, ptrdiff_t stride, ptrdiff_t channel_stride, int64
 }
 
 template <class T>
+NEARSIGHT_INLINE void unpack_lane(T* target, ptrdiff_t channel_stride, int64_t channels, float multiplier,
+                                  const float* lane, ptrdiff_t pitch) {
+    for (int64_t c = 0; c < channels; ++c) store_one(target + c * channel_stride, lane[c * pitch] * multiplier);
+}
+
+template <class T>
 void unpack_interleaved(T* target, ptrdiff_t stride, int64_t channels, int count, float multiplier, const float* lanes,
                         ptrdiff_t pitch) {
     const int64_t whole = channels & ~(int64_t)3;
-    int i = 0;
-    for (; i + kLanes <= count; i += kLanes) {
-        T* cells = target + i * stride;
-        for (int64_t c = 0; c < whole; c += 4) {
+    for (int64_t c = 0; c < whole; c += 4) {
+        const float* source = lanes + c * pitch;
+        const auto vectors = [&](int i) {
             Vector v[4];
-            for (int k = 0; k < 4; ++k) v[k] = load(lanes + (c + k) * pitch + i) * multiplier;
+            for (int k = 0; k < 4; ++k) v[k] = load(source + k * pitch + i) * multiplier;
             transpose_quads(v[0], v[1], v[2], v[3]);
-            for (int k = 0; k < 4; ++k) store_quads(cells + k * stride + c, 4 * stride, v[k]);
-        }
-        for (int64_t c = whole; c < channels; ++c)
-            for (int k = 0; k < kLanes; ++k) store_one(cells + k * stride + c, lanes[c * pitch + i + k] * multiplier);
+            for (int k = 0; k < 4; ++k) store_quads(target + (i + k) * stride + c, 4 * stride, v[k]);
+        };
+        const auto quads = [&](int i) {
+            Quad v[4];
+            for (int k = 0; k < 4; ++k) v[k] = load_quad(source + k * pitch + i) * multiplier;
+            transpose_quad(v[0], v[1], v[2], v[3]);
+            for (int k = 0; k < 4; ++k) store_quad(target + (i + k) * stride + c, v[k]);
+        };
+        if (cover(count, kLanes, vectors) || cover(count, 4, quads)) continue;
+        for (int i = 0; i < count; ++i) unpack_lane(target + i * stride + c, 1, 4, multiplier, source + i, pitch);
     }
-    for (; i < count; ++i)
-        for (int64_t c = 0; c < channels; ++c) store_one(target + i * stride + c, lanes[c * pitch + i] * multiplier);
+    for (int i = 0; i < count && whole < channels; ++i)
+        unpack_lane(target + i * stride + whole, 1, channels - whole, multiplier, lanes + whole * pitch + i, pitch);
 }
 
 template <class T>
@@ -159,6 +186,29 @@ void unpack_row(const Plan& plan, const Tensor& t, int64_t channels, const RowAd
 int64_t scalar_offset(const Plan& plan, const RowAddress& at, const Run& run) {
     const int64_t image = (at.first_batch + run.group) * plan.heads + at.head;
     return ((image * plan.out[0] + at.z) * plan.out[1] + at.y) * plan.out[2] + run.index;
+}
+
+// Asks for the memory of the cells that belong in the lanes first to last - 1 of a packed row.
+void prefetch_row(const Plan& plan, const Tensor& t, int64_t channels, const RowAddress& at, Runs runs, int first,
+                  int last) {
+    const ptrdiff_t size = plan.bfloat16 ? 2 : 4;
+    constexpr ptrdiff_t kLine = 64;
+    for (int i = 0; i < runs.count; ++i) {
+        const Run& run = runs.first[i];
+        if (at.first_batch + run.group >= plan.batch || run.step != 1) continue;
+        const int begin = first > run.lane ? first - run.lane : 0;
+        const int end = last - run.lane < run.count ? last - run.lane : run.count;
+        if (begin >= end) continue;
+        const char* data = t.data + (row_offset(t, at, run) + begin * t.x) * size;
+        if (t.channel == 1) {
+            for (int cell = begin; cell < end; ++cell, data += t.x * size)
+                for (ptrdiff_t byte = 0; byte < channels * size; byte += kLine) __builtin_prefetch(data + byte, 0, 2);
+        } else if (t.x == 1) {
+            for (int64_t c = 0; c < channels; ++c, data += t.channel * size)
+                for (ptrdiff_t byte = 0; byte < (end - begin) * size; byte += kLine)
+                    __builtin_prefetch(data + byte, 0, 2);
+        }
+    }
 }
 
 void pack_scalars(const Plan& plan, const float* source, const RowAddress& at, Runs runs, float multiplier, float* row) {
@@ -457,12 +507,9 @@ void start_item(const Pass& pass, Workspace& w) {
     for (int64_t i = 0; i < slots(pass); ++i) w.tags[i].z = w.tags[i].y = INT64_MIN;
 }
 
-Runs home_runs(const Pass& pass, const LaneTile& tile) { return {pass.runs + tile.home_first_run, tile.home_runs}; }
-Runs away_runs(const Pass& pass, const LaneTile& tile) { return {pass.runs + tile.away_first_run, tile.away_runs}; }
-
-// The rows that a group sees, packed by `pack(z, y, row)` unless they still are.
-template <class PackRow>
-int find_sources(const Pass& pass, const LaneTile& tile, const Group& z, const Group& y, Workspace& w, PackRow pack) {
+// The rows that a group sees, packed unless they still are.
+template <class Steps>
+int find_sources(const Pass& pass, const LaneTile& tile, const Group& z, const Group& y, Workspace& w, Steps& steps) {
     int count = 0;
     for (int i = 0; i < z.visits; ++i) {
         const Visit& visit_z = pass.z.visits[z.first_visit + i];
@@ -474,7 +521,7 @@ int find_sources(const Pass& pass, const LaneTile& tile, const Group& z, const G
             if (tag.z != visit_z.cell || tag.y != visit_y.cell) {
                 tag.z = visit_z.cell;
                 tag.y = visit_y.cell;
-                pack(visit_z.index, visit_y.index, Planar{row, tile.away_pitch});
+                steps.pack_away(visit_z.index, visit_y.index, Planar{row, tile.away_pitch});
             }
             w.sources[count++] = {row + tile.left, &visit_y, visit_z.entry[0], visit_z.order[0]};
         }
@@ -531,6 +578,85 @@ DotOperands dot_operands(const Spot& s, const Source& source, int64_t home_chann
 MixOperands mix_operands(const Spot& s, int64_t away_channel) {
     return {s.w->sources, s.source_count, s.tile,     s.mask, s.away_lane + away_channel * s.away_pitch,
             s.away_pitch, s.step,         s.y->count};
+}
+
+// A tensor that a pass reads, and how much of it.
+struct Stream {
+    const Tensor* tensor;
+    int64_t channels;
+};
+
+// What every pass knows about the item that it works on. Passes add
+//     pack_home(r, at, row)     at the start of a group, for each of its rows
+//     pack_away(z, y, row)      for each row that is not in the cache
+//     compute(spot)             for each vector of lanes
+//     unpack(r, at)             at the end of a group, for each of its rows
+struct Walk {
+    const Plan& plan;
+    const Pass& pass;
+    const Item& item;
+    const LaneTile& tile;
+    Workspace& w;
+    Runs home, away;
+    Stream home_streams[3], away_streams[2];
+    Walk(const Plan& plan, const Pass& pass, const Item& item, Workspace& w)
+        : plan(plan),
+          pass(pass),
+          item(item),
+          tile(*item.tile),
+          w(w),
+          home{pass.runs + tile.home_first_run, tile.home_runs},
+          away{pass.runs + tile.away_first_run, tile.away_runs},
+          home_streams{},
+          away_streams{} {}
+
+    const Group& group_z(int64_t g) const { return pass.z.groups[g / pass.y.group_count]; }
+    const Group& group_y(int64_t g) const { return pass.y.groups[g % pass.y.group_count]; }
+    RowAddress address(int64_t z, int64_t y) const { return {item.first_batch, item.head, z, y}; }
+    float* home_row(int r) const { return w.home + r * w.home_channels * tile.home_pitch; }
+
+    void prefetch(const Stream& stream, const RowAddress& at, Runs runs, int pitch, int vector) const {
+        if (stream.tensor && at.z >= 0 && at.y >= 0)
+            prefetch_row(plan, *stream.tensor, stream.channels, at, runs, (int)((int64_t)pitch * vector / tile.vectors),
+                         (int)((int64_t)pitch * (vector + 1) / tile.vectors));
+    }
+
+    // While one group is computed, the memory of the next is asked for: waiting for it would take as long as the work.
+    void prefetch_next(int64_t g, int vector) const {
+        if (g + 1 >= item.last_group) return;
+        const Group &z = group_z(g + 1), &y = group_y(g + 1);
+        for (int r = 0; r < y.rows; ++r)
+            for (const Stream& stream : home_streams)
+                prefetch(stream, address(z.home[0], y.home[r]), home, tile.home_pitch, vector);
+        for (int i = 0; i < z.visits; ++i)
+            for (int j = 0; j < y.visits; ++j) {
+                const Visit& visit_z = pass.z.visits[z.first_visit + i];
+                const Visit& visit_y = pass.y.visits[y.first_visit + j];
+                const Tag& tag = w.tags[(int64_t)visit_z.slot * pass.y.slots + visit_y.slot];
+                if (tag.z == visit_z.cell && tag.y == visit_y.cell) continue;
+                for (const Stream& stream : away_streams)
+                    prefetch(stream, address(visit_z.index, visit_y.index), away, tile.away_pitch, vector);
+            }
+    }
+};
+
+template <class Steps>
+void walk(Steps& steps) {
+    const Pass& pass = steps.pass;
+    const Item& item = steps.item;
+    const LaneTile& tile = steps.tile;
+    start_item(pass, steps.w);
+    for (int64_t g = item.first_group; g < item.last_group; ++g) {
+        const Group &z = steps.group_z(g), &y = steps.group_y(g);
+        for (int r = 0; r < y.rows; ++r)
+            steps.pack_home(r, steps.address(z.home[0], y.home[r]), Planar{steps.home_row(r), tile.home_pitch});
+        const int sources = find_sources(pass, tile, z, y, steps.w, steps);
+        for (int v = 0; v < tile.vectors; ++v) {
+            steps.prefetch_next(g, v);
+            steps.compute(spot_of(steps.plan, pass, item, z, y, sources, v, steps.w));
+        }
+        for (int r = 0; r < y.rows; ++r) steps.unpack(r, steps.address(z.home[0], y.home[r]));
+    }
 }
 
 int64_t bias_entry(const Plan& plan, const Source& source, int r, int entry_x) {
@@ -668,40 +794,33 @@ Workspace forward_workspace(const Plan& plan, Arena& arena) {
     return carve(plan, plan.query_pass, plan.head_dim + plan.value_dim, plan.head_dim, plan.value_dim + 1, false, arena);
 }
 
-void pack_keys(const Plan& plan, const Item& item, int64_t z, int64_t y, Runs runs, Planar row) {
+void pack_keys(const Plan& plan, const RowAddress& at, Runs runs, Planar row) {
     const Planar values = {row.data + plan.head_dim * row.pitch, row.pitch};
-    if (z < 0 || y < 0) {
+    if (at.z < 0 || at.y < 0) {
         memset(row.data, 0, (size_t)((plan.head_dim + plan.value_dim) * row.pitch) * sizeof(float));
         return;
     }
-    const RowAddress at = {item.first_batch, item.head, z, y};
     pack_row(plan, plan.key, plan.head_dim, at, runs, 1.0f, row);
     pack_row(plan, plan.value, plan.value_dim, at, runs, 1.0f, values);
 }
 
-void forward_item(const Plan& plan, const Item& item, Workspace& w) {
-    const Pass& pass = plan.query_pass;
-    const LaneTile& tile = *item.tile;
-    const Runs home = home_runs(pass, tile), away = away_runs(pass, tile);
-    start_item(pass, w);
-    for (int64_t g = item.first_group; g < item.last_group; ++g) {
-        const Group& z = pass.z.groups[g / pass.y.group_count];
-        const Group& y = pass.y.groups[g % pass.y.group_count];
-        for (int r = 0; r < y.rows; ++r)
-            pack_row(plan, plan.query, plan.head_dim, {item.first_batch, item.head, z.home[0], y.home[r]}, home,
-                     plan.query_multiplier, {w.home + r * plan.head_dim * tile.home_pitch, tile.home_pitch});
-        const int sources = find_sources(pass, tile, z, y, w, [&](int64_t row_z, int64_t row_y, Planar row) {
-            pack_keys(plan, item, row_z, row_y, away, row);
-        });
-        for (int v = 0; v < tile.vectors; ++v) forward_spot(spot_of(plan, pass, item, z, y, sources, v, w));
-        for (int r = 0; r < y.rows; ++r) {
-            const RowAddress at = {item.first_batch, item.head, z.home[0], y.home[r]};
-            float* row = w.result + r * (plan.value_dim + 1) * tile.home_pitch;
-            unpack_row(plan, plan.out_tensor, plan.value_dim, at, home, 1.0f, {row, tile.home_pitch});
-            if (plan.lse) unpack_scalars(plan, plan.lse, at, home, 1.0f, row + plan.value_dim * tile.home_pitch);
-        }
+struct ForwardWalk : Walk {
+    ForwardWalk(const Plan& plan, const Item& item, Workspace& w) : Walk(plan, plan.query_pass, item, w) {
+        home_streams[0] = {&plan.query, plan.head_dim};
+        away_streams[0] = {&plan.key, plan.head_dim};
+        away_streams[1] = {&plan.value, plan.value_dim};
     }
-}
+    void pack_home(int, const RowAddress& at, Planar row) const {
+        pack_row(plan, plan.query, plan.head_dim, at, home, plan.query_multiplier, row);
+    }
+    void pack_away(int64_t z, int64_t y, Planar row) const { pack_keys(plan, address(z, y), away, row); }
+    void compute(const Spot& spot) const { forward_spot(spot); }
+    void unpack(int r, const RowAddress& at) const {
+        float* row = w.result + r * (plan.value_dim + 1) * tile.home_pitch;
+        unpack_row(plan, plan.out_tensor, plan.value_dim, at, home, 1.0f, {row, tile.home_pitch});
+        if (plan.lse) unpack_scalars(plan, plan.lse, at, home, 1.0f, row + plan.value_dim * tile.home_pitch);
+    }
+};
 
 // ---- Gradients of query, bias and relative --------------------------------------------------------------------------
 
@@ -862,30 +981,44 @@ void pack_query_home(const Plan& plan, const RowAddress& at, const LaneTile& til
     unpack_scalars(plan, plan.delta, at, runs, -1.0f, plane(channel.minus_delta));
 }
 
-void query_gradient_item(const Plan& plan, const Item& item, Workspace& w) {
-    const Pass& pass = plan.query_pass;
-    const LaneTile& tile = *item.tile;
-    const Runs home = home_runs(pass, tile), away = away_runs(pass, tile);
-    const int64_t result_channels = plan.head_dim > plan.value_dim ? plan.head_dim : plan.value_dim;
-    const bool delta_only =
-        !plan.want_query && !plan.bias_parts && !plan.relative_parts[0] && !plan.relative_parts[1] && !plan.relative_parts[2];
-    start_item(pass, w);
-    memset(w.result, 0, (size_t)(kGroupRows * result_channels * pass.max_home_pitch) * sizeof(float));
-    for (int64_t g = item.first_group; g < item.last_group; ++g) {
-        const Group& z = pass.z.groups[g / pass.y.group_count];
-        const Group& y = pass.y.groups[g % pass.y.group_count];
-        for (int r = 0; r < y.rows; ++r)
-            pack_query_home(plan, {item.first_batch, item.head, z.home[0], y.home[r]}, tile, home,
-                            {w.home + r * w.home_channels * tile.home_pitch, tile.home_pitch}, w.result);
-        if (delta_only) continue;
-        const int sources = find_sources(pass, tile, z, y, w, [&](int64_t row_z, int64_t row_y, Planar row) {
-            pack_keys(plan, item, row_z, row_y, away, row);
-        });
-        for (int v = 0; v < tile.vectors; ++v) query_gradient_spot(spot_of(plan, pass, item, z, y, sources, v, w));
-        for (int r = 0; r < y.rows && plan.want_query; ++r)
-            unpack_row(plan, plan.grad_query, plan.head_dim, {item.first_batch, item.head, z.home[0], y.home[r]}, home,
-                       plan.scale, {w.result + r * plan.head_dim * tile.home_pitch, tile.home_pitch});
+struct QueryGradientWalk : Walk {
+    QueryGradientWalk(const Plan& plan, const Item& item, Workspace& w) : Walk(plan, plan.query_pass, item, w) {
+        home_streams[0] = {&plan.query, plan.head_dim};
+        home_streams[1] = {&plan.grad_out, plan.value_dim};
+        home_streams[2] = {&plan.out_tensor, plan.value_dim};
+        away_streams[0] = {&plan.key, plan.head_dim};
+        away_streams[1] = {&plan.value, plan.value_dim};
     }
+    void pack_home(int, const RowAddress& at, Planar row) const {
+        pack_query_home(plan, at, tile, home, row, w.result);
+    }
+    void pack_away(int64_t z, int64_t y, Planar row) const { pack_keys(plan, address(z, y), away, row); }
+    void compute(const Spot& spot) const { query_gradient_spot(spot); }
+    void unpack(int r, const RowAddress& at) const {
+        float* row = w.result + r * plan.head_dim * tile.home_pitch;
+        if (plan.want_query)
+            unpack_row(plan, plan.grad_query, plan.head_dim, at, home, plan.scale, {row, tile.home_pitch});
+    }
+};
+
+bool wants_query_gradients(const Plan& plan) {
+    return plan.want_query || plan.bias_parts || plan.relative_parts[0] || plan.relative_parts[1] ||
+           plan.relative_parts[2];
+}
+
+void query_gradient_item(const Plan& plan, const Item& item, Workspace& w) {
+    const int64_t result_channels = plan.head_dim > plan.value_dim ? plan.head_dim : plan.value_dim;
+    memset(w.result, 0, (size_t)(kGroupRows * result_channels * plan.query_pass.max_home_pitch) * sizeof(float));
+    QueryGradientWalk steps(plan, item, w);
+    if (wants_query_gradients(plan)) {
+        walk(steps);
+        return;
+    }
+    start_item(plan.query_pass, w);  // the gradients of key and value still need delta
+    for (int64_t g = item.first_group; g < item.last_group; ++g)
+        for (int r = 0; r < steps.group_y(g).rows; ++r)
+            steps.pack_home(r, steps.address(steps.group_z(g).home[0], steps.group_y(g).home[r]),
+                            {steps.home_row(r), steps.tile.home_pitch});
 }
 
 // ---- Gradients of key and value -------------------------------------------------------------------------------------
@@ -1021,9 +1154,8 @@ Workspace key_gradient_workspace(const Plan& plan, Arena& arena) {
     return carve(plan, plan.key_pass, KeyAway(plan).channels, channels, channels, false, arena);
 }
 
-void pack_queries(const Plan& plan, const Item& item, int64_t z, int64_t y, Runs runs, Planar row) {
+void pack_queries(const Plan& plan, const RowAddress& at, Runs runs, Planar row) {
     const KeyAway channel(plan);
-    const RowAddress at = {item.first_batch, item.head, z, y};
     const auto plane = [&](int64_t c) { return row.data + c * row.pitch; };
     pack_row(plan, plan.query, plan.head_dim, at, runs, plan.query_multiplier, row);
     pack_row(plan, plan.grad_out, plan.value_dim, at, runs, 1.0f, {plane(channel.grad_out), row.pitch});
@@ -1032,38 +1164,31 @@ void pack_queries(const Plan& plan, const Item& item, int64_t z, int64_t y, Runs
     for (int axis = 0; axis < 3; ++axis) {
         if (!plan.relative[axis]) continue;
         for (ptrdiff_t lane = 0; lane < row.pitch; lane += kLanes)
-            table_terms<1>(row.data + lane, 0, row.pitch, relative_table(plan, axis, item.head), plan.head_dim,
-                           plan.nonzero[axis][item.head], 0, plan.entries[axis], plane(channel.terms[axis]) + lane,
+            table_terms<1>(row.data + lane, 0, row.pitch, relative_table(plan, axis, at.head), plan.head_dim,
+                           plan.nonzero[axis][at.head], 0, plan.entries[axis], plane(channel.terms[axis]) + lane,
                            row.pitch, 0);
     }
 }
 
-void key_gradient_item(const Plan& plan, const Item& item, Workspace& w) {
-    const Pass& pass = plan.key_pass;
-    const LaneTile& tile = *item.tile;
-    const Runs home = home_runs(pass, tile), away = away_runs(pass, tile);
-    const int64_t channels = plan.head_dim + plan.value_dim;
-    const ptrdiff_t row_size = channels * tile.home_pitch, values = plan.head_dim * tile.home_pitch;
-    start_item(pass, w);
-    for (int64_t g = item.first_group; g < item.last_group; ++g) {
-        const Group& z = pass.z.groups[g / pass.y.group_count];
-        const Group& y = pass.y.groups[g % pass.y.group_count];
-        for (int r = 0; r < y.rows; ++r)
-            pack_keys(plan, item, z.home[0], y.home[r], home, {w.home + r * row_size, tile.home_pitch});
-        const int sources = find_sources(pass, tile, z, y, w, [&](int64_t row_z, int64_t row_y, Planar row) {
-            pack_queries(plan, item, row_z, row_y, away, row);
-        });
-        for (int v = 0; v < tile.vectors; ++v) key_gradient_spot(spot_of(plan, pass, item, z, y, sources, v, w));
-        for (int r = 0; r < y.rows; ++r) {
-            const RowAddress at = {item.first_batch, item.head, z.home[0], y.home[r]};
-            float* row = w.result + r * row_size;
-            // The packed query carries scale * log2(e).
-            if (plan.want_key) unpack_row(plan, plan.grad_key, plan.head_dim, at, home, kLn2, {row, tile.home_pitch});
-            if (plan.want_value)
-                unpack_row(plan, plan.grad_value, plan.value_dim, at, home, 1.0f, {row + values, tile.home_pitch});
-        }
+struct KeyGradientWalk : Walk {
+    KeyGradientWalk(const Plan& plan, const Item& item, Workspace& w) : Walk(plan, plan.key_pass, item, w) {
+        home_streams[0] = {&plan.key, plan.head_dim};
+        home_streams[1] = {&plan.value, plan.value_dim};
+        away_streams[0] = {&plan.query, plan.head_dim};
+        away_streams[1] = {&plan.grad_out, plan.value_dim};
     }
-}
+    void pack_home(int, const RowAddress& at, Planar row) const { pack_keys(plan, at, home, row); }
+    void pack_away(int64_t z, int64_t y, Planar row) const { pack_queries(plan, address(z, y), away, row); }
+    void compute(const Spot& spot) const { key_gradient_spot(spot); }
+    void unpack(int r, const RowAddress& at) const {
+        float* row = w.result + r * (plan.head_dim + plan.value_dim) * tile.home_pitch;
+        float* values = row + plan.head_dim * tile.home_pitch;
+        // The packed query carries scale * log2(e).
+        if (plan.want_key) unpack_row(plan, plan.grad_key, plan.head_dim, at, home, kLn2, {row, tile.home_pitch});
+        if (plan.want_value)
+            unpack_row(plan, plan.grad_value, plan.value_dim, at, home, 1.0f, {values, tile.home_pitch});
+    }
+};
 
 // ---- Jobs -----------------------------------------------------------------------------------------------------------
 
@@ -1084,7 +1209,10 @@ void flush(float* accumulator, int64_t count, float multiplier, float* part) {
 void forward(const Plan* plan, int64_t head, int64_t job, char* workspace) {
     Arena arena = {workspace, 0};
     Workspace w = forward_workspace(*plan, arena);
-    each_item(*plan, plan->query_pass, head, job, [&](const Item& item) { forward_item(*plan, item, w); });
+    each_item(*plan, plan->query_pass, head, job, [&](const Item& item) {
+        ForwardWalk steps(*plan, item, w);
+        walk(steps);
+    });
 }
 
 void query_gradient(const Plan* plan, int64_t head, int64_t job, char* workspace) {
@@ -1112,7 +1240,10 @@ void query_gradient(const Plan* plan, int64_t head, int64_t job, char* workspace
 void key_gradient(const Plan* plan, int64_t head, int64_t job, char* workspace) {
     Arena arena = {workspace, 0};
     Workspace w = key_gradient_workspace(*plan, arena);
-    each_item(*plan, plan->key_pass, head, job, [&](const Item& item) { key_gradient_item(*plan, item, w); });
+    each_item(*plan, plan->key_pass, head, job, [&](const Item& item) {
+        KeyGradientWalk steps(*plan, item, w);
+        walk(steps);
+    });
 }
 
 size_t forward_bytes(const Plan* plan) {

@@ -133,6 +133,15 @@ NEARSIGHT_INLINE void transpose_quads(Vector& a, Vector& b, Vector& c, Vector& d
 #undef HIGH_PAIRS
 }
 
+NEARSIGHT_INLINE void transpose_quad(Quad& a, Quad& b, Quad& c, Quad& d) {
+    const Quad ab_low = __builtin_shufflevector(a, b, 0, 4, 1, 5), ab_high = __builtin_shufflevector(a, b, 2, 6, 3, 7);
+    const Quad cd_low = __builtin_shufflevector(c, d, 0, 4, 1, 5), cd_high = __builtin_shufflevector(c, d, 2, 6, 3, 7);
+    a = __builtin_shufflevector(ab_low, cd_low, 0, 1, 4, 5);
+    b = __builtin_shufflevector(ab_low, cd_low, 2, 3, 6, 7);
+    c = __builtin_shufflevector(ab_high, cd_high, 0, 1, 4, 5);
+    d = __builtin_shufflevector(ab_high, cd_high, 2, 3, 6, 7);
+}
+
 NEARSIGHT_INLINE float load_one(const float* p) { return *p; }
 NEARSIGHT_INLINE float load_one(const Bfloat16* p) {
     const uint32_t bits = (uint32_t)*p << 16;

@@ -403,6 +403,15 @@ def test_global_attention(contestant, size, dtype):
         assert_near("gradient", gradient, wanted, condition)
 
 
+@pytest.mark.parametrize("name", NAMED)
+def test_attention_weights(name):
+    case = NAMED[name]
+    _, inputs, arguments = tensors_of(case)
+    _, expected, largest = oracle.attention(*inputs_of(case)[1:4], case.axes, *inputs_of(case)[4:], case.scale)
+    found = ns.attention_weights(*inputs[:2], case.window, **arguments)
+    assert_near("weights", found, expected, max(1, largest))
+
+
 def refuses(contestant: Contestant, case: Case) -> bool:
     _, inputs, arguments = tensors_of(case, grad=True)
     return contestant.why_not(*inputs[:3], case.window, **arguments) is not None

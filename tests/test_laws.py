@@ -10,7 +10,7 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ALL, assert_near, every_backend
+from conftest import ALL, assert_near
 from torch import Tensor
 
 import nearsight as ns

@@ -60,7 +60,9 @@ def test_layer_weights_mix_the_values(stride):
     weights = layer.attention_weights(x)
     assert weights.shape == (2, 1, *ns.Window(3, stride=stride).output_size((5, 7)), 3, 3)
     patches = F.unfold(layer.qkv(x)[:, 12:], 3, padding=1, stride=stride).unflatten(1, (6, 9))
-    torch.testing.assert_close(torch.einsum("bckp,bpk->bcp", patches, weights.flatten(1, 3).flatten(2)), layer(x).flatten(2))
+    torch.testing.assert_close(
+        torch.einsum("bckp,bpk->bcp", patches, weights.flatten(1, 3).flatten(2)), layer(x).flatten(2)
+    )
 
 
 @pytest.mark.parametrize(
@@ -142,7 +144,11 @@ def test_logits_start_with_variance_one():
         (lambda: ns.LocalSelfAttention1d(16)(torch.randn(1, 2, 16, 5)), ShapeError, r"\(B, 16, L\).*\(1, 2, 16, 5\)"),
         (lambda: ns.AttentionStem2d(3, 10), ShapeError, "num_heads=4 must divide out_channels=10; num_heads=2"),
         (lambda: ns.AttentionStem2d(3, kernel_size=1), OptionError, "at least 2.*received 1"),
-        (lambda: ns.AttentionStem2d(3)(torch.randn(1, 1, 8, 8)), ShapeError, r"\(B, 3, H, W\); received \(1, 1, 8, 8\)"),
+        (
+            lambda: ns.AttentionStem2d(3)(torch.randn(1, 1, 8, 8)),
+            ShapeError,
+            r"\(B, 3, H, W\); received \(1, 1, 8, 8\)",
+        ),
     ],
 )
 def test_errors(run, error, message):
@@ -185,7 +191,11 @@ def stem_by_hand(stem, x):
     row, column = stem.position.vectors
     y = torch.zeros(heads, stem.out_channels // heads, *x.shape[1:], dtype=x.dtype)
     v = torch.stack(
-        [torch.einsum("m,moc,c->o", p[:, i, j], matrices, x[:, i, j]) for i in range(x.shape[1]) for j in range(x.shape[2])]
+        [
+            torch.einsum("m,moc,c->o", p[:, i, j], matrices, x[:, i, j])
+            for i in range(x.shape[1])
+            for j in range(x.shape[2])
+        ]
     ).view(*x.shape[1:], heads, -1)
     for n in range(heads):
         for i in range(x.shape[1]):

@@ -351,7 +351,9 @@ class AttentionStem2d(nn.Module):
         super().__init__()
         _check_channels(in_channels, out_channels, num_heads)
         if kernel_size < 2:
-            raise OptionError(f"kernel_size must be at least 2: in a block of one cell nothing attends; received {kernel_size}")
+            raise OptionError(
+                f"kernel_size must be at least 2: in a block of one cell nothing attends; received {kernel_size}"
+            )
         head_dim = out_channels // num_heads
         self.in_channels = in_channels
         self.out_channels = out_channels
