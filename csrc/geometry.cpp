@@ -82,10 +82,7 @@ PassLists::PassLists(const Geometry& geometry, Home home, int lanes, int64_t bat
     pass_.offset = away_offset(x, 0);
     pass_.step = home_ == Home::queries ? x.dilation : -x.dilation;
     for (const LaneVector& vector : vectors_) pass_.max_entries = std::max(pass_.max_entries, vector.entries);
-    for (const LaneTile& tile : tiles_) {
-        pass_.max_home_pitch = std::max(pass_.max_home_pitch, tile.home_pitch);
-        pass_.max_away_pitch = std::max(pass_.max_away_pitch, tile.away_pitch);
-    }
+    for (const LaneTile& tile : tiles_) pass_.max_away_pitch = std::max(pass_.max_away_pitch, tile.away_pitch);
 
     // Enough parts for a machine's threads, none so small that packing the rows around it dominates. These numbers must
     // not depend on the number of threads: the partial sums of the tables' gradients follow them.
@@ -175,7 +172,6 @@ void PassLists::add_tile(const Axis& axis, int64_t first, int64_t last, int batc
     LaneTile tile = {};
     tile.vectors = (int32_t)((last - first + lanes_ - 1) / lanes_);
     tile.first_vector = (int32_t)vectors_.size();
-    tile.home_pitch = tile.vectors * lanes_;
     int64_t lowest = 0, highest = 0;
     for (int32_t v = 0; v < tile.vectors; ++v) {
         const int64_t lane = first + (int64_t)v * lanes_;
@@ -189,7 +185,7 @@ void PassLists::add_tile(const Axis& axis, int64_t first, int64_t last, int batc
     const int64_t left = round_up(-lowest, lanes_);
     // An odd number of vectors keeps the channels of a row from falling on the same cache sets.
     tile.left = (int32_t)left;
-    tile.away_pitch = (int32_t)(round_up(left + tile.home_pitch + highest, lanes_) / lanes_ | 1) * lanes_;
+    tile.away_pitch = (int32_t)(round_up(left + tile.vectors * lanes_ + highest, lanes_) / lanes_ | 1) * lanes_;
 
     tile.home_first_run = (int32_t)runs_.size();
     tile.home_runs = add_runs(axis, home_ == Home::queries, first, last, batch_group);

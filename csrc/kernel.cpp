@@ -58,25 +58,65 @@ template <class T>
 void pack_interleaved(const T* source, ptrdiff_t stride, int64_t channels, int count, float multiplier, float* lanes,
                       ptrdiff_t pitch) {
     const int64_t whole = channels & ~(int64_t)3;
-    for (int64_t c = 0; c < whole; c += 4) {
-        float* target = lanes + c * pitch;
-        const auto vectors = [&](int i) {
+    const auto vectors = [&](int i) {
+        for (int64_t c = 0; c < whole; c += 4) {
+            const T* cell = source + i * stride + c;
+            float* target = lanes + c * pitch + i;
+            for (int k = 0; k < 4; ++k) __builtin_prefetch(target + k * pitch + kLanes, 1);
             Vector v[4];
-            for (int k = 0; k < 4; ++k) v[k] = load_quads(source + (i + k) * stride + c, 4 * stride);
+            for (int k = 0; k < 4; ++k) v[k] = load_quads(cell + k * stride, 4 * stride);
             transpose_quads(v[0], v[1], v[2], v[3]);
-            for (int k = 0; k < 4; ++k) store(target + k * pitch + i, v[k] * multiplier);
-        };
-        const auto quads = [&](int i) {
+            for (int k = 0; k < 4; ++k) store(target + k * pitch, v[k] * multiplier);
+        }
+    };
+    const auto quads = [&](int i) {
+        for (int64_t c = 0; c < whole; c += 4) {
+            const T* cell = source + i * stride + c;
+            float* target = lanes + c * pitch + i;
             Quad v[4];
-            for (int k = 0; k < 4; ++k) v[k] = load_quad(source + (i + k) * stride + c);
+            for (int k = 0; k < 4; ++k) v[k] = load_quad(cell + k * stride);
             transpose_quad(v[0], v[1], v[2], v[3]);
-            for (int k = 0; k < 4; ++k) store_quad(target + k * pitch + i, v[k] * multiplier);
-        };
-        if (cover(count, kLanes, vectors) || cover(count, 4, quads)) continue;
-        for (int i = 0; i < count; ++i) pack_lane(source + i * stride + c, 1, 4, multiplier, target + i, pitch);
-    }
-    for (int i = 0; i < count && whole < channels; ++i)
-        pack_lane(source + i * stride + whole, 1, channels - whole, multiplier, lanes + whole * pitch + i, pitch);
+            for (int k = 0; k < 4; ++k) store_quad(target + k * pitch, v[k] * multiplier);
+        }
+    };
+    const int64_t left = cover(count, kLanes, vectors) || cover(count, 4, quads) ? whole : 0;
+    for (int i = 0; i < count && left < channels; ++i)
+        pack_lane(source + i * stride + left, 1, channels - left, multiplier, lanes + left * pitch + i, pitch);
+}
+
+template <class T>
+NEARSIGHT_INLINE void unpack_lane(T* target, ptrdiff_t channel_stride, int64_t channels, float multiplier,
+                                  const float* lane, ptrdiff_t pitch) {
+    for (int64_t c = 0; c < channels; ++c) store_one(target + c * channel_stride, lane[c * pitch] * multiplier);
+}
+
+template <class T>
+void unpack_interleaved(T* target, ptrdiff_t stride, int64_t channels, int count, float multiplier, const float* lanes,
+                        ptrdiff_t pitch) {
+    const int64_t whole = channels & ~(int64_t)3;
+    const auto vectors = [&](int i) {
+        for (int64_t c = 0; c < whole; c += 4) {
+            T* cell = target + i * stride + c;
+            const float* source = lanes + c * pitch + i;
+            Vector v[4];
+            for (int k = 0; k < 4; ++k) v[k] = load(source + k * pitch) * multiplier;
+            transpose_quads(v[0], v[1], v[2], v[3]);
+            for (int k = 0; k < 4; ++k) store_quads(cell + k * stride, 4 * stride, v[k]);
+        }
+    };
+    const auto quads = [&](int i) {
+        for (int64_t c = 0; c < whole; c += 4) {
+            T* cell = target + i * stride + c;
+            const float* source = lanes + c * pitch + i;
+            Quad v[4];
+            for (int k = 0; k < 4; ++k) v[k] = load_quad(source + k * pitch) * multiplier;
+            transpose_quad(v[0], v[1], v[2], v[3]);
+            for (int k = 0; k < 4; ++k) store_quad(cell + k * stride, v[k]);
+        }
+    };
+    const int64_t left = cover(count, kLanes, vectors) || cover(count, 4, quads) ? whole : 0;
+    for (int i = 0; i < count && left < channels; ++i)
+        unpack_lane(target + i * stride + left, 1, channels - left, multiplier, lanes + left * pitch + i, pitch);
 }
 
 template <class T>
@@ -99,37 +139,6 @@ void pack_run(const T* source, ptrdiff_t stride, ptrdiff_t channel_stride, int64
 }
 
 template <class T>
-NEARSIGHT_INLINE void unpack_lane(T* target, ptrdiff_t channel_stride, int64_t channels, float multiplier,
-                                  const float* lane, ptrdiff_t pitch) {
-    for (int64_t c = 0; c < channels; ++c) store_one(target + c * channel_stride, lane[c * pitch] * multiplier);
-}
-
-template <class T>
-void unpack_interleaved(T* target, ptrdiff_t stride, int64_t channels, int count, float multiplier, const float* lanes,
-                        ptrdiff_t pitch) {
-    const int64_t whole = channels & ~(int64_t)3;
-    for (int64_t c = 0; c < whole; c += 4) {
-        const float* source = lanes + c * pitch;
-        const auto vectors = [&](int i) {
-            Vector v[4];
-            for (int k = 0; k < 4; ++k) v[k] = load(source + k * pitch + i) * multiplier;
-            transpose_quads(v[0], v[1], v[2], v[3]);
-            for (int k = 0; k < 4; ++k) store_quads(target + (i + k) * stride + c, 4 * stride, v[k]);
-        };
-        const auto quads = [&](int i) {
-            Quad v[4];
-            for (int k = 0; k < 4; ++k) v[k] = load_quad(source + k * pitch + i) * multiplier;
-            transpose_quad(v[0], v[1], v[2], v[3]);
-            for (int k = 0; k < 4; ++k) store_quad(target + (i + k) * stride + c, v[k]);
-        };
-        if (cover(count, kLanes, vectors) || cover(count, 4, quads)) continue;
-        for (int i = 0; i < count; ++i) unpack_lane(target + i * stride + c, 1, 4, multiplier, source + i, pitch);
-    }
-    for (int i = 0; i < count && whole < channels; ++i)
-        unpack_lane(target + i * stride + whole, 1, channels - whole, multiplier, lanes + whole * pitch + i, pitch);
-}
-
-template <class T>
 void unpack_run(T* target, ptrdiff_t stride, ptrdiff_t channel_stride, int64_t channels, const Run& run,
                 float multiplier, const float* row, ptrdiff_t pitch) {
     const float* lanes = row + run.lane;
@@ -147,10 +156,19 @@ struct RowAddress {
     int64_t first_batch, head, z, y;
 };
 
+// The lanes first_lane to last_lane - 1 of a row; the first of them is lane 0 in packed memory.
 struct Runs {
-    const Run* first;
-    int count;
+    const Run* runs;
+    int count, first_lane, last_lane;
 };
+
+Run clip(const Run& run, const Runs& window) {
+    const int skipped = window.first_lane > run.lane ? (window.first_lane - run.lane + run.step - 1) / run.step : 0;
+    const int lane = run.lane + skipped * run.step;
+    const int room = lane < window.last_lane ? (window.last_lane - lane + run.step - 1) / run.step : 0;
+    const int left = run.count - skipped;
+    return {lane - window.first_lane, run.step, room < left ? room : left, run.group, run.index + skipped};
+}
 
 int64_t row_offset(const Tensor& t, const RowAddress& at, const Run& run) {
     return (at.first_batch + run.group) * t.batch + at.head * t.head + at.z * t.z + at.y * t.y + run.index * t.x;
@@ -159,8 +177,8 @@ int64_t row_offset(const Tensor& t, const RowAddress& at, const Run& run) {
 void pack_row(const Plan& plan, const Tensor& t, int64_t channels, const RowAddress& at, Runs runs, float multiplier,
               Planar row) {
     for (int i = 0; i < runs.count; ++i) {
-        const Run& run = runs.first[i];
-        if (at.first_batch + run.group >= plan.batch) continue;
+        const Run run = clip(runs.runs[i], runs);
+        if (run.count <= 0 || at.first_batch + run.group >= plan.batch) continue;
         const int64_t offset = row_offset(t, at, run);
         if (plan.bfloat16)
             pack_run((const Bfloat16*)t.data + offset, t.x, t.channel, channels, run, multiplier, row.data, row.pitch);
@@ -172,8 +190,8 @@ void pack_row(const Plan& plan, const Tensor& t, int64_t channels, const RowAddr
 void unpack_row(const Plan& plan, const Tensor& t, int64_t channels, const RowAddress& at, Runs runs, float multiplier,
                 Planar row) {
     for (int i = 0; i < runs.count; ++i) {
-        const Run& run = runs.first[i];
-        if (at.first_batch + run.group >= plan.batch) continue;
+        const Run run = clip(runs.runs[i], runs);
+        if (run.count <= 0 || at.first_batch + run.group >= plan.batch) continue;
         const int64_t offset = row_offset(t, at, run);
         if (plan.bfloat16)
             unpack_run((Bfloat16*)t.data + offset, t.x, t.channel, channels, run, multiplier, row.data, row.pitch);
@@ -188,33 +206,52 @@ int64_t scalar_offset(const Plan& plan, const RowAddress& at, const Run& run) {
     return ((image * plan.out[0] + at.z) * plan.out[1] + at.y) * plan.out[2] + run.index;
 }
 
-// Asks for the memory of the cells that belong in the lanes first to last - 1 of a packed row.
-void prefetch_row(const Plan& plan, const Tensor& t, int64_t channels, const RowAddress& at, Runs runs, int first,
-                  int last) {
+// Memory to ask for while something else is computed: waiting for it would take as long as the work. A few lines at a
+// time, since a burst fills the queues of the processor and makes it wait after all.
+struct Prefetches {
+    static constexpr int kMost = 1024;
+    const char* reads[kMost];
+    char* writes[kMost];
+    int read_count, write_count, reads_done, writes_done, at_once;
+
+    void clear() { read_count = write_count = reads_done = writes_done = 0; }
+    void add(char* line, bool write) {
+        if (write && write_count < kMost) writes[write_count++] = line;
+        if (!write && read_count < kMost) reads[read_count++] = line;
+    }
+    void spread_over(int points) { at_once = (read_count + write_count) / (points > 0 ? points : 1) + 1; }
+    NEARSIGHT_INLINE void issue() {
+        for (int i = 0; i < at_once; ++i) {
+            if (writes_done < write_count)
+                __builtin_prefetch(writes[writes_done++], 1, 2);
+            else if (reads_done < read_count)
+                __builtin_prefetch(reads[reads_done++], 0, 2);
+        }
+    }
+};
+
+void prefetch_row(const Plan& plan, const Tensor& t, int64_t channels, const RowAddress& at, Runs runs, bool write,
+                  Prefetches& list) {
     const ptrdiff_t size = plan.bfloat16 ? 2 : 4;
     constexpr ptrdiff_t kLine = 64;
     for (int i = 0; i < runs.count; ++i) {
-        const Run& run = runs.first[i];
-        if (at.first_batch + run.group >= plan.batch || run.step != 1) continue;
-        const int begin = first > run.lane ? first - run.lane : 0;
-        const int end = last - run.lane < run.count ? last - run.lane : run.count;
-        if (begin >= end) continue;
-        const char* data = t.data + (row_offset(t, at, run) + begin * t.x) * size;
+        const Run run = clip(runs.runs[i], runs);
+        if (run.count <= 0 || at.first_batch + run.group >= plan.batch || run.step != 1) continue;
+        char* data = t.data + row_offset(t, at, run) * size;
         if (t.channel == 1) {
-            for (int cell = begin; cell < end; ++cell, data += t.x * size)
-                for (ptrdiff_t byte = 0; byte < channels * size; byte += kLine) __builtin_prefetch(data + byte, 0, 2);
+            for (int cell = 0; cell < run.count; ++cell, data += t.x * size)
+                for (ptrdiff_t byte = 0; byte < channels * size; byte += kLine) list.add(data + byte, write);
         } else if (t.x == 1) {
             for (int64_t c = 0; c < channels; ++c, data += t.channel * size)
-                for (ptrdiff_t byte = 0; byte < (end - begin) * size; byte += kLine)
-                    __builtin_prefetch(data + byte, 0, 2);
+                for (ptrdiff_t byte = 0; byte < run.count * size; byte += kLine) list.add(data + byte, write);
         }
     }
 }
 
 void pack_scalars(const Plan& plan, const float* source, const RowAddress& at, Runs runs, float multiplier, float* row) {
     for (int i = 0; i < runs.count; ++i) {
-        const Run& run = runs.first[i];
-        if (at.first_batch + run.group >= plan.batch) continue;
+        const Run run = clip(runs.runs[i], runs);
+        if (run.count <= 0 || at.first_batch + run.group >= plan.batch) continue;
         pack_run(source + scalar_offset(plan, at, run), 1, 1, 1, run, multiplier, row, 0);
     }
 }
@@ -222,8 +259,8 @@ void pack_scalars(const Plan& plan, const float* source, const RowAddress& at, R
 void unpack_scalars(const Plan& plan, float* target, const RowAddress& at, Runs runs, float multiplier,
                     const float* row) {
     for (int i = 0; i < runs.count; ++i) {
-        const Run& run = runs.first[i];
-        if (at.first_batch + run.group >= plan.batch) continue;
+        const Run run = clip(runs.runs[i], runs);
+        if (run.count <= 0 || at.first_batch + run.group >= plan.batch) continue;
         unpack_run(target + scalar_offset(plan, at, run), 1, 1, 1, run, multiplier, row, 0);
     }
 }
@@ -239,7 +276,7 @@ struct Source {
 
 struct DotOperands {
     const float* home;  // first row that takes part
-    ptrdiff_t home_row, home_pitch;
+    ptrdiff_t home_row;
     const float* away;  // entry 0
     ptrdiff_t away_pitch, step;
     int64_t channels;
@@ -261,7 +298,7 @@ NEARSIGHT_INLINE void dot(const DotOperands& o, int entry, Part& part) {
             pin(a);
             for (int r = 0; r < kRows; ++r) sums[r][e] += h[r] * a;
         }
-        home += o.home_pitch;
+        home += kLanes;
         away += o.away_pitch;
     }
     for (int r = 0; r < kRows; ++r) part.template finish<kEntries>(r, entry, sums[r]);
@@ -306,6 +343,7 @@ struct MixOperands {
     ptrdiff_t away_lane;  // from Source::away to the lane of entry 0
     ptrdiff_t away_pitch, step;
     const int32_t* visits;  // of each home row along y
+    Prefetches* prefetches;
 };
 
 int order(const Source& s, const int32_t* visits, int r) { return s.order_z * visits[r] + s.visit->order[r]; }
@@ -331,12 +369,13 @@ NEARSIGHT_INLINE void mix_source(const MixOperands& o, const Source& s, int64_t 
 }
 
 template <int kChannels, bool kMasked>
-void mix(const MixOperands& o, int64_t channel, float* result, ptrdiff_t result_row, ptrdiff_t result_pitch) {
+void mix(const MixOperands& o, int64_t channel, float* result, ptrdiff_t result_row) {
     Vector sums[kGroupRows][kMixChannels];
     for (int r = 0; r < kGroupRows; ++r)
         for (int c = 0; c < kChannels; ++c) sums[r][c] = Vector{};
     for (int i = 0; i < o.source_count; ++i) {
         const Source& s = o.sources[i];
+        o.prefetches->issue();
         switch (s.visit->first * 4 + s.visit->last) {
             case 1: mix_source<0, 1, kChannels, kMasked>(o, s, channel, sums); break;
             case 2: mix_source<0, 2, kChannels, kMasked>(o, s, channel, sums); break;
@@ -347,27 +386,26 @@ void mix(const MixOperands& o, int64_t channel, float* result, ptrdiff_t result_
         }
     }
     for (int r = 0; r < kGroupRows; ++r)
-        for (int c = 0; c < kChannels; ++c) store(result + r * result_row + (channel + c) * result_pitch, sums[r][c]);
+        for (int c = 0; c < kChannels; ++c) store(result + r * result_row + (channel + c) * kLanes, sums[r][c]);
 }
 
 template <int kChannels>
-int64_t mix_blocks(const MixOperands& o, int64_t channel, int64_t channels, float* result, ptrdiff_t result_row,
-                   ptrdiff_t result_pitch) {
+int64_t mix_blocks(const MixOperands& o, int64_t channel, int64_t channels, float* result, ptrdiff_t result_row) {
     for (; channel + kChannels <= channels; channel += kChannels) {
         if (o.mask)
-            mix<kChannels, true>(o, channel, result, result_row, result_pitch);
+            mix<kChannels, true>(o, channel, result, result_row);
         else
-            mix<kChannels, false>(o, channel, result, result_row, result_pitch);
+            mix<kChannels, false>(o, channel, result, result_row);
     }
     return channel;
 }
 
 // result[r][c] = sum over sources and entries of weights * away channel c.
-void mix_all(const MixOperands& o, int64_t channels, float* result, ptrdiff_t result_row, ptrdiff_t result_pitch) {
-    int64_t c = mix_blocks<kMixChannels>(o, 0, channels, result, result_row, result_pitch);
-    if constexpr (kMixChannels > 4) c = mix_blocks<4>(o, c, channels, result, result_row, result_pitch);
-    c = mix_blocks<2>(o, c, channels, result, result_row, result_pitch);
-    mix_blocks<1>(o, c, channels, result, result_row, result_pitch);
+void mix_all(const MixOperands& o, int64_t channels, float* result, ptrdiff_t result_row) {
+    int64_t c = mix_blocks<kMixChannels>(o, 0, channels, result, result_row);
+    if constexpr (kMixChannels > 4) c = mix_blocks<4>(o, c, channels, result, result_row);
+    c = mix_blocks<2>(o, c, channels, result, result_row);
+    mix_blocks<1>(o, c, channels, result, result_row);
 }
 
 // ---- Tables of relative vectors -------------------------------------------------------------------------------------
@@ -394,23 +432,23 @@ void table_terms(const float* query, ptrdiff_t query_row, ptrdiff_t query_pitch,
 
 // result[r][c] += sum over entries of sums[entry][r] * table[entry][c].
 void add_table_gradient(const float* sums, const float* table, int64_t head_dim, ChannelRange nonzero, int first,
-                        int last, float* result, ptrdiff_t result_row, ptrdiff_t result_pitch) {
+                        int last, float* result, ptrdiff_t result_row) {
     for (int64_t c = nonzero.begin; c < nonzero.end; ++c) {
         Vector total[kGroupRows];
-        for (int r = 0; r < kGroupRows; ++r) total[r] = load(result + r * result_row + c * result_pitch);
+        for (int r = 0; r < kGroupRows; ++r) total[r] = load(result + r * result_row + c * kLanes);
         for (int e = first; e < last; ++e)
             for (int r = 0; r < kGroupRows; ++r)
                 total[r] += load(sums + (e * kGroupRows + r) * kLanes) * splat(table[e * head_dim + c]);
-        for (int r = 0; r < kGroupRows; ++r) store(result + r * result_row + c * result_pitch, total[r]);
+        for (int r = 0; r < kGroupRows; ++r) store(result + r * result_row + c * kLanes, total[r]);
     }
 }
 
 // gradient[entry][c] += sum over rows of sums[entry][r] * query[r][c], lane by lane.
-void add_relative_gradient(const float* sums, const float* query, ptrdiff_t query_row, ptrdiff_t query_pitch, int rows,
-                           int64_t head_dim, int first, int last, float* gradient) {
+void add_relative_gradient(const float* sums, const float* query, ptrdiff_t query_row, int rows, int64_t head_dim,
+                           int first, int last, float* gradient) {
     for (int64_t c = 0; c < head_dim; ++c) {
         Vector q[kGroupRows] = {};
-        for (int r = 0; r < rows; ++r) q[r] = load(query + r * query_row + c * query_pitch);
+        for (int r = 0; r < rows; ++r) q[r] = load(query + r * query_row + c * kLanes);
         for (int e = first; e < last; ++e) {
             float* target = gradient + (e * head_dim + c) * kLanes;
             Vector total = load(target);
@@ -442,8 +480,9 @@ struct Workspace {
     float* cache;  // packed away rows
     Tag* tags;     // which rows they are
     Source* sources;
-    float* home;    // packed home rows
-    float* result;  // rows to unpack
+    float* home;    // one vector of the group's home rows: [row][channel][lane]
+    float* result;  // alike
+    Prefetches* prefetches;
     float* scores;  // the tile
     float* terms[3];
     float* sums[3];
@@ -465,9 +504,10 @@ Workspace carve(const Plan& plan, const Pass& pass, int64_t away_channels, int64
     w.cache_bytes = (size_t)(slots(pass) * row) * sizeof(float);
     w.tags = (Tag*)arena.take(slots(pass) * (int64_t)sizeof(Tag));
     w.sources = (Source*)arena.take((int64_t)pass.z.max_visits * pass.y.max_visits * (int64_t)sizeof(Source));
-    w.home = arena.floats(kGroupRows * home_channels * pass.max_home_pitch);
-    w.home_bytes = (size_t)(kGroupRows * home_channels * pass.max_home_pitch) * sizeof(float);
-    w.result = arena.floats(kGroupRows * result_channels * pass.max_home_pitch);
+    w.prefetches = (Prefetches*)arena.take((int64_t)sizeof(Prefetches));
+    w.home = arena.floats(kGroupRows * home_channels * kLanes);
+    w.home_bytes = (size_t)(kGroupRows * home_channels * kLanes) * sizeof(float);
+    w.result = arena.floats(kGroupRows * result_channels * kLanes);
     w.scores = arena.floats((int64_t)kGroupRows * pass.z.max_count * pass.y.max_count * pass.max_entries * kLanes);
     for (int axis = 0; axis < 3; ++axis) {
         w.terms[axis] = arena.floats((int64_t)plan.entries[axis] * kGroupRows * kLanes);
@@ -503,7 +543,6 @@ Item item_of(const Plan& plan, const Pass& pass, int64_t head, int64_t index) {
 
 void start_item(const Pass& pass, Workspace& w) {
     memset(w.cache, 0, w.cache_bytes);  // lanes outside of the runs stay zero
-    memset(w.home, 0, w.home_bytes);
     for (int64_t i = 0; i < slots(pass); ++i) w.tags[i].z = w.tags[i].y = INT64_MIN;
 }
 
@@ -540,8 +579,7 @@ struct Spot {
     Tile tile;
     int visits[kGroupRows];  // sources of each home row
     int source_count;
-    ptrdiff_t lane, away_lane;
-    ptrdiff_t home_pitch, home_row, away_pitch, step;
+    ptrdiff_t away_lane, home_row, away_pitch, step;
 };
 
 Spot spot_of(const Plan& plan, const Pass& pass, const Item& item, const Group& z, const Group& y, int source_count,
@@ -559,25 +597,23 @@ Spot spot_of(const Plan& plan, const Pass& pass, const Item& item, const Group& 
     s.tile.row = (ptrdiff_t)pass.z.max_count * pass.y.max_count * pass.max_entries * kLanes;
     for (int r = 0; r < kGroupRows; ++r) s.visits[r] = r < y.rows ? z.visits * y.count[r] : 0;
     s.source_count = source_count;
-    s.lane = (ptrdiff_t)vector * kLanes;
     s.step = pass.step;
-    s.away_lane = s.lane + pass.offset + (ptrdiff_t)s.lanes->first_entry * pass.step;
-    s.home_pitch = tile.home_pitch;
-    s.home_row = w.home_channels * tile.home_pitch;
+    s.away_lane = (ptrdiff_t)vector * kLanes + pass.offset + (ptrdiff_t)s.lanes->first_entry * pass.step;
+    s.home_row = w.home_channels * kLanes;
     s.away_pitch = tile.away_pitch;
     return s;
 }
 
 DotOperands dot_operands(const Spot& s, const Source& source, int64_t home_channel, int64_t away_channel,
                          int64_t channels) {
-    const float* home = s.w->home + source.visit->first * s.home_row + home_channel * s.home_pitch + s.lane;
+    const float* home = s.w->home + source.visit->first * s.home_row + home_channel * kLanes;
     const float* away = source.away + away_channel * s.away_pitch + s.away_lane;
-    return {home, s.home_row, s.home_pitch, away, s.away_pitch, s.step, channels};
+    return {home, s.home_row, away, s.away_pitch, s.step, channels};
 }
 
 MixOperands mix_operands(const Spot& s, int64_t away_channel) {
     return {s.w->sources, s.source_count, s.tile,     s.mask, s.away_lane + away_channel * s.away_pitch,
-            s.away_pitch, s.step,         s.y->count};
+            s.away_pitch, s.step,         s.y->count, s.w->prefetches};
 }
 
 // A tensor that a pass reads, and how much of it.
@@ -587,55 +623,58 @@ struct Stream {
 };
 
 // What every pass knows about the item that it works on. Passes add
-//     pack_home(r, at, row)     at the start of a group, for each of its rows
-//     pack_away(z, y, row)      for each row that is not in the cache
-//     compute(spot)             for each vector of lanes
-//     unpack(r, at)             at the end of a group, for each of its rows
+//     pack_away(z, y, row)      for each row that a group sees and that is not in the cache; then, for each vector,
+//     pack_home(at, runs, row)  for each row of the group,
+//     compute(spot),
+//     unpack(r, at, runs)       for each row of the group
 struct Walk {
     const Plan& plan;
     const Pass& pass;
     const Item& item;
     const LaneTile& tile;
     Workspace& w;
-    Runs home, away;
-    Stream home_streams[3], away_streams[2];
+    Stream home_streams[3] = {}, away_streams[2] = {}, result_streams[2] = {};
     Walk(const Plan& plan, const Pass& pass, const Item& item, Workspace& w)
-        : plan(plan),
-          pass(pass),
-          item(item),
-          tile(*item.tile),
-          w(w),
-          home{pass.runs + tile.home_first_run, tile.home_runs},
-          away{pass.runs + tile.away_first_run, tile.away_runs},
-          home_streams{},
-          away_streams{} {}
+        : plan(plan), pass(pass), item(item), tile(*item.tile), w(w) {}
 
     const Group& group_z(int64_t g) const { return pass.z.groups[g / pass.y.group_count]; }
     const Group& group_y(int64_t g) const { return pass.y.groups[g % pass.y.group_count]; }
     RowAddress address(int64_t z, int64_t y) const { return {item.first_batch, item.head, z, y}; }
-    float* home_row(int r) const { return w.home + r * w.home_channels * tile.home_pitch; }
-
-    void prefetch(const Stream& stream, const RowAddress& at, Runs runs, int pitch, int vector) const {
-        if (stream.tensor && at.z >= 0 && at.y >= 0)
-            prefetch_row(plan, *stream.tensor, stream.channels, at, runs, (int)((int64_t)pitch * vector / tile.vectors),
-                         (int)((int64_t)pitch * (vector + 1) / tile.vectors));
+    float* home_row(int r) const { return w.home + r * w.home_channels * kLanes; }
+    Runs home_runs(int vector) const {
+        return {pass.runs + tile.home_first_run, tile.home_runs, vector * kLanes, (vector + 1) * kLanes};
+    }
+    Runs away_runs(int first_lane, int last_lane) const {
+        return {pass.runs + tile.away_first_run, tile.away_runs, first_lane, last_lane};
+    }
+    // A row has more away lanes than home lanes: each vector sees to its share of them.
+    Runs away_share(int vector) const {
+        return away_runs(tile.away_pitch * vector / tile.vectors, tile.away_pitch * (vector + 1) / tile.vectors);
     }
 
-    // While one group is computed, the memory of the next is asked for: waiting for it would take as long as the work.
-    void prefetch_next(int64_t g, int vector) const {
+    void prefetch(const Stream* streams, int count, const RowAddress& at, Runs runs, bool write) const {
+        for (int i = 0; i < count; ++i)
+            if (streams[i].tensor)
+                prefetch_row(plan, *streams[i].tensor, streams[i].channels, at, runs, write, *w.prefetches);
+    }
+
+    // Lists the results of this vector, and its share of what the next group will read.
+    void list_prefetches(int64_t g, int vector) const {
+        w.prefetches->clear();
+        for (int r = 0; r < group_y(g).rows; ++r)
+            prefetch(result_streams, 2, address(group_z(g).home[0], group_y(g).home[r]), home_runs(vector), true);
         if (g + 1 >= item.last_group) return;
         const Group &z = group_z(g + 1), &y = group_y(g + 1);
         for (int r = 0; r < y.rows; ++r)
-            for (const Stream& stream : home_streams)
-                prefetch(stream, address(z.home[0], y.home[r]), home, tile.home_pitch, vector);
+            prefetch(home_streams, 3, address(z.home[0], y.home[r]), home_runs(vector), false);
         for (int i = 0; i < z.visits; ++i)
             for (int j = 0; j < y.visits; ++j) {
                 const Visit& visit_z = pass.z.visits[z.first_visit + i];
                 const Visit& visit_y = pass.y.visits[y.first_visit + j];
                 const Tag& tag = w.tags[(int64_t)visit_z.slot * pass.y.slots + visit_y.slot];
                 if (tag.z == visit_z.cell && tag.y == visit_y.cell) continue;
-                for (const Stream& stream : away_streams)
-                    prefetch(stream, address(visit_z.index, visit_y.index), away, tile.away_pitch, vector);
+                if (visit_z.index >= 0 && visit_y.index >= 0)
+                    prefetch(away_streams, 2, address(visit_z.index, visit_y.index), away_share(vector), false);
             }
     }
 };
@@ -645,17 +684,22 @@ void walk(Steps& steps) {
     const Pass& pass = steps.pass;
     const Item& item = steps.item;
     const LaneTile& tile = steps.tile;
-    start_item(pass, steps.w);
+    Workspace& w = steps.w;
+    start_item(pass, w);
     for (int64_t g = item.first_group; g < item.last_group; ++g) {
         const Group &z = steps.group_z(g), &y = steps.group_y(g);
-        for (int r = 0; r < y.rows; ++r)
-            steps.pack_home(r, steps.address(z.home[0], y.home[r]), Planar{steps.home_row(r), tile.home_pitch});
-        const int sources = find_sources(pass, tile, z, y, steps.w, steps);
+        const int sources = find_sources(pass, tile, z, y, w, steps);
         for (int v = 0; v < tile.vectors; ++v) {
-            steps.prefetch_next(g, v);
-            steps.compute(spot_of(steps.plan, pass, item, z, y, sources, v, steps.w));
+            const Spot spot = spot_of(steps.plan, pass, item, z, y, sources, v, w);
+            const Runs runs = steps.home_runs(v);
+            steps.list_prefetches(g, v);
+            w.prefetches->spread_over(sources * (int)(1 + steps.plan.value_dim / kMixChannels));
+            if (spot.mask) memset(w.home, 0, w.home_bytes);  // some lanes may hold no cell
+            for (int r = 0; r < y.rows; ++r)
+                steps.pack_home(steps.address(z.home[0], y.home[r]), runs, Planar{steps.home_row(r), kLanes});
+            steps.compute(spot);
+            for (int r = 0; r < y.rows; ++r) steps.unpack(r, steps.address(z.home[0], y.home[r]), runs);
         }
-        for (int r = 0; r < y.rows; ++r) steps.unpack(r, steps.address(z.home[0], y.home[r]));
     }
 }
 
@@ -677,12 +721,11 @@ void entry_range(const Plan& plan, const Spot& s, int axis, int* first, int* las
 }
 
 void query_terms(const Plan& plan, const Spot& s) {
-    const float* query = s.w->home + s.lane;
     for (int axis = 0; axis < 3; ++axis) {
         if (!plan.relative[axis]) continue;
         int first, last;
         entry_range(plan, s, axis, &first, &last);
-        table_terms<kGroupRows>(query, s.home_row, s.home_pitch, relative_table(plan, axis, s.head), plan.head_dim,
+        table_terms<kGroupRows>(s.w->home, s.home_row, kLanes, relative_table(plan, axis, s.head), plan.head_dim,
                                 plan.nonzero[axis][s.head], first, last, s.w->terms[axis], kGroupRows * kLanes, kLanes);
     }
 }
@@ -748,6 +791,7 @@ void logits(const Spot& s, Vector* greatest) {
     for (int i = 0; i < s.source_count; ++i) {
         const Source& source = s.w->sources[i];
         const Visit& visit = *source.visit;
+        s.w->prefetches->issue();
         const QueryTerms terms(s, source);
         LogitPart<kTerms> part = {&terms, {}, s.mask, greatest + visit.first};
         for (int r = visit.first; r < visit.last; ++r)
@@ -779,14 +823,14 @@ void forward_spot(const Spot& s) {
     Vector sum[kGroupRows];
     for (int r = 0; r < s.y->rows; ++r) sum[r] = softmax(s.tile.at(r, 0), s.visits[r] * s.tile.entries, greatest[r]);
 
-    const ptrdiff_t result_row = (plan.value_dim + 1) * s.home_pitch;
-    float* result = s.w->result + s.lane;
-    mix_all(mix_operands(s, plan.head_dim), plan.value_dim, result, result_row, s.home_pitch);
+    const ptrdiff_t result_row = (plan.value_dim + 1) * kLanes;
+    float* result = s.w->result;
+    mix_all(mix_operands(s, plan.head_dim), plan.value_dim, result, result_row);
     for (int r = 0; r < s.y->rows; ++r) {
         float* row = result + r * result_row;
         const Vector share = 1.0f / sum[r];
-        for (int64_t c = 0; c < plan.value_dim; ++c) store(row + c * s.home_pitch, load(row + c * s.home_pitch) * share);
-        if (plan.lse) store(row + plan.value_dim * s.home_pitch, greatest[r] * kLn2 + log_natural(sum[r]));
+        for (int64_t c = 0; c < plan.value_dim; ++c) store(row + c * kLanes, load(row + c * kLanes) * share);
+        if (plan.lse) store(row + plan.value_dim * kLanes, greatest[r] * kLn2 + log_natural(sum[r]));
     }
 }
 
@@ -809,16 +853,19 @@ struct ForwardWalk : Walk {
         home_streams[0] = {&plan.query, plan.head_dim};
         away_streams[0] = {&plan.key, plan.head_dim};
         away_streams[1] = {&plan.value, plan.value_dim};
+        result_streams[0] = {&plan.out_tensor, plan.value_dim};
     }
-    void pack_home(int, const RowAddress& at, Planar row) const {
-        pack_row(plan, plan.query, plan.head_dim, at, home, plan.query_multiplier, row);
+    void pack_home(const RowAddress& at, Runs runs, Planar row) const {
+        pack_row(plan, plan.query, plan.head_dim, at, runs, plan.query_multiplier, row);
     }
-    void pack_away(int64_t z, int64_t y, Planar row) const { pack_keys(plan, address(z, y), away, row); }
+    void pack_away(int64_t z, int64_t y, Planar row) const {
+        pack_keys(plan, address(z, y), away_runs(0, tile.away_pitch), row);
+    }
     void compute(const Spot& spot) const { forward_spot(spot); }
-    void unpack(int r, const RowAddress& at) const {
-        float* row = w.result + r * (plan.value_dim + 1) * tile.home_pitch;
-        unpack_row(plan, plan.out_tensor, plan.value_dim, at, home, 1.0f, {row, tile.home_pitch});
-        if (plan.lse) unpack_scalars(plan, plan.lse, at, home, 1.0f, row + plan.value_dim * tile.home_pitch);
+    void unpack(int r, const RowAddress& at, Runs runs) const {
+        float* row = w.result + r * (plan.value_dim + 1) * kLanes;
+        unpack_row(plan, plan.out_tensor, plan.value_dim, at, runs, 1.0f, {row, kLanes});
+        if (plan.lse) unpack_scalars(plan, plan.lse, at, runs, 1.0f, row + plan.value_dim * kLanes);
     }
 };
 
@@ -876,16 +923,17 @@ void logit_gradients(const Spot& s) {
     for (int i = 0; i < s.source_count; ++i) {
         const Source& source = s.w->sources[i];
         const Visit& visit = *source.visit;
+        s.w->prefetches->issue();
         const QueryTerms terms(s, source);
         WeightPart<kTerms> weights;
         LogitGradientPart gradients;
         weights.terms = &terms;
         gradients.mask = s.mask;
         for (int r = visit.first; r < visit.last; ++r) {
-            const float* home = s.w->home + r * s.home_row + s.lane;
+            const float* home = s.w->home + r * s.home_row;
             const int i_row = r - visit.first;
-            weights.minus_lse[i_row] = load(home + channel.minus_lse * s.home_pitch);
-            gradients.minus_delta[i_row] = load(home + channel.minus_delta * s.home_pitch);
+            weights.minus_lse[i_row] = load(home + channel.minus_lse * kLanes);
+            gradients.minus_delta[i_row] = load(home + channel.minus_delta * kLanes);
             weights.target[i_row] = gradients.target[i_row] = s.tile.at(r, order(source, s.y->count, r));
         }
         const int rows = visit.last - visit.first;
@@ -939,9 +987,9 @@ void query_gradient_spot(const Spot& s) {
         logit_gradients<false>(s);
     if (plan.bias_parts) add_bias_gradient(s);
 
-    const ptrdiff_t result_row = plan.head_dim * s.home_pitch;
-    float* result = s.w->result + s.lane;
-    if (plan.want_query) mix_all(mix_operands(s, 0), plan.head_dim, result, result_row, s.home_pitch);
+    const ptrdiff_t result_row = plan.head_dim * kLanes;
+    float* result = s.w->result;
+    if (plan.want_query) mix_all(mix_operands(s, 0), plan.head_dim, result, result_row);
     if (!plan.relative[0] && !plan.relative[1] && !plan.relative[2]) return;
     sum_over_axes(s);
     for (int axis = 0; axis < 3; ++axis) {
@@ -950,10 +998,9 @@ void query_gradient_spot(const Spot& s) {
         entry_range(plan, s, axis, &first, &last);
         if (plan.want_query)
             add_table_gradient(s.w->sums[axis], relative_table(plan, axis, s.head), plan.head_dim,
-                               plan.nonzero[axis][s.head], first, last, result, result_row, s.home_pitch);
+                               plan.nonzero[axis][s.head], first, last, result, result_row);
         if (plan.relative_parts[axis])
-            add_relative_gradient(s.w->sums[axis], s.w->home + s.lane, s.home_row, s.home_pitch, s.y->rows,
-                                  plan.head_dim, first, last, s.w->relative_gradient[axis]);
+            add_relative_gradient(s.w->sums[axis], s.w->home, s.home_row, s.y->rows, plan.head_dim, first, last, s.w->relative_gradient[axis]);
     }
 }
 
@@ -962,22 +1009,18 @@ Workspace query_gradient_workspace(const Plan& plan, Arena& arena) {
     return carve(plan, plan.query_pass, plan.head_dim + plan.value_dim, QueryHome(plan).channels, result, true, arena);
 }
 
-// Packs the home rows, and computes delta, which the gradients of key and value need as well.
-void pack_query_home(const Plan& plan, const RowAddress& at, const LaneTile& tile, Runs runs, Planar home,
-                     float* scratch) {
+// Packs a home row, and computes delta, which the gradients of key and value need as well.
+void pack_query_home(const Plan& plan, const RowAddress& at, Runs runs, Planar home, float* scratch) {
     const QueryHome channel(plan);
     const auto plane = [&](int64_t c) { return home.data + c * home.pitch; };
     pack_row(plan, plan.query, plan.head_dim, at, runs, plan.query_multiplier, home);
     pack_row(plan, plan.grad_out, plan.value_dim, at, runs, 1.0f, {plane(channel.grad_out), home.pitch});
     pack_scalars(plan, plan.lse, at, runs, -kLog2E, plane(channel.minus_lse));
     pack_row(plan, plan.out_tensor, plan.value_dim, at, runs, -1.0f, {scratch, home.pitch});
-    for (int v = 0; v < tile.vectors; ++v) {
-        Vector sum = {};
-        for (int64_t c = 0; c < plan.value_dim; ++c)
-            sum += load(scratch + c * home.pitch + v * kLanes) * load(plane(channel.grad_out + c) + v * kLanes);
-        store(plane(channel.minus_delta) + v * kLanes, sum);
-    }
-    // Lanes that hold no query keep the zeros of grad_out but may find junk in scratch.
+    Vector sum = {};
+    for (int64_t c = 0; c < plan.value_dim; ++c)
+        sum += load(scratch + c * home.pitch) * load(plane(channel.grad_out + c));
+    store(plane(channel.minus_delta), sum);
     unpack_scalars(plan, plan.delta, at, runs, -1.0f, plane(channel.minus_delta));
 }
 
@@ -988,16 +1031,18 @@ struct QueryGradientWalk : Walk {
         home_streams[2] = {&plan.out_tensor, plan.value_dim};
         away_streams[0] = {&plan.key, plan.head_dim};
         away_streams[1] = {&plan.value, plan.value_dim};
+        if (plan.want_query) result_streams[0] = {&plan.grad_query, plan.head_dim};
     }
-    void pack_home(int, const RowAddress& at, Planar row) const {
-        pack_query_home(plan, at, tile, home, row, w.result);
+    void pack_home(const RowAddress& at, Runs runs, Planar row) const {
+        pack_query_home(plan, at, runs, row, w.result);
     }
-    void pack_away(int64_t z, int64_t y, Planar row) const { pack_keys(plan, address(z, y), away, row); }
+    void pack_away(int64_t z, int64_t y, Planar row) const {
+        pack_keys(plan, address(z, y), away_runs(0, tile.away_pitch), row);
+    }
     void compute(const Spot& spot) const { query_gradient_spot(spot); }
-    void unpack(int r, const RowAddress& at) const {
-        float* row = w.result + r * plan.head_dim * tile.home_pitch;
-        if (plan.want_query)
-            unpack_row(plan, plan.grad_query, plan.head_dim, at, home, plan.scale, {row, tile.home_pitch});
+    void unpack(int r, const RowAddress& at, Runs runs) const {
+        float* row = w.result + r * plan.head_dim * kLanes;
+        if (plan.want_query) unpack_row(plan, plan.grad_query, plan.head_dim, at, runs, plan.scale, {row, kLanes});
     }
 };
 
@@ -1008,17 +1053,18 @@ bool wants_query_gradients(const Plan& plan) {
 
 void query_gradient_item(const Plan& plan, const Item& item, Workspace& w) {
     const int64_t result_channels = plan.head_dim > plan.value_dim ? plan.head_dim : plan.value_dim;
-    memset(w.result, 0, (size_t)(kGroupRows * result_channels * plan.query_pass.max_home_pitch) * sizeof(float));
+    memset(w.result, 0, (size_t)(kGroupRows * result_channels * kLanes) * sizeof(float));
     QueryGradientWalk steps(plan, item, w);
     if (wants_query_gradients(plan)) {
         walk(steps);
         return;
     }
-    start_item(plan.query_pass, w);  // the gradients of key and value still need delta
+    // The gradients of key and value still need delta.
     for (int64_t g = item.first_group; g < item.last_group; ++g)
         for (int r = 0; r < steps.group_y(g).rows; ++r)
-            steps.pack_home(r, steps.address(steps.group_z(g).home[0], steps.group_y(g).home[r]),
-                            {steps.home_row(r), steps.tile.home_pitch});
+            for (int v = 0; v < steps.tile.vectors; ++v)
+                steps.pack_home(steps.address(steps.group_z(g).home[0], steps.group_y(g).home[r]), steps.home_runs(v),
+                                {w.home, kLanes});
 }
 
 // ---- Gradients of key and value -------------------------------------------------------------------------------------
@@ -1112,6 +1158,7 @@ template <bool kTerms>
 void key_weights(const Spot& s) {
     for (int i = 0; i < s.source_count; ++i) {
         const Source& source = s.w->sources[i];
+        s.w->prefetches->issue();
         dot_all(dot_operands(s, source, 0, 0, s.plan->head_dim), source.visit->last - source.visit->first,
                 s.lanes->entries, key_weight_part<kTerms>(s, source));
     }
@@ -1139,14 +1186,13 @@ void key_gradient_spot(const Spot& s) {
         key_weights<true>(s);
     else
         key_weights<false>(s);
-    const ptrdiff_t result_row = (plan.head_dim + plan.value_dim) * s.home_pitch;
-    float* result = s.w->result + s.lane;
+    const ptrdiff_t result_row = (plan.head_dim + plan.value_dim) * kLanes;
+    float* result = s.w->result;
     if (plan.want_value)
-        mix_all(mix_operands(s, channel.grad_out), plan.value_dim, result + plan.head_dim * s.home_pitch, result_row,
-                s.home_pitch);
+        mix_all(mix_operands(s, channel.grad_out), plan.value_dim, result + plan.head_dim * kLanes, result_row);
     if (!plan.want_key) return;
     key_logit_gradients(s);
-    mix_all(mix_operands(s, channel.query), plan.head_dim, result, result_row, s.home_pitch);
+    mix_all(mix_operands(s, channel.query), plan.head_dim, result, result_row);
 }
 
 Workspace key_gradient_workspace(const Plan& plan, Arena& arena) {
@@ -1176,17 +1222,20 @@ struct KeyGradientWalk : Walk {
         home_streams[1] = {&plan.value, plan.value_dim};
         away_streams[0] = {&plan.query, plan.head_dim};
         away_streams[1] = {&plan.grad_out, plan.value_dim};
+        if (plan.want_key) result_streams[0] = {&plan.grad_key, plan.head_dim};
+        if (plan.want_value) result_streams[1] = {&plan.grad_value, plan.value_dim};
     }
-    void pack_home(int, const RowAddress& at, Planar row) const { pack_keys(plan, at, home, row); }
-    void pack_away(int64_t z, int64_t y, Planar row) const { pack_queries(plan, address(z, y), away, row); }
+    void pack_home(const RowAddress& at, Runs runs, Planar row) const { pack_keys(plan, at, runs, row); }
+    void pack_away(int64_t z, int64_t y, Planar row) const {
+        pack_queries(plan, address(z, y), away_runs(0, tile.away_pitch), row);
+    }
     void compute(const Spot& spot) const { key_gradient_spot(spot); }
-    void unpack(int r, const RowAddress& at) const {
-        float* row = w.result + r * (plan.head_dim + plan.value_dim) * tile.home_pitch;
-        float* values = row + plan.head_dim * tile.home_pitch;
+    void unpack(int r, const RowAddress& at, Runs runs) const {
+        float* row = w.result + r * (plan.head_dim + plan.value_dim) * kLanes;
+        float* values = row + plan.head_dim * kLanes;
         // The packed query carries scale * log2(e).
-        if (plan.want_key) unpack_row(plan, plan.grad_key, plan.head_dim, at, home, kLn2, {row, tile.home_pitch});
-        if (plan.want_value)
-            unpack_row(plan, plan.grad_value, plan.value_dim, at, home, 1.0f, {values, tile.home_pitch});
+        if (plan.want_key) unpack_row(plan, plan.grad_key, plan.head_dim, at, runs, kLn2, {row, kLanes});
+        if (plan.want_value) unpack_row(plan, plan.grad_value, plan.value_dim, at, runs, 1.0f, {values, kLanes});
     }
 };
 

@@ -41,7 +41,6 @@ struct LaneTile {
     int32_t vectors, first_vector;
     int32_t home_first_run, home_runs, away_first_run, away_runs;
     int32_t left;        // away lane of home lane 0
-    int32_t home_pitch;  // lanes of a packed home row
     int32_t away_pitch;
 };
 
@@ -73,7 +72,7 @@ struct Pass {
     const LaneVector* vectors;
     const Run* runs;
     const int32_t* masks;
-    int32_t tile_count, max_entries, max_home_pitch, max_away_pitch;
+    int32_t tile_count, max_entries, max_away_pitch;
     int64_t step;    // away lanes per entry: dilation, negated when queries are away
     int64_t offset;  // away lane of entry 0, relative to the home lane
     int32_t chunks;  // the (z, y) groups of a map are cut into so many parts

@@ -553,33 +553,3 @@ def test_poison_stays_where_it_is_seen(contestant, name, which):
         return
     for spot, poison in product(SPOTS, POISON):
         check_containment(contestant.attend, case, index, spot, POISON[poison])
-
-
-@every_backend(ALL)
-def test_gradients_of_poison_stay_too(contestant):
-    """A query that sees no NaN has a finite gradient; so has a cell that only such queries see."""
-    leaks = []
-    for name, which in product(CONTAINED, range(3)):
-        case = CONTAINED[name]
-        if not refuses(contestant, case):
-            for spot in SPOTS:
-                leaks += [(name, which, spot, leak) for leak in gradient_leaks(contestant.attend, case, which, spot)]
-    assert not leaks, f"{len(leaks)} leaks, the first: {leaks[0]}"
-
-
-def gradient_leaks(attend, case: Case, which: int, spot: str) -> list[str]:
-    """Which gradients are not finite at places that a NaN in one cell cannot reach."""
-    incoming, inputs, arguments = tensors_of(case)
-    cell = tuple(SPOTS[spot](n) for n in inputs[which].shape[2:-1])
-    inputs[which][(0, 1, *cell, 0)] = float("nan")
-    inputs = [tensor.requires_grad_() for tensor in inputs[:3]]
-    found = torch.autograd.grad(attend(*inputs, case.window, **arguments), inputs, incoming)
-    touched = touched_by(case, which, cell)
-    reached = np.zeros((case.batch, case.heads, *(n + 1 for n in case.size)), dtype=bool)
-    for b, n, *query in np.argwhere(touched):
-        for _, seen, _ in oracle.block(case.axes, tuple(query)):
-            reached[(b, n, *seen)] = True
-    unreached = ~reached[(slice(None), slice(None), *(slice(n) for n in case.size))]
-    free = {"query": ~touched, "key": unreached, "value": unreached}
-    gradients = dict(zip(free, found, strict=True))
-    return [name for name, where in free.items() if not gradients[name][torch.from_numpy(where)].isfinite().all()]

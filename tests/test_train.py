@@ -104,7 +104,9 @@ def test_ctrl_c_says_how_to_go_on_and_resume_ends_where_the_whole_run_did(run, t
     output = tmp_path / "stopped"
     with monkeypatch.context() as patch:
         stop_in_epoch_3(patch, KeyboardInterrupt())
-        with pytest.raises(Interrupted, match=f"stopped in epoch 3; go on with: nearsight train --resume --output {output}"):
+        with pytest.raises(
+            Interrupted, match=f"stopped in epoch 3; go on with: nearsight train --resume --output {output}"
+        ):
             train(RECIPE, output)
     assert len(rows(output)) == 2
     assert not (output / "model.safetensors").exists()

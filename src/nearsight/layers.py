@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +41,9 @@ class SelfAttention(nn.Module):
         qkv_bias: bool,
         out_proj: bool,
         backend: str | None,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+        content: bool = True,
     ) -> None:
         super().__init__()
         out_channels = in_channels if out_channels is None else out_channels
@@ -52,7 +56,8 @@ class SelfAttention(nn.Module):
         self.window = window
         self.scale = scale
         self.backend = backend
-        self.qkv = _CONV[self.rank](in_channels, 3 * out_channels, 1, bias=qkv_bias)
+        self.content = content
+        self.qkv = _CONV[self.rank](in_channels, (3 if content else 2) * out_channels, 1, bias=qkv_bias)
         self.position = position_encoding(
             position,
             channels=in_channels,
@@ -61,8 +66,11 @@ class SelfAttention(nn.Module):
             window=Window.everywhere(map_size) if window is None else window,
             map_size=map_size,
         )
+        if not content and not isinstance(self.position, RelativePosition):
+            raise OptionError(f"content=False leaves q.r alone, which needs position='relative'; received {position!r}")
         self.proj = _CONV[self.rank](out_channels, out_channels, 1) if out_proj else nn.Identity()
         self.reset_parameters()
+        self.to(device=device, dtype=dtype)
 
     def reset_parameters(self) -> None:
         """Start with queries, keys and values of the input's variance, so that logits have variance one."""
@@ -102,15 +110,18 @@ class SelfAttention(nn.Module):
         x = self.position.embed(x)
         strides = [axis.stride for axis in window.axes(self.rank)]
         if max(strides) == 1:
-            query, key, value = self.qkv(x).chunk(3, 1)
+            query, *pair = self.qkv(x).split(self.out_channels, 1)
         else:
             # Only the queries that stay are projected.
             weight, bias, width = self.qkv.weight, self.qkv.bias, self.out_channels
             query_bias, pair_bias = (None, None) if bias is None else (bias[:width], bias[width:])
             places = x[(..., *[slice(None, None, stride) for stride in strides])]
             query = _convolve[self.rank](places, weight[:width], query_bias)
-            key, value = _convolve[self.rank](x, weight[width:], pair_bias).chunk(2, 1)
-        query, key, value = (split_heads(tensor, self.num_heads) for tensor in (query, key, value))
+            pair = _convolve[self.rank](x, weight[width:], pair_bias).split(width, 1)
+        query, *pair = (split_heads(tensor, self.num_heads) for tensor in (query, *pair))
+        value = pair[-1]
+        # Without content every key is zero, and of the logits q.r is left.
+        key = pair[0] if self.content else value.new_zeros(()).expand(value.shape)
         query, key = self.position.rotate(query, key, window)
         return query, key, value, window
 
@@ -128,6 +139,7 @@ class SelfAttention(nn.Module):
                 for name, default in defaults.items()
                 if getattr(self.window, name) != default
             ]
+        parts += ["content=False"] if not self.content else []
         parts += [f"scale={self.scale}"] if self.scale is not None else []
         parts += [f"backend={self.backend!r}"] if self.backend is not None else []
         return ", ".join(parts)
@@ -147,10 +159,13 @@ class _Local(SelfAttention):
         num_heads: int = 8,
         position: str | Position = "relative",
         map_size: int | tuple[int, ...] = 32,
+        content: bool = True,
         scale: float | None = None,
         qkv_bias: bool = False,
         out_proj: bool = False,
         backend: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         window = Window(kernel_size, stride=stride, dilation=dilation, border=border, causal=causal)
         window.axes(self.rank)
@@ -165,6 +180,9 @@ class _Local(SelfAttention):
             qkv_bias=qkv_bias,
             out_proj=out_proj,
             backend=backend,
+            device=device,
+            dtype=dtype,
+            content=content,
         )
 
 
@@ -195,10 +213,11 @@ class LocalSelfAttention2d(_Local):
     axis; contiguous or channels_last, and the output follows the input.
 
     Parameters: 3 * in * out, + 3 * out with ``qkv_bias``, + out * (out + 1) with ``out_proj``, + those of the position
-    encoding (relative: k * out). Their number does not depend on k otherwise.
+    encoding (relative: k * out). Their number does not depend on k otherwise. ``content=False``: 2 in place of 3.
 
     state_dict: ``qkv.weight`` (3 * out, in, 1, 1) with the query's rows first, then key and value; ``qkv.bias``;
-    ``position.*`` (see :mod:`nearsight.positions`); ``proj.weight``, ``proj.bias``.
+    ``position.*`` (see :mod:`nearsight.positions`); ``proj.weight``, ``proj.bias``. With ``content=False`` the key's rows
+    are not there.
     ``.eval()`` changes nothing.
 
     Args:
@@ -207,14 +226,16 @@ class LocalSelfAttention2d(_Local):
         num_heads: heads split the width: head_dim = out_channels // num_heads.
         position: a name from ``nearsight.positions.POSITIONS``, or a module from there.
         map_size: cells per axis that ``position="learned"`` is made for; it is resampled on other maps.
+        content: False leaves out q.k: there is no key's projection, and where to look follows from q.r alone (Table 6).
         scale: factor of the logits' products; None means head_dim ** -0.5.
         qkv_bias: add a bias to the projections.
         out_proj: project once more at the end.
         backend: see :func:`local_attention`.
+        device, dtype: of the parameters, as in ``nn.Conv2d``.
 
     Raises:
         ShapeError: channels that heads do not divide, an input of other channels or rank.
-        OptionError: an unknown name, a size below 1.
+        OptionError: an unknown name, a size below 1, ``content=False`` without relative embeddings.
 
     Example:
         >>> LocalSelfAttention2d(64, 128, 7, stride=2)(torch.randn(2, 64, 32, 32)).shape
@@ -248,6 +269,8 @@ class _Global(SelfAttention):
         qkv_bias: bool = False,
         out_proj: bool = False,
         backend: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(
             in_channels,
@@ -260,6 +283,8 @@ class _Global(SelfAttention):
             qkv_bias=qkv_bias,
             out_proj=out_proj,
             backend=backend,
+            device=device,
+            dtype=dtype,
         )
 
 
@@ -305,6 +330,178 @@ class GlobalSelfAttention3d(_Global):
     """
 
     rank = 3
+
+
+class HaloSelfAttention2d(nn.Module):
+    """Blocked local attention: the queries of a block share one memory block, the block and a halo around it.
+
+        q, k, v = W x;   y[p] = sum_{c in M(p)} softmax_c( scale * q[p] . (k[c] + row[c_y - p_y] + column[c_x - p_x]) ) v[c]
+
+    in each head, where M(p) are the ``block_size + 2 * halo_size`` cells per axis around the block in which p lies.
+
+    Source: Vaswani et al. 2021 (HaloNet, arXiv:2103.12731), section 3. As its parameter counts demand, ``value_ratio``
+    widens the values alone, the heads share the row and column vectors, whose width is the full head's, and there is no
+    output projection. Tables hold ``2 * (block_size + 2 * halo_size) - 1`` entries, of which 2 * halo_size are out of
+    every query's reach. Differs from the paper: ``scale=None`` divides both products by sqrt(head_dim); cells off the image
+    are masked, where ``border="zeros"`` has them vote with a zero key and a zero value, as the paper's zero padding does;
+    the last blocks of a map that is no multiple of ``block_size`` are smaller.
+
+    Equivariant to shifts by multiples of block_size only.
+
+    Shapes: (B, in_channels, H, W) or (in_channels, H, W) -> the same with out_channels and ``ceil(n / stride)`` cells per
+    axis; contiguous or channels_last, and the output follows the input.
+
+    Parameters: in * (2 * width + out) + 2 * (2 * (block_size + 2 * halo_size) - 1) * width / num_heads, with
+    width = out / value_ratio.
+
+    state_dict: ``qkv.weight`` (2 * width + out, in, 1, 1) with the query's rows first, then key and value; ``qkv.bias``;
+    ``rows``, ``columns`` (entries, width / num_heads).
+
+    Args:
+        in_channels, out_channels: borders of the layer; out_channels None means in_channels * value_ratio.
+        block_size, halo_size: in cells.
+        stride: the output keeps every ``stride``-th query.
+        value_ratio: channels of the values, and so of the output, for one channel of queries and keys.
+        border: ``"mask"`` or ``"zeros"``.
+        num_heads, scale, qkv_bias, device, dtype: as in :class:`LocalSelfAttention2d`.
+
+    Raises:
+        ShapeError: widths that heads or ``value_ratio`` do not divide, an input of other channels or rank.
+        OptionError: an unknown border, a size below 1, a halo below 0.
+
+    Example:
+        >>> HaloSelfAttention2d(64, value_ratio=2.5, stride=2)(torch.randn(2, 64, 30, 40)).shape
+        torch.Size([2, 160, 15, 20])
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int | None = None,
+        *,
+        block_size: int = 8,
+        halo_size: int = 3,
+        stride: int = 1,
+        value_ratio: float = 1.0,
+        border: str = "mask",
+        num_heads: int = 8,
+        scale: float | None = None,
+        qkv_bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        out_channels = round(in_channels * value_ratio) if out_channels is None else out_channels
+        width = round(out_channels / value_ratio)
+        if round(width * value_ratio) != out_channels:
+            raise ShapeError(f"value_ratio={value_ratio} must divide out_channels={out_channels} into whole channels")
+        _check_channels(in_channels, out_channels, num_heads)
+        _check_channels(in_channels, width, num_heads)
+        for name, value, least in (("block_size", block_size, 1), ("halo_size", halo_size, 0), ("stride", stride, 1)):
+            if not isinstance(value, int) or value < least:
+                raise OptionError(f"{name} must be an int of at least {least}; received {value!r}")
+        if border not in ("mask", "zeros"):
+            raise OptionError(f"border must be 'mask' or 'zeros'; received {border!r}")
+        self.in_channels, self.out_channels, self.width = in_channels, out_channels, width
+        self.block_size, self.halo_size, self.stride = block_size, halo_size, stride
+        self.border, self.num_heads, self.scale = border, num_heads, scale
+        self.qkv = nn.Conv2d(in_channels, 2 * width + out_channels, 1, bias=qkv_bias)
+        entries, head_dim = 2 * (block_size + 2 * halo_size) - 1, width // num_heads
+        self.rows = nn.Parameter(torch.randn(entries, head_dim))
+        self.columns = nn.Parameter(torch.randn(entries, head_dim))
+        self.reset_parameters()
+        self.to(device=device, dtype=dtype)
+
+    def reset_parameters(self) -> None:
+        """Start with queries, keys and values of the input's variance, so that logits have variance one."""
+        nn.init.normal_(self.qkv.weight, std=self.in_channels**-0.5)
+        if self.qkv.bias is not None:
+            nn.init.zeros_(self.qkv.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.ndim not in (3, 4) or x.shape[-3] != self.in_channels:
+            takes = f"(B, {self.in_channels}, H, W) or ({self.in_channels}, H, W)"
+            raise ShapeError(f"HaloSelfAttention2d takes {takes}; received {tuple(x.shape)}")
+        batched = x if x.ndim == 4 else x.unsqueeze(0)
+        weight, bias, width = self.qkv.weight, self.qkv.bias, self.width
+        query_bias, pair_bias = (None, None) if bias is None else (bias[:width], bias[width:])
+        query = F.conv2d(batched[..., :: self.stride, :: self.stride], weight[:width], query_bias)
+        key, value = F.conv2d(batched, weight[width:], pair_bias).split([width, self.out_channels], 1)
+        query, key, value = (split_heads(tensor, self.num_heads) for tensor in (query, key, value))
+        axes = [_halo_axis(n, self.block_size, self.halo_size, self.stride, x.device) for n in x.shape[-2:]]
+        scale = query.shape[-1] ** -0.5 if self.scale is None else self.scale
+        out = _halo_attention(query * scale, key, value, self.rows, self.columns, axes, self.border)
+        y = merge_heads(out, like=batched)
+        return y if x.ndim == 4 else y.squeeze(0)
+
+    def extra_repr(self) -> str:
+        parts = [
+            f"{self.in_channels}, {self.out_channels}",
+            f"block_size={self.block_size}, halo_size={self.halo_size}",
+        ]
+        parts += [f"stride={self.stride}"] if self.stride != 1 else []
+        parts += [f"num_heads={self.num_heads}"]
+        parts += [f"width={self.width}"] if self.width != self.out_channels else []
+        parts += [f"border={self.border!r}"] if self.border != "mask" else []
+        parts += [f"scale={self.scale}"] if self.scale is not None else []
+        return ", ".join(parts)
+
+
+class _HaloAxis(NamedTuple):
+    """One axis cut into G blocks, each with m slots for its queries and a span of S cells."""
+
+    queries: Tensor  # (G, m) the query in each slot; slots that a block does not need hold any other
+    cells: Tensor  # (G, S) the cell in each place of the span
+    inside: Tensor  # (G, S) whether that place lies on the map
+    entries: Tensor  # (G, m, S) the pair's index into a position table
+    position: Tensor  # (queries,) where each query is found in the flattened slots
+
+
+def _halo_axis(cells: int, block: int, halo: int, stride: int, device: torch.device) -> _HaloAxis:
+    blocks, slots, span = -(-cells // block), -(-block // stride), block + 2 * halo
+    query = torch.arange(-(-cells // stride), device=device)
+    start = block * torch.arange(blocks, device=device)
+    first = (start + stride - 1) // stride  # the first query that lies in each block
+    queries = first[:, None] + torch.arange(slots, device=device)
+    places = start[:, None] + torch.arange(-halo, block + halo, device=device)
+    entries = places[:, None] - stride * queries[..., None] + span - 1
+    home = stride * query // block
+    return _HaloAxis(
+        queries=queries.clamp(max=len(query) - 1),
+        cells=places.clamp(0, cells - 1),
+        inside=(places >= 0) & (places < cells),
+        entries=entries.clamp(0, 2 * span - 2),
+        position=slots * home + query - first[home],
+    )
+
+
+def _halo_attention(
+    query: Tensor, key: Tensor, value: Tensor, rows: Tensor, columns: Tensor, axes: Sequence[_HaloAxis], border: str
+) -> Tensor:
+    """Softmax attention of blocks of queries to their spans: query (B, N, *out, D), key and value (B, N, *in, D or E)."""
+    y, x = axes
+    q = _pick(query, y.queries, x.queries)  # B, N, G, H, p, q, D: blocks, then slots
+    k, v = (_pick(tensor, y.cells, x.cells) for tensor in (key, value))  # B, N, G, H, s, t, D: blocks, then spans
+    inside = y.inside[:, None, :, None] & x.inside[:, None, :]
+    if border == "zeros":
+        k, v = (tensor.masked_fill(~inside[..., None], 0) for tensor in (k, v))
+    logits = torch.einsum("b n g h p q d, b n g h s t d -> b n g h p q s t", q, k)
+    logits = logits + torch.einsum("b n g h p q d, g p s d -> b n g h p q s", q, rows[y.entries].to(q.dtype))[..., None]
+    across = torch.einsum("b n g h p q d, h q t d -> b n g h p q t", q, columns[x.entries].to(q.dtype))
+    logits = logits + across[..., None, :]
+    if border == "mask":
+        logits = logits.masked_fill(~inside[:, :, None, None], float("-inf"))
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    weights = logits.flatten(-2).softmax(-1, dtype=wide).to(v.dtype).view_as(logits)
+    out = torch.einsum("b n g h p q s t, b n g h s t e -> b n g h p q e", weights, v)
+    out = rearrange(out, "b n g h p q e -> b n (g p) (h q) e")
+    return out.index_select(2, y.position).index_select(3, x.position)
+
+
+def _pick(tensor: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Cut a map by an index per axis: (B, N, *map, D), (G, p), (H, q) -> (B, N, G, H, p, q, D)."""
+    tensor = tensor.index_select(2, rows.flatten()).unflatten(2, rows.shape)
+    return tensor.index_select(4, columns.flatten()).unflatten(4, columns.shape).movedim(4, 3)
 
 
 class AttentionStem2d(nn.Module):

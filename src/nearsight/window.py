@@ -20,12 +20,12 @@ MAX_RANK = 3
 
 def larger(a: Any, b: Any) -> Any:
     """The maximum, for ints, symbolic ints and integer tensors alike."""
-    return (a + b + abs(a - b)) // 2
+    return max(a, b) if isinstance(a, int) and isinstance(b, int) else (a + b + abs(a - b)) // 2
 
 
 def smaller(a: Any, b: Any) -> Any:
     """The minimum, for ints, symbolic ints and integer tensors alike."""
-    return (a + b - abs(a - b)) // 2
+    return min(a, b) if isinstance(a, int) and isinstance(b, int) else (a + b - abs(a - b)) // 2
 
 
 @dataclass(frozen=True)

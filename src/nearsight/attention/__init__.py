@@ -13,14 +13,15 @@ from torch import Tensor
 
 from ..errors import BackendError, DtypeError, OptionError
 from ..window import Window
-from . import blocked, dense, reference
+from . import blocked, dense, native, reference
 from .problem import Problem, describe
 
 __all__ = ["attention_weights", "backends", "global_attention", "local_attention"]
 
 # In order of preference. A backend is a module with a `name`, `unavailable()` (why it cannot run on this machine at all),
-# `why_not(problem)` (why it cannot take a problem) and `attend(...)`.
-BACKENDS: tuple[ModuleType, ...] = (dense, blocked, reference)
+# `why_not(problem)` (why it cannot take a problem) and `attend(...)`. It may have `slower_on(problem)`: why a later one is
+# faster there, as measured; that keeps it from being chosen, not from being named.
+BACKENDS: tuple[ModuleType, ...] = (native, dense, blocked, reference)
 
 
 def local_attention(
@@ -76,6 +77,8 @@ def local_attention(
     problem = describe(query, key, value, window, bias, relative)
     scale = _scale(scale, problem)
     run = _choose(problem, backend)
+    if problem.empty:
+        return _nothing(query, key, value, bias, relative)
     with _full_precision(problem):
         return run.attend(query, key, value, problem, bias, relative, scale)
 
@@ -134,7 +137,7 @@ def attention_weights(
         >>> attention_weights(q, k, Window(3)).shape
         torch.Size([1, 2, 9, 9, 3, 3])
     """
-    problem = describe(query, key, None, window, bias, relative)
+    problem = describe(query, key, key, window, bias, relative)
     with _full_precision(problem):
         return reference.attention_weights(query, key, problem, bias, relative, _scale(scale, problem))
 
@@ -154,9 +157,15 @@ def _why_not(backend: ModuleType, problem: Problem | None) -> str | None:
     return backend.why_not(problem) if reason is None and problem is not None else reason
 
 
+def _slower(backend: ModuleType, problem: Problem) -> str | None:
+    return backend.slower_on(problem) if hasattr(backend, "slower_on") else None
+
+
 def _choose(problem: Problem, name: str | None) -> ModuleType:
     if name is None:
-        return next(backend for backend in BACKENDS if _why_not(backend, problem) is None)
+        return next(
+            backend for backend in BACKENDS if _why_not(backend, problem) is None and not _slower(backend, problem)
+        )
     for backend in BACKENDS:
         if backend.name == name:
             reason = _why_not(backend, problem)
@@ -166,6 +175,15 @@ def _choose(problem: Problem, name: str | None) -> ModuleType:
             raise BackendError(f"backend {name!r} cannot run this: {reason}. These can: {', '.join(able)}")
     names = ", ".join(backend.name for backend in BACKENDS)
     raise OptionError(f"backend must be one of {names}, or None to choose; received {name!r}")
+
+
+def _nothing(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, relative: Sequence[Tensor] | None
+) -> Tensor:
+    """An empty result that is a function of every input, so that each gets its gradient of zeros."""
+    inputs = [query, key, value, *([] if bias is None else [bias]), *(relative or ())]
+    zero = sum(tensor.sum() * 0 for tensor in inputs)
+    return query.new_zeros(*query.shape[:-1], value.shape[-1]) + torch.as_tensor(zero).to(query.dtype)
 
 
 def _scale(scale: float | None, problem: Problem) -> float:

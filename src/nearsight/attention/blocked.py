@@ -12,6 +12,7 @@ with undilated windows. Every operator used has forward- and reverse-mode deriva
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from math import gcd, prod
 from typing import Any, NamedTuple
 
@@ -23,11 +24,10 @@ from .problem import Problem
 
 name = "blocked"
 
-# Queries of a block along each axis, by rank: measured, see bench/. A larger block multiplies larger matrices but masks
-# more of them away.
-BLOCK = {1: 32, 2: 8, 3: 4}
-# The batch is taken in slices whose scores stay near the cache.
-CHUNK_SCORES = 1 << 22
+# Queries of a block along each axis in compiled code, by rank; otherwise `_block_size` weighs.
+BLOCK = {1: 32, 2: 7, 3: 4}
+# Images and heads are taken in slices whose scores stay near the cache: measured, see bench/unfold.py.
+SLICE_SCORES = 1 << 20
 
 
 def unavailable() -> str | None:
@@ -47,32 +47,107 @@ def attend(
     relative: Sequence[Tensor] | None,
     scale: float,
 ) -> Tensor:
-    if problem.batch == 0 or prod(problem.out_size) == 0:
-        # Nothing to attend to, but the result stays a function of its inputs.
-        return query[..., :1].expand(*query.shape[:-1], problem.value_dim) * 1
     dtype = problem.compute_dtype
-    axes = [
-        _cut(axis, n, query.device, BLOCK[problem.rank]) for axis, n in zip(problem.axes, problem.in_size, strict=True)
-    ]
+    block = BLOCK[problem.rank] if torch.compiler.is_compiling() else _block_size(problem)
+    axes = [_cut(axis, n, query.device, block) for axis, n in zip(problem.axes, problem.in_size, strict=True)]
     bias = None if bias is None else _block_bias(bias.to(dtype), axes)
     relative = [table.to(dtype) for table in relative or ()]
-    hidden = ~_combine([axis.visible for axis in axes])
-    outs = [
-        _attend_blocks(q.to(dtype), k.to(dtype), v.to(dtype), axes, hidden, bias, relative, scale)
-        for q, k, v in zip(*_slices(query, key, value, problem, axes), strict=True)
-    ]
-    return torch.cat(outs).to(query.dtype)
+    places = _combine(axes, problem)
+
+    def attend_slice(images: slice, heads: slice) -> Tensor:
+        # Rows of head_dim numbers are gathered below: let them be rows in memory.
+        q, k, v = (tensor[images, heads].to(dtype).contiguous().flatten(2, -2) for tensor in (query, key, value))
+        tables = [table[heads] for table in relative]
+        return _attend_blocks(q, k, v, axes, places, None if bias is None else bias[heads], tables, scale)
+
+    images, heads = _slices(problem, axes)
+    return torch.cat([torch.cat([attend_slice(i, h) for h in heads], 1) for i in images]).to(query.dtype)
+
+
+def _slices(problem: Problem, axes: list[AxisBlocks]) -> tuple[list[slice], list[slice]]:
+    """Images and heads in slices; compiled code fuses instead and takes them whole."""
+    if torch.compiler.is_compiling():
+        return [slice(None)], [slice(None)]
+    at_once = max(1, SLICE_SCORES // prod(axis.visible.numel() for axis in axes))
+    return _cut_range(problem.batch, max(1, at_once // problem.num_heads)), _cut_range(problem.num_heads, at_once)
+
+
+def _cut_range(count: int, step: int) -> list[slice]:
+    return [slice(start, start + step) for start in range(0, count, step)]
+
+
+@lru_cache(maxsize=256)
+def _block_size(problem: Problem) -> int:
+    """Queries of a block per axis: large blocks mask more pairs away, small ones gather more cells.
+
+    The weights fit the times of 65 problems on one machine: a pair costs head_dim multiply-adds and the passes of a
+    softmax, a gathered cell a few reads and writes of head_dim numbers.
+    """
+    depth = problem.head_dim
+
+    def cost(block: int) -> int:
+        pairs, cells = 1, 1
+        for axis, queries, n in zip(problem.axes, problem.out_size, problem.in_size, strict=True):
+            phases = min(axis.dilation // gcd(axis.stride, axis.dilation), queries)
+            longest = -(-queries // phases)
+            blocks = -(-longest // block)
+            size = -(-longest // blocks)
+            span = (size - 1) * axis.stride + axis.kernel_size
+            cells *= phases * blocks * (min(span, n) if axis.border in ("mask", "shift") else span)
+            pairs *= size
+        return cells * (pairs * (depth + 25) + 50 * depth)
+
+    return min(range(1, max(problem.out_size) + 1), key=cost)
 
 
 class AxisBlocks(NamedTuple):
     """One axis cut into G blocks of b queries, each with its span of S cells."""
 
     queries: Tensor  # (G, b) the query in each place; places past the end repeat the last one
-    position: Tensor  # (queries,) where each query is found in the flattened blocks
+    out: Tensor  # (queries,) where each query is found in the flattened blocks
     cells: Tensor  # (G, S) the cell in each place of the span
     zero: Tensor | None  # (G, S) places outside the map that vote as zeros
     visible: Tensor  # (G, b, S) whether the query's window holds the cell
     entries: Tensor  # (G, b, S) the pair's index into a position table
+
+
+class Places(NamedTuple):
+    """All axes together, as indices into flattened maps."""
+
+    queries: Tensor  # (*G, product of b)
+    cells: Tensor  # (*G, product of S)
+    out: Tensor  # (product of out,) where each query is found in the flattened blocks
+    zero: Tensor | None  # (*G, product of S, 1) places outside the map that vote as zeros
+    hidden: Tensor  # (*G, product of b, product of S) pairs that no window holds
+
+
+def _combine(axes: list[AxisBlocks], problem: Problem) -> Places:
+    rank = len(axes)
+    groups, blocks = [cut.queries.shape[0] for cut in axes], [cut.queries.shape[1] for cut in axes]
+    visible, inside = (torch.ones((), dtype=torch.bool, device=axes[0].out.device) for _ in range(2))
+    for axis, cut in enumerate(axes):
+        visible = visible & _align(cut.visible, rank, axis)
+        if cut.zero is not None:
+            inside = inside & ~_align(cut.zero, rank, axis)
+    queries = _flat_index([_align(cut.queries, rank, axis) for axis, cut in enumerate(axes)], problem.out_size)
+    cells = _flat_index([_align(cut.cells, rank, axis) for axis, cut in enumerate(axes)], problem.in_size)
+    grid = [_align(cut.out // block, rank, axis) for axis, (cut, block) in enumerate(zip(axes, blocks, strict=True))]
+    place = [_align(cut.out % block, rank, axis) for axis, (cut, block) in enumerate(zip(axes, blocks, strict=True))]
+    return Places(
+        queries=queries.flatten(rank),
+        cells=cells.flatten(rank),
+        out=_flat_index([*grid, *place], [*groups, *blocks]).flatten(),
+        zero=None if axes[0].zero is None else ~inside.flatten(rank)[..., None],
+        hidden=~visible.flatten(rank, 2 * rank - 1).flatten(rank + 1),
+    )
+
+
+def _flat_index(indices: list[Tensor], size: Sequence[Any]) -> Tensor:
+    """The row-major index of a place from its index along every axis."""
+    flat = torch.zeros_like(indices[0])
+    for index, n in zip(indices, size, strict=True):
+        flat = flat * n + index
+    return flat
 
 
 def _cut(axis: Axis, cells: Any, device: torch.device, block: int) -> AxisBlocks:
@@ -83,8 +158,8 @@ def _cut(axis: Axis, cells: Any, device: torch.device, block: int) -> AxisBlocks
     groups = smaller(axis.dilation // gcd(axis.stride, axis.dilation), queries)
     stride = axis.stride // gcd(axis.stride, axis.dilation)
     longest = (queries + groups - 1) // groups
-    block = smaller(block, longest)
     blocks = (longest + block - 1) // block
+    block = (longest + blocks - 1) // blocks  # no larger than it need be: what pads the last block is wasted
     group = torch.arange(groups, device=device)[:, None, None]
     nth = torch.arange(blocks * block, device=device).view(1, blocks, block)
     query = group + groups * nth
@@ -109,7 +184,7 @@ def _cut(axis: Axis, cells: Any, device: torch.device, block: int) -> AxisBlocks
     padding = query >= queries
     return AxisBlocks(
         queries=query.clamp(max=queries - 1).flatten(0, 1),
-        position=_position(torch.arange(queries, device=device), groups, blocks * block),
+        out=_out(torch.arange(queries, device=device), groups, blocks * block),
         cells=(cell % cells if axis.border == "wrap" else cell.clamp(0, cells - 1)).flatten(0, 1),
         zero=~inside.flatten(0, 1) if axis.border == "zeros" else None,
         # Padding sees everything: what it computes is thrown away, but a softmax over nothing would be NaN.
@@ -118,20 +193,9 @@ def _cut(axis: Axis, cells: Any, device: torch.device, block: int) -> AxisBlocks
     )
 
 
-def _position(query: Tensor, groups: Any, places: Any) -> Tensor:
+def _out(query: Tensor, groups: Any, places: Any) -> Tensor:
     """Where query p is found in the flattened blocks: the groups stand one after another."""
     return query % groups * places + query // groups
-
-
-def _slices(
-    query: Tensor, key: Tensor, value: Tensor, problem: Problem, axes: list[AxisBlocks]
-) -> list[Sequence[Tensor]]:
-    """The batch in slices whose scores stay near the cache; compiled code fuses instead and keeps it whole."""
-    if torch.compiler.is_compiling():
-        return [[query], [key], [value]]
-    scores = problem.num_heads * prod(axis.visible.numel() for axis in axes)
-    step = max(1, CHUNK_SCORES // scores)
-    return [tensor.split(step) for tensor in (query, key, value)]
 
 
 def _attend_blocks(
@@ -139,7 +203,7 @@ def _attend_blocks(
     key: Tensor,
     value: Tensor,
     axes: list[AxisBlocks],
-    hidden: Tensor,
+    places: Places,
     bias: Tensor | None,
     relative: Sequence[Tensor],
     scale: float,
@@ -148,40 +212,23 @@ def _attend_blocks(
     # finite is therefore carried by its key, whose score is masked where it is not seen, and taken out of the value.
     key = key + (value.detach() * 0).sum(-1, keepdim=True)
     value = torch.where(value.isfinite(), value, 0)
-    query = _blocks(query * scale, [axis.queries for axis in axes])
-    key, value = (_spans(tensor, axes) for tensor in (key, value))
+    query = _gather(query * scale, places.queries)
+    key, value = (_gather(tensor, places.cells) for tensor in (key, value))
+    if places.zero is not None:
+        key, value = (tensor.masked_fill(places.zero, 0) for tensor in (key, value))
     logits = query @ key.mT  # B, N, *blocks, queries of the block, cells of the span
     for axis, table in enumerate(relative):
         logits = logits + _relative_logits(query, table, axes, axis)
     if bias is not None:
         logits = logits + bias
-    weights = logits.masked_fill(hidden, float("-inf")).softmax(-1)
-    return _unblocks(weights @ value, axes)
+    weights = logits.masked_fill(places.hidden, float("-inf")).softmax(-1)
+    out = (weights @ value).flatten(2, -2)
+    return out.index_select(2, places.out).unflatten(2, [cut.out.shape[0] for cut in axes])
 
 
-def _blocks(tensor: Tensor, indices: list[Tensor]) -> Tensor:
-    """Cut every axis by a (G, b) index: (B, N, *map, D) -> (B, N, *G, product of b, D)."""
-    for axis, index in enumerate(indices, start=2):
-        tensor = tensor.index_select(axis, index.flatten()).unflatten(axis, index.shape).movedim(axis + 1, -2)
-    return tensor.flatten(2 + len(indices), -2)
-
-
-def _spans(tensor: Tensor, axes: list[AxisBlocks]) -> Tensor:
-    spans = _blocks(tensor, [axis.cells for axis in axes])
-    zeros = [axis.zero for axis in axes if axis.zero is not None]
-    if not zeros:
-        return spans
-    inside = _combine([~zero[:, None] for zero in zeros])[..., 0, :]
-    return spans.masked_fill(~inside[..., None], 0)
-
-
-def _unblocks(blocks: Tensor, axes: list[AxisBlocks]) -> Tensor:
-    """The inverse of cutting the queries: (B, N, *G, product of b, D) -> (B, N, *out, D)."""
-    rank = len(axes)
-    tensor = blocks.unflatten(-2, [axis.queries.shape[1] for axis in axes])
-    for axis, cut in enumerate(axes, start=2):
-        tensor = tensor.movedim(rank + 2, axis + 1).flatten(axis, axis + 1).index_select(axis, cut.position)
-    return tensor
+def _gather(tensor: Tensor, index: Tensor) -> Tensor:
+    """(B, N, cells, D) -> (B, N, *index, D)."""
+    return tensor.index_select(2, index.flatten()).unflatten(2, index.shape)
 
 
 def _relative_logits(query: Tensor, table: Tensor, axes: list[AxisBlocks], axis: int) -> Tensor:
@@ -210,17 +257,8 @@ def _block_bias(bias: Tensor, axes: list[AxisBlocks]) -> Tensor:
     return bias.permute(order).flatten(1 + rank, 2 * rank).flatten(2 + rank)
 
 
-def _combine(per_axis: list[Tensor]) -> Tensor:
-    """The outer "and" of one (G, b, S) table per axis: (*G, queries, cells)."""
-    rank = len(per_axis)
-    combined = torch.ones((), dtype=torch.bool, device=per_axis[0].device)
-    for axis, table in enumerate(per_axis):
-        combined = combined & _align(table, rank, axis)
-    return combined.flatten(rank, 2 * rank - 1).flatten(rank + 1)
-
-
 def _align(table: Tensor, rank: int, axis: int) -> Tensor:
-    """Lay a (G, b, S) table of one axis out as (*G, *b, *S), with ones along the other axes."""
-    shape = [1] * (3 * rank)
-    shape[axis], shape[rank + axis], shape[2 * rank + axis] = table.shape
+    """Lay a (G, x, ...) table of one axis out as (*G, *x, ...), with ones along the other axes."""
+    shape = [1] * (table.ndim * rank)
+    shape[axis::rank] = table.shape
     return table.view(shape)

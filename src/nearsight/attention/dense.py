@@ -39,11 +39,11 @@ def attend(
     scale: float,
 ) -> Tensor:
     mask = position_logits(query, problem, bias, relative, scale)
-    if mask is not None:
-        mask = mask.to(query.dtype)
-    flat = [tensor.flatten(2, -2) for tensor in (query, key, value)]
+    # The mask must have the dtype of the rest, and logits are never held in half precision.
+    dtype = problem.dtype if mask is None else problem.compute_dtype
+    flat = [tensor.flatten(2, -2).to(dtype) for tensor in (query, key, value)]
     out = F.scaled_dot_product_attention(*flat, attn_mask=mask, scale=scale)
-    return out.unflatten(2, problem.out_size)
+    return out.unflatten(2, problem.out_size).to(problem.dtype)
 
 
 def position_logits(

@@ -8,11 +8,11 @@ The library speaks the plain C of csrc/nearsight.h, so one build serves every Py
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from ..errors import BackendError
-from ..window import Axis
 from .problem import Problem
 
 name = "native"
@@ -57,6 +56,13 @@ def why_not(problem: Problem) -> str | None:
     return None if torch.compiler.is_compiling() else _refusal(problem)
 
 
+def slower_on(problem: Problem) -> str | None:
+    # Measured on AVX-512: 0.6 of dense's time for head_dim 8 and with tables, up to twice its time otherwise.
+    if problem.covers and problem.head_dim >= 16 and not (problem.bias or problem.relative):
+        return "where the block covers the map, plain matrix products are faster"
+    return None
+
+
 def attend(
     query: Tensor,
     key: Tensor,
@@ -66,12 +72,7 @@ def attend(
     relative: Sequence[Tensor] | None,
     scale: float,
 ) -> Tensor:
-    out, _ = torch.ops.nearsight.attend.default(
-        query,
-        key,
-        value,
-        None if bias is None else bias.float(),
-        [table.float() for table in relative or ()],
+    geometry = (
         [axis.kernel_size for axis in problem.axes],
         [axis.stride for axis in problem.axes],
         [axis.dilation for axis in problem.axes],
@@ -80,6 +81,12 @@ def attend(
         scale,
         _isa,
     )
+    bias = None if bias is None else bias.float()
+    relative = [table.float() for table in relative or ()]
+    if torch.compiler.is_compiling():
+        out, _ = _attend(query, key, value, bias, relative, *geometry)
+    else:  # what the operator would do, sooner, and for torch.func's derivatives too
+        out, _ = _attend_above_autograd(query, key, value, bias, relative, *geometry)
     return out
 
 
@@ -114,8 +121,10 @@ def instruction_set() -> str:
     library = _loaded()
     isa = library.nearsight_default_isa()
     if isa < 0:
+        *others, last = ("auto", *variants())
         raise BackendError(
-            f"NEARSIGHT_ISA must be auto, {' or '.join(variants())} on this machine, or not be set: {_text(-isa, library)}"
+            f"NEARSIGHT_ISA must be {', '.join(others)} or {last} on this machine; "
+            f"received {os.environ.get('NEARSIGHT_ISA')!r}"
         )
     return ISAS[isa]
 
@@ -238,7 +247,7 @@ def _share_openmp() -> None:
 def _library() -> ctypes.CDLL | str:
     """The library, or the reason why there is none."""
     # In an editable installation the package has two folders: that of the sources and that of what was built.
-    folders = [Path(folder) for folder in sys.modules[__package__].__path__]
+    folders = [Path(folder) for folder in sys.modules[str(__package__)].__path__]
     path = next((path for folder in folders if (path := folder / f"libnearsight{SUFFIX}").exists()), None)
     if path is None:
         return (
@@ -265,10 +274,6 @@ def _text(error: int, library: ctypes.CDLL) -> str:
 @lru_cache(maxsize=1024)
 def _c_problem(
     dtype: torch.dtype,
-    border: str,
-    isa: int,
-    num_threads: int,
-    causal: tuple[bool, ...],
     batch: int,
     heads: int,
     head_dim: int,
@@ -277,42 +282,33 @@ def _c_problem(
     kernel_size: tuple[int, ...],
     stride: tuple[int, ...],
     dilation: tuple[int, ...],
+    causal: tuple[bool, ...],
+    border: str,
     scale: float,
+    isa: int,
+    num_threads: int,
 ) -> CProblem:
-    problem = CProblem(ctypes.sizeof(CProblem), ABI_VERSION, len(size), DTYPES[dtype], BORDERS.index(border), isa)
-    problem.num_threads = num_threads
+    """Kept from call to call; the kernel only reads it."""
+    rank = len(size)
+    problem = CProblem(ctypes.sizeof(CProblem), ABI_VERSION, rank, DTYPES[dtype], BORDERS.index(border), isa)
+    problem.num_threads, problem.scale = num_threads, scale
     problem.batch, problem.heads, problem.head_dim, problem.value_dim = batch, heads, head_dim, value_dim
-    problem.scale = scale
-    for axis in range(len(size)):
-        problem.causal[axis] = causal[axis]
-        problem.size[axis], problem.kernel[axis] = size[axis], kernel_size[axis]
-        problem.stride[axis], problem.dilation[axis] = stride[axis], dilation[axis]
+    problem.size[:rank], problem.kernel[:rank] = size, kernel_size
+    problem.stride[:rank], problem.dilation[:rank], problem.causal[:rank] = stride, dilation, causal
     return problem
 
 
-_SMALLEST = _c_problem(torch.float32, "mask", AUTO, 1, (False,), 1, 1, 1, 1, (1,), (1,), (1,), (1,), 1.0)
+_SMALLEST = _c_problem(torch.float32, 1, 1, 1, 1, (1,), (1,), (1,), (1,), (False,), "mask", 1.0, AUTO, 1)
 
 
 @lru_cache(maxsize=1024)
 def _refusal(problem: Problem) -> str | None:
-    described = _c_problem(
-        problem.dtype,
-        problem.axes[0].border,
-        AUTO,
-        1,
-        tuple(axis.causal for axis in problem.axes),
-        problem.batch,
-        problem.num_heads,
-        problem.head_dim,
-        problem.value_dim,
-        problem.in_size,
-        tuple(axis.kernel_size for axis in problem.axes),
-        tuple(axis.stride for axis in problem.axes),
-        tuple(axis.dilation for axis in problem.axes),
-        1.0,
-    )
+    columns = zip(*((axis.kernel_size, axis.stride, axis.dilation, axis.causal) for axis in problem.axes), strict=True)
+    sizes = (problem.batch, problem.num_heads, problem.head_dim, problem.value_dim, problem.in_size)
     library = _loaded()
-    error = library.nearsight_check(described)
+    error = library.nearsight_check(
+        _c_problem(problem.dtype, *sizes, *columns, problem.axes[0].border, 1.0, AUTO, num_threads=1)
+    )
     return None if error == OK else _text(error, library)
 
 
@@ -344,20 +340,21 @@ _OPERATORS.define(
     f"attend(Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor[] relative, {_GEOMETRY}) -> (Tensor, Tensor)",
     tags=torch.Tag.pt2_compliant_tag,
 )
-# `wanted` says which gradients to return, in the order query, key, value, bias, relative (all axes or none).
+# `wanted`: which gradients to return, of query, key, value, bias and relative (all axes or none), in this order.
 _OPERATORS.define(
     "attend_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor[] relative, Tensor out, "
     f"Tensor lse, bool[] wanted, {_GEOMETRY}) -> Tensor[]",
     tags=torch.Tag.pt2_compliant_tag,
 )
+_attend = torch.ops.nearsight.attend.default
+_attend_backward = torch.ops.nearsight.attend_backward.default
 
 
-def _forward(query, key, value, bias, relative, kernel_size, stride, dilation, causal, border, scale, isa):
+def _forward(query, key, value, bias, relative, *geometry):
     library = _loaded()
+    bias, relative = _contiguous(bias, relative)
     out, lse = _outputs(query, key, value)
-    bias = None if bias is None else bias.contiguous()
-    relative = [table.contiguous() for table in relative]
-    problem = _describe(query, key, value, kernel_size, stride, dilation, causal, border, scale, isa)
+    problem = _describe(query, key, value, *geometry)
     inputs = _c_inputs(query, key, value, bias, relative)
     _check(library.nearsight_forward(problem, inputs, _c_tensor(out), lse.data_ptr()), library)
     return out, lse
@@ -365,125 +362,163 @@ def _forward(query, key, value, bias, relative, kernel_size, stride, dilation, c
 
 def _backward(grad, query, key, value, bias, relative, out, lse, wanted, *geometry):
     library = _loaded()
-    bias = None if bias is None else bias.contiguous()
-    relative = [table.contiguous() for table in relative]
+    bias, relative = _contiguous(bias, relative)
     gradients = _gradients(query, key, value, bias, relative, wanted)
     places = iter(gradients)
     maps = [_pointer(CTensor)(_c_tensor(next(places))) if want else None for want in wanted[:3]]
-    tables = CGradients(*maps, next(places).data_ptr() if wanted[3] else None)
-    tables.relative = tuple(place.data_ptr() for place in places)
+    tables = [next(places).data_ptr() if wanted[3] else None, tuple(place.data_ptr() for place in places)]
     problem = _describe(query, key, value, *geometry)
     inputs = _c_inputs(query, key, value, bias, relative)
-    error = library.nearsight_backward(problem, inputs, _c_tensor(out), lse.data_ptr(), _c_tensor(grad), tables)
+    error = library.nearsight_backward(
+        problem, inputs, _c_tensor(out), lse.data_ptr(), _c_tensor(grad), CGradients(*maps, *tables)
+    )
     _check(error, library)
     return gradients
 
 
+def _contiguous(bias: Tensor | None, relative: Sequence[Tensor]) -> tuple[Tensor | None, list[Tensor]]:
+    return None if bias is None else bias.contiguous(), [table.contiguous() for table in relative]
+
+
 def _describe(query, key, value, kernel_size, stride, dilation, causal, border, scale, isa) -> CProblem:
     batch, heads, *size, head_dim = key.shape
-    return _c_problem(
-        query.dtype,
-        border,
-        isa,
-        torch.get_num_threads(),
-        tuple(causal),
-        batch,
-        heads,
-        head_dim,
-        value.shape[-1],
-        tuple(size),
-        tuple(kernel_size),
-        tuple(stride),
-        tuple(dilation),
-        scale,
-    )
+    geometry = (tuple(size), tuple(kernel_size), tuple(stride), tuple(dilation), tuple(causal), border, scale, isa)
+    return _c_problem(query.dtype, batch, heads, head_dim, value.shape[-1], *geometry, torch.get_num_threads())
 
 
-def _outputs(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    """Fresh memory for out and lse. out has its axes in the query's order, so that heads last stays heads last."""
-    lse = query.new_empty(query.shape[:-1], dtype=torch.float32)
-    channels = value.shape[-1]
-    if channels == query.shape[-1]:
+def _outputs(query, key, value, *_) -> tuple[Tensor, Tensor]:
+    """Memory for out and lse. The axes of out lie in the order of the query's: what comes heads last goes heads last."""
+    lse = torch.empty(query.shape[:-1], device=query.device)
+    if value.shape[-1] == query.shape[-1]:
         return torch.empty_like(query), lse
     order = sorted(range(query.ndim), key=query.stride, reverse=True)
-    sizes = [*query.shape[:-1], channels]
+    sizes = [*query.shape[:-1], value.shape[-1]]
     out = query.new_empty([sizes[axis] for axis in order])
     return out.permute([order.index(axis) for axis in range(query.ndim)]), lse
 
 
 def _gradients(query, key, value, bias, relative, wanted) -> list[Tensor]:
-    inputs = [tensor for tensor, want in zip((query, key, value, bias), wanted, strict=False) if want]
-    inputs += relative if wanted[4] else []
-    return [torch.empty_like(tensor) for tensor in inputs]
+    """Memory for the gradients that are wanted."""
+    inputs = [tensor for tensor, want in zip((query, key, value, bias), wanted[:4], strict=True) if want]
+    return [torch.empty_like(tensor) for tensor in (*inputs, *(relative if wanted[4] else ()))]
 
 
 def _fake_backward(grad, query, key, value, bias, relative, out, lse, wanted, *geometry):
-    bias = None if bias is None else bias.contiguous()
-    return _gradients(query, key, value, bias, [table.contiguous() for table in relative], wanted)
+    return _gradients(query, key, value, *_contiguous(bias, relative), wanted)
 
 
-def _save(ctx, inputs, output) -> None:
-    query, key, value, bias, relative, *ctx.geometry = inputs
-    out, lse = output
-    ctx.mark_non_differentiable(lse)
-    ctx.set_materialize_grads(False)
-    ctx.has_bias = bias is not None
-    ctx.save_for_backward(query, key, value, out, lse, *([] if bias is None else [bias]), *relative)
+# ------------------------------------------------------------------------------------------------------------ autograd
+# torch.library.register_autograd would do it in fewer lines, but 0.1 ms slower per call, as long as a small map takes, and
+# not for torch.func.
 
 
-def _differentiate(ctx, grad: Tensor | None, _: None):
-    nothing = (None,) * len(ctx.geometry)
-    query, key, value, out, lse, *tables = ctx.saved_tensors
-    bias = tables.pop(0) if ctx.has_bias else None
-    relative_wanted = [bool(need) for need in _needs(ctx.needs_input_grad[4])]
-    if grad is None:
-        return (None, None, None, None, [None] * len(tables), *nothing)
-    wanted = [*ctx.needs_input_grad[:4], any(relative_wanted)]
-    found = torch.ops.nearsight.attend_backward.default(
-        grad, query, key, value, bias, tables, out, lse, wanted, *ctx.geometry
-    )
-    places = iter(found)
-    first = [next(places) if want else None for want in wanted[:4]]
-    relative = [next(places) for _ in tables] if wanted[4] else [None] * len(tables)
-    return (*first, relative, *nothing)
+class _Attend(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(query, key, value, bias, geometry, *relative):
+        return _below_autograd(_attend, query, key, value, bias, relative, *geometry)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        query, key, value, bias, ctx.geometry, *relative = inputs
+        out, lse = output
+        ctx.mark_non_differentiable(lse)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(query, key, value, bias, out, lse, *relative)
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        if grad is None:
+            return (None,) * len(ctx.needs_input_grad)
+        *needs, _ = ctx.needs_input_grad[:5]
+        wanted = (*needs, any(ctx.needs_input_grad[5:]))
+        found = iter(_gradient(grad, wanted, ctx.geometry, *ctx.saved_tensors))
+        maps_and_bias = [next(found) if want else None for want in needs]
+        return (*maps_and_bias, None, *(found if wanted[4] else (None for _ in ctx.needs_input_grad[5:])))
 
 
-def _needs(need: Any) -> Sequence[bool]:
-    return need if isinstance(need, (list, tuple)) else (need,)
+class _AttendBackward(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(grad, wanted, geometry, query, key, value, bias, out, lse, *relative):
+        tensors = (grad, query, key, value, bias, relative, out, lse)
+        return tuple(_below_autograd(_attend_backward, *tensors, wanted, *geometry))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise BackendError(
+            "the native kernel has no second derivative; with backend='blocked' there are derivatives of every order"
+        )
 
 
-def _refuse(ctx, *_: Any):
-    raise BackendError("the native kernel has no second derivative; backend='blocked' has derivatives of every order")
+def _gradient(grad, wanted, geometry, query, key, value, bias, out, lse, *relative) -> Sequence[Tensor]:
+    if torch.is_grad_enabled():  # someone may differentiate again, and has to be told
+        return _AttendBackward.apply(grad, wanted, geometry, query, key, value, bias, out, lse, *relative)
+    return _attend_backward(grad, query, key, value, bias, relative, out, lse, wanted, *geometry)
 
 
-def _over_heads(operator, head_axes, out_axes):
-    """The vmap rule of an operator: a mapped axis joins the heads, which never meet. None in head_axes: no tensor."""
-
-    def rule(info, in_dims, *args):
-        def join(arg, dim, axis):
-            if arg is None or axis is None:
-                return arg
-            if isinstance(arg, (list, tuple)):
-                return [join(one, one_dim, axis) for one, one_dim in zip(arg, dim, strict=True)]
-            if dim is None:
-                arg = arg.unsqueeze(axis).expand(*arg.shape[:axis], info.batch_size, *arg.shape[axis:])
-            else:
-                arg = arg.movedim(dim, axis)
-            return arg.flatten(axis, axis + 1)
-
-        joined = [join(*triple) for triple in zip(args, in_dims, head_axes, strict=True)]
-        results = operator(*joined)
-        axes = out_axes(*args)
-        parted = [one.unflatten(axis, (info.batch_size, -1)) for one, axis in zip(results, axes, strict=True)]
-        return (tuple(parted), tuple(axes)) if isinstance(results, tuple) else (parted, list(axes))
-
-    return rule
+def _attend_above_autograd(query, key, value, bias, relative, *geometry):
+    if torch.is_grad_enabled():
+        return _Attend.apply(query, key, value, bias, geometry, *relative)
+    return _below_autograd(_attend, query, key, value, bias, relative, *geometry)
 
 
-_no_geometry = (None,) * 7
-_OPERATORS.impl("attend", _forward, "CPU")
-_OPERATORS.impl("attend_backward", _backward, "CPU")
-torch.library.register_fake("nearsight::attend", _outputs, lib=_OPERATORS)
-torch.library.register_fake("nearsight::attend_backward", _fake_backward, lib=_OPERATORS)
-torch.library.register_autograd("nearsight::attend", _differentiate, setup_context=_save, lib=_OPERATORS)
-torch.library.register_autograd("nearsight::attend_backward", _refuse, lib=_OPERATORS)
+def _attend_backward_above_autograd(grad, query, key, value, bias, relative, out, lse, wanted, *geometry):
+    if torch.is_grad_enabled():
+        return list(_AttendBackward.apply(grad, wanted, geometry, query, key, value, bias, out, lse, *relative))
+    tensors = (grad, query, key, value, bias, relative, out, lse)
+    return _below_autograd(_attend_backward, *tensors, wanted, *geometry)
+
+
+def _below_autograd(operator, *args):
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator(*args)
+
+
+# ---------------------------------------------------------------------------------------------------------------- vmap
+# A mapped axis joins the heads: no head ever meets another.
+
+
+def _attend_mapped(info, in_dims, query, key, value, bias, relative, *geometry):
+    maps = [_join(*pair, 1, info.batch_size) for pair in zip((query, key, value), in_dims[:3], strict=True)]
+    tables = _join_tables(bias, relative, in_dims[3:5], info.batch_size)
+    out, lse = _attend(*maps, *tables, *geometry)
+    return tuple(tensor.unflatten(1, (info.batch_size, -1)) for tensor in (out, lse)), (1, 1)
+
+
+def _attend_backward_mapped(info, in_dims, grad, query, key, value, bias, relative, out, lse, wanted, *geometry):
+    dims = (*in_dims[:4], *in_dims[6:8])
+    maps = [_join(*pair, 1, info.batch_size) for pair in zip((grad, query, key, value, out, lse), dims, strict=True)]
+    tables = _join_tables(bias, relative, in_dims[4:6], info.batch_size)
+    gradients = _attend_backward(*maps[:4], *tables, *maps[4:], wanted, *geometry)
+    heads = [1 if place < sum(wanted[:3]) else 0 for place in range(len(gradients))]
+    return [g.unflatten(axis, (info.batch_size, -1)) for g, axis in zip(gradients, heads, strict=True)], heads
+
+
+def _join(tensor: Tensor, mapped: int | None, heads: int, count: int) -> Tensor:
+    if mapped is None:
+        tensor = tensor.unsqueeze(heads).expand(*tensor.shape[:heads], count, *tensor.shape[heads:])
+    else:
+        tensor = tensor.movedim(mapped, heads)
+    return tensor.flatten(heads, heads + 1)
+
+
+def _join_tables(bias: Tensor | None, relative: Sequence[Tensor], in_dims, count: int):
+    bias = None if bias is None else _join(bias, in_dims[0], 0, count)
+    return bias, [_join(table, dim, 0, count) for table, dim in zip(relative, in_dims[1] or (), strict=True)]
+
+
+for _operator, _on_cpu, _autograd, _fake, _mapped in (
+    ("attend", _forward, _attend_above_autograd, _outputs, _attend_mapped),
+    ("attend_backward", _backward, _attend_backward_above_autograd, _fake_backward, _attend_backward_mapped),
+):
+    _OPERATORS.impl(_operator, _on_cpu, "CPU")
+    _OPERATORS.impl(_operator, _autograd, "Autograd")
+    torch.library.register_fake(f"nearsight::{_operator}", _fake, lib=_OPERATORS)
+    torch.library.register_vmap(f"nearsight::{_operator}", _mapped, lib=_OPERATORS)

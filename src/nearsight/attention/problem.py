@@ -42,6 +42,11 @@ class Problem:
         return tuple(axis.table_size for axis in self.axes)
 
     @property
+    def empty(self) -> bool:
+        """Whether there is nothing to compute."""
+        return self.batch == 0 or 0 in self.out_size
+
+    @property
     def covers(self) -> bool:
         """Whether every query sees the whole map."""
         return all(axis.covers(n) for axis, n in zip(self.axes, self.in_size, strict=True))
@@ -55,7 +60,7 @@ class Problem:
 def describe(
     query: Tensor,
     key: Tensor,
-    value: Tensor | None,
+    value: Tensor,
     window: Window,
     bias: Tensor | None,
     relative: Sequence[Tensor] | None,
@@ -66,7 +71,6 @@ def describe(
         ShapeError: ranks, sizes or tables that do not fit together.
         DtypeError: arguments of the wrong type, dtype or device.
     """
-    value = key if value is None else value
     _check_tensors(query, key, value, window)
     rank = query.ndim - 3
     axes = window.axes(rank)

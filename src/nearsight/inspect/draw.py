@@ -72,6 +72,7 @@ def learning_curve(rows: Sequence[Mapping[str, float]]) -> Figure:
             values = [unit * row[f"{part}_{what}"] for row in rows]
             axes.plot(epochs, values, dashes, color=colour, label=label, marker=marker, linewidth=1.8)
         axes.set_xlabel("epoch")
+        axes.locator_params(axis="x", integer=True)
         axes.set_title("accuracy, %" if what == "accuracy" else "loss", loc="left")
         axes.grid(alpha=0.2, color=INK)
         axes.legend()
@@ -94,9 +95,9 @@ def confusion_matrix(counts: np.ndarray, classes: Sequence[str]) -> Figure:
     axes.set_yticks(range(n), classes)
     axes.tick_params(length=0)
     for true, predicted in np.argwhere(counts):
-        strong = true == predicted and share[true, predicted] > 0.5
-        text = str(counts[true, predicted])
-        axes.text(predicted, true, text, ha="center", va="center", color="white" if strong else INK, fontsize=8)
+        strong = "white" if true == predicted else "#111111"  # on a deep blue, on a deep orange
+        colour = strong if share[true, predicted] > 0.3 else INK
+        axes.text(predicted, true, str(counts[true, predicted]), ha="center", va="center", color=colour, fontsize=8)
     return figure
 
 

@@ -10,11 +10,11 @@ import timm
 from torch import nn
 
 from ..errors import OptionError
-from . import sasa
+from . import halonet, nat, sasa
 
 __all__ = ["create_model", "list_models"]
 
-_FAMILIES = (sasa,)
+_FAMILIES = (halonet, nat, sasa)
 
 
 def list_models() -> list[str]:
@@ -31,7 +31,7 @@ def create_model(name: str, **kwargs: Any) -> nn.Module:
     """A network by name: one of :func:`list_models`, or any that timm knows.
 
     Args:
-        name: of the network.
+        name: of the network, or ``"hf-hub:repository"`` or ``"local-dir:folder"`` of one that timm saved.
         kwargs: passed to ``timm.create_model``: ``num_classes``, ``in_chans``, ``features_only``, ``checkpoint_path`` …,
             and what the network itself takes.
 
@@ -42,7 +42,8 @@ def create_model(name: str, **kwargs: Any) -> nn.Module:
         >>> create_model("sasa_nano", num_classes=10, in_chans=1)(torch.randn(2, 1, 28, 28)).shape
         torch.Size([2, 10])
     """
-    if not timm.is_model(timm.models.split_model_name_tag(name)[0]):
+    is_saved = name.startswith(("hf-hub:", "local-dir:"))
+    if not is_saved and not timm.is_model(timm.models.split_model_name_tag(name)[0]):
         near = get_close_matches(name, [*list_models(), *timm.list_models()], n=3)
         advice = (
             f"did you mean {', '.join(near)}?" if near else "`nearsight models` lists ours, timm.list_models() theirs"

@@ -8,30 +8,49 @@ arXiv:1906.05909.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
-import torch
-import torch.nn.functional as F
-from timm.layers import ClassifierHead
-from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
-from torch import Tensor, nn
+from timm.models import generate_default_cfgs, register_model
+from torch import nn
 
 from ..errors import OptionError
-from ..layers import AttentionStem2d, LocalSelfAttention2d
+from ..layers import LocalSelfAttention2d
 from ..positions import Position
+from .backbone import Bottleneck, BottleneckNet, build, build_stem, config, one_per_stage
 
-__all__ = ["SasaResNet", "sasa_nano"]
+__all__ = [
+    "SasaResNet",
+    "sasa_micro",
+    "sasa_nano",
+    "sasa_resnet26",
+    "sasa_resnet26_small",
+    "sasa_resnet38",
+    "sasa_resnet50",
+]
 
 EXPANSION = 4
 
 
-class SasaResNet(nn.Module):
+class SasaResNet(BottleneckNet):
     """A bottleneck ResNet with local self-attention in place of its 3 x 3 convolutions.
 
-    Where the convolution had stride 2, attention runs at full resolution and a 2 x 2 average pool follows it directly
-    (section 4.1 of the paper). 1 x 1 convolutions, batch norms, activations and shortcuts stay. The paper is silent on
-    borders: windows are masked at the image's edge. It has no factor in the logits; we divide by sqrt(head_dim), and
-    ``scale=1.0`` gives the paper's.
+        1 x 1 convolution, 7 x 7 attention with 8 heads, 2 x 2 average pool where the convolution had stride 2, 1 x 1 up
+
+    1 x 1 convolutions, batch norms, activations and shortcuts stay (section 4.1 of the paper). The paper leaves open or
+    contradicts itself on:
+
+    - projections: its text has one d/N x d/N matrix per head, its parameter counts (Table 1) need full ones: full;
+    - biases and an output projection: not mentioned, and the counts fit without: none;
+    - row and column vectors: not said whether the heads share them: every head has its own, which also fits the counts;
+    - scale: no factor in its equations; we divide the logits by sqrt(head_dim), and ``scale=1.0`` gives the paper's;
+    - borders: silent; cells outside the image take no part;
+    - stride: ResNet v1.5 (in the spatial layer), where alone its FLOPs fit. Attention runs at full resolution before the
+      pool, which the paper does say;
+    - mixtures of the attention stem: their number is not stated; 4, see :class:`AttentionStem2d`;
+    - which stem is better: Table 1 has the attention stem ahead for ResNet-50 (77.6 against 77.4) and behind for 26 and
+      38, and the text calls the convolutional one at least as good. It needs fewer FLOPs, and Tables 3 to 6 are built on
+      it: ``sasa_resnet*`` have ``stem="conv"``.
 
     Args:
         depths: blocks per stage.
@@ -44,10 +63,17 @@ class SasaResNet(nn.Module):
             convolutional twin.
         kernel_size: side of the memory block, one or one per stage.
         num_heads, position, scale: of every attention layer.
-        num_classes, in_chans, global_pool, drop_rate: as everywhere in timm.
+        content: False leaves out q.k, and with it the key's projection (Table 6).
+        num_classes, in_chans, global_pool, drop_rate, drop_path_rate: as everywhere in timm.
+
+    Shapes: (B, in_chans, H, W) of any H and W -> (B, num_classes).
 
     Raises:
         OptionError: a stage that is not there, an unknown stem, as many kernel sizes as there are no stages.
+
+    Example:
+        >>> SasaResNet((1, 1), (16, 32), stem_stride=1, num_heads=4)(torch.randn(2, 3, 16, 16)).shape
+        torch.Size([2, 1000])
     """
 
     def __init__(
@@ -62,146 +88,60 @@ class SasaResNet(nn.Module):
         kernel_size: int | Sequence[int] = 7,
         num_heads: int = 8,
         position: str | Position = "relative",
+        content: bool = True,
         scale: float | None = None,
         num_classes: int = 1000,
         in_chans: int = 3,
         global_pool: str = "avg",
         drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
     ) -> None:
-        super().__init__()
         stages = range(1, len(depths) + 1)
-        attention_stages = tuple(stages if attention_stages is None else attention_stages)
-        if not set(attention_stages) <= set(stages):
+        attending = set(stages if attention_stages is None else attention_stages)
+        if not attending <= set(stages):
             raise OptionError(f"attention_stages must be among {list(stages)}; received {attention_stages}")
-        kernel_sizes = [kernel_size] * len(depths) if isinstance(kernel_size, int) else list(kernel_size)
-        if len(kernel_sizes) != len(depths):
-            raise OptionError(f"kernel_size must be one number or {len(depths)}, one per stage; received {kernel_size}")
-        self.num_classes = num_classes
-        self.grad_checkpointing = False
+        kernel_sizes = one_per_stage("kernel_size", kernel_size, len(depths))
         if stem is None:
-            stem = "conv" if not attention_stages else "pixel" if stem_stride == 1 else "attention"
-        self.stem = _stem(stem, in_chans, stem_width, stem_stride)
-        self.feature_info = [{"num_chs": stem_width, "reduction": stem_stride, "module": "stem"}]
-        self.stages = nn.Sequential()
-        channels, reduction = stem_width, stem_stride
-        for stage, depth, width, side in zip(stages, depths, widths, kernel_sizes, strict=True):
-            blocks = nn.Sequential()
-            for block in range(depth):
-                stride = 2 if stage > 1 and block == 0 else 1
-                spatial = _attention(width, side, num_heads, position, scale) if stage in attention_stages else None
-                blocks.append(Bottleneck(channels, width, stride, spatial))
-                channels, reduction = EXPANSION * width, reduction * stride
-            self.stages.append(blocks)
-            self.feature_info.append({"num_chs": channels, "reduction": reduction, "module": f"stages.{stage - 1}"})
-        self.num_features = self.head_hidden_size = channels
-        self.head = ClassifierHead(channels, num_classes, pool_type=global_pool, drop_rate=drop_rate)
+            stem = "conv" if not attending else "pixel" if stem_stride == 1 else "attention"
+        attention = partial(LocalSelfAttention2d, num_heads=num_heads, position=position, content=content, scale=scale)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))
+        def block(stage: int, in_channels: int, stride: int, drop_path: float) -> Bottleneck:
+            width = widths[stage - 1]
+            if stage in attending:
+                spatial = attention(width, kernel_size=kernel_sizes[stage - 1])
+            else:
+                spatial = nn.Conv2d(width, width, 3, stride, padding=1, bias=False)
+            channels = (in_channels, width, width, EXPANSION * width)
+            return Bottleneck(*channels, spatial, stride=stride, pool=stage in attending, drop_path=drop_path)
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        """The last feature map, (B, num_features, H, W)."""
-        x = self.stem(x)
-        for stage in self.stages:
-            x = checkpoint_seq(stage, x) if self.grad_checkpointing else stage(x)
-        return x
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        return self.head(x, pre_logits=pre_logits)
-
-    def get_classifier(self) -> nn.Module:
-        return self.head.fc
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        self.num_classes = num_classes
-        self.head.reset(num_classes, global_pool)
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        self.grad_checkpointing = enable
-
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """How timm's layer-wise learning rate decay groups the parameters."""
-        return {"stem": r"^stem", "blocks": r"^stages\.(\d+)" if coarse else r"^stages\.(\d+)\.(\d+)"}
-
-
-class Bottleneck(nn.Module):
-    """1 x 1 down, attention or a 3 x 3 convolution, 1 x 1 up, and the shortcut around them (ResNet v1.5).
-
-    ``spatial`` is the attention layer, or None for the convolution.
-    """
-
-    def __init__(self, in_channels: int, width: int, stride: int, spatial: nn.Module | None) -> None:
-        super().__init__()
-        out_channels = EXPANSION * width
-        self.down = nn.Sequential(nn.Conv2d(in_channels, width, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
-        if spatial is None:
-            self.spatial = nn.Conv2d(width, width, 3, stride, padding=1, bias=False)
-            self.pool = nn.Identity()
-        else:
-            self.spatial = spatial
-            # ceil_mode and the count keep odd sizes in step with the shortcut.
-            self.pool = nn.AvgPool2d(2, ceil_mode=True, count_include_pad=False) if stride == 2 else nn.Identity()
-        self.norm = nn.BatchNorm2d(width)
-        self.up = nn.Sequential(nn.Conv2d(width, out_channels, 1, bias=False), nn.BatchNorm2d(out_channels))
-        self.shortcut = nn.Identity()
-        if stride != 1 or in_channels != out_channels:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels)
-            )
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.pool(self.spatial(self.down(x)))
-        y = self.up(F.relu(self.norm(y)))
-        return F.relu(y + self.shortcut(x))
-
-
-def _attention(
-    width: int, kernel_size: int, num_heads: int, position: str | Position, scale: float | None
-) -> nn.Module:
-    return LocalSelfAttention2d(width, kernel_size=kernel_size, num_heads=num_heads, position=position, scale=scale)
-
-
-def _stem(name: str, in_chans: int, width: int, stride: int) -> nn.Module:
-    if name == "attention":
-        return AttentionStem2d(in_chans, width, kernel_size=stride)
-    if name == "pixel" and stride == 1:
-        conv, pool = nn.Conv2d(in_chans, width, 1, bias=False), nn.Identity()
-    elif name == "conv" and stride < 4:
-        # Small images keep their resolution in the convolution.
-        conv, pool = nn.Conv2d(in_chans, width, 3, padding=1, bias=False), nn.MaxPool2d(stride, ceil_mode=True)
-    elif name == "conv" and stride == 4:
-        conv, pool = nn.Conv2d(in_chans, width, 7, 2, padding=3, bias=False), nn.MaxPool2d(3, 2, padding=1)
-    else:
-        raise OptionError(
-            f"stem must be 'attention', 'conv' (stem_stride up to 4) or 'pixel' (stem_stride 1); "
-            f"received {name!r} with stem_stride={stride}"
+        super().__init__(
+            depths,
+            block,
+            [EXPANSION * width for width in widths],
+            stem=build_stem(stem, in_chans, stem_width, stem_stride),
+            stem_channels=stem_width,
+            stem_stride=stem_stride,
+            num_classes=num_classes,
+            global_pool=global_pool,
+            drop_rate=drop_rate,
+            drop_path_rate=drop_path_rate,
         )
-    return nn.Sequential(conv, nn.BatchNorm2d(width), nn.ReLU(), pool)
 
 
-def _cfg(num_classes: int, size: int, **kwargs: Any) -> dict[str, Any]:
-    return {
-        "num_classes": num_classes,
-        "input_size": (3, size, size),
-        "fixed_input_size": False,
-        "pool_size": None,
-        "interpolation": "bicubic",
-        "crop_pct": 1.0,
-        "mean": (0.5, 0.5, 0.5),
-        "std": (0.5, 0.5, 0.5),
-        "first_conv": None,
-        "classifier": "head.fc",
-        "license": "apache-2.0",
-        **kwargs,
+default_cfgs = generate_default_cfgs(
+    {
+        "sasa_nano.untrained": config(32, 10),
+        "sasa_micro.untrained": config(32, 10),
+        "sasa_resnet26_small.untrained": config(32, 10),
+        "sasa_resnet26.untrained": config(224),
+        "sasa_resnet38.untrained": config(224),
+        "sasa_resnet50.untrained": config(224),
     }
+)
 
 
-default_cfgs = generate_default_cfgs({"sasa_nano.untrained": _cfg(10, 32)})
-
-
-def _create(variant: str, pretrained: bool, depths: Sequence[int], **kwargs: Any) -> nn.Module:
-    features = {"flatten_sequential": True, "out_indices": tuple(range(len(depths) + 1))}
-    return build_model_with_cfg(SasaResNet, variant, pretrained, depths=depths, feature_cfg=features, **kwargs)
+def _create(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
+    return build(SasaResNet, variant, pretrained, 1 + len(kwargs["depths"]), **kwargs)
 
 
 @register_model
@@ -209,3 +149,38 @@ def sasa_nano(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """A network for images of 8 to 64 pixels with no spatial convolution in it: about 0.08 M parameters."""
     small = {"depths": (1, 2, 1), "widths": (16, 32, 48), "stem_width": 32, "stem_stride": 1, "num_heads": 4}
     return _create("sasa_nano", pretrained, **{"kernel_size": 5, **small, **kwargs})
+
+
+@register_model
+def sasa_micro(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """A network for images of 28 to 64 pixels with no spatial convolution in it: about 0.4 M parameters."""
+    small = {"depths": (1, 2, 1), "widths": (32, 64, 128), "stem_width": 32, "stem_stride": 1, "num_heads": 4}
+    return _create("sasa_micro", pretrained, **{**small, **kwargs})
+
+
+@register_model
+def sasa_resnet26_small(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """SASA-ResNet-26 for images of 28 to 64 pixels: a 3 x 3 convolution for a stem, at full resolution.
+
+    ``stem_stride=2`` adds a 2 x 2 max-pool, for the larger ones.
+    """
+    small = {"depths": (1, 2, 4, 1), "stem": "conv", "stem_stride": 1}
+    return _create("sasa_resnet26_small", pretrained, **{**small, **kwargs})
+
+
+@register_model
+def sasa_resnet26(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """SASA-ResNet-26 with a convolutional stem: 10,342,632 parameters (Table 1: 10.3 M)."""
+    return _create("sasa_resnet26", pretrained, **{"depths": (1, 2, 4, 1), "stem": "conv", **kwargs})
+
+
+@register_model
+def sasa_resnet38(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """SASA-ResNet-38 with a convolutional stem: 14,190,632 parameters (Table 1: 14.1 M)."""
+    return _create("sasa_resnet38", pretrained, **{"depths": (2, 3, 5, 2), "stem": "conv", **kwargs})
+
+
+@register_model
+def sasa_resnet50(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """SASA-ResNet-50 with a convolutional stem: 18,038,632 parameters (Table 1: 18.0 M)."""
+    return _create("sasa_resnet50", pretrained, **{"depths": (3, 4, 6, 3), "stem": "conv", **kwargs})

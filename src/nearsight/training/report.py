@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 
 from ..inspect import draw
 from ..inspect.maps import AttentionMap, attention_maps
+from ..layers import SelfAttention
 from .data import View
 from .evaluate import Evaluation
 from .files import write_text
@@ -106,12 +107,12 @@ def _mistakes(evaluation: Evaluation, classes: Sequence[str]) -> list[tuple[str,
 
 def _attention(model: nn.Module, blueprint: Blueprint, evaluation: Evaluation, test: Any) -> list[Picture]:
     """Memory blocks in a few test images, then head by head in the first; empty for a network without attention."""
+    if not any(isinstance(module, SelfAttention) for module in model.modules()):
+        return []
     chosen = _choose(evaluation)
     images = torch.stack([test[index][0] for index in chosen]).to(next(model.parameters()).device)
     model.eval()
     maps = _spread(attention_maps(model, images), SHOWN_LAYERS)
-    if not maps:
-        return []
     pictures = []
     pixels = _decisive_pixels(model, images)
     shown = [_visible(image, blueprint.view) for image in images.cpu()]

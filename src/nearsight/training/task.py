@@ -47,9 +47,9 @@ class Classifier(L.LightningModule):
         self.train_accuracy = MulticlassAccuracy(len(blueprint.classes), average="micro")
         self.accuracy = MulticlassAccuracy(len(blueprint.classes), average="micro")
 
-    def on_train_epoch_start(self) -> None:
-        # Every epoch's draws follow from the seed and its number alone, so a resumed run makes the same ones.
-        torch.manual_seed(self.recipe.seed + 1_000_003 * (self.current_epoch + 1) + self.global_rank)
+    def on_train_batch_start(self, batch: Any, index: int) -> None:
+        # Every step's draws follow from the seed and its number alone, so a resumed run makes the same ones.
+        torch.manual_seed(self.recipe.seed + 1_000_003 * (self.global_step + 1) + self.global_rank)
 
     def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
         images, labels = batch

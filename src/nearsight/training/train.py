@@ -68,8 +68,8 @@ def train(recipe: Recipe, output: Path | None = None, *, download: bool = False)
         360
     """
     output = output or default_output(recipe)
-    if _is_main_process():
-        _claim(output)
+    if _is_main_process() and any((output / file).exists() for file in (CHECKPOINT_FILE, WEIGHTS_FILE)):
+        raise TrainingError(f"{output} holds a run already: continue it with --resume, or name another --output")
     return _run(recipe, output, None, download)
 
 
@@ -113,6 +113,7 @@ def _run(recipe: Recipe, output: Path, checkpoint: Path | None, download: bool) 
     L.seed_everything(recipe.seed, workers=True, verbose=False)
     model = blueprint.build()
     if _is_main_process():
+        _make_folder(output)
         write_text(output / CONFIG_FILE, recipe.to_yaml())
         print(_announcement(recipe, pictures, view, model, output), flush=True)
 
@@ -164,11 +165,8 @@ def _fit(trainer: L.Trainer, task: Classifier, data: Batches, checkpoint: Path |
         raise DataError(str(error).strip().rsplit("DataError: ", 1)[-1]) from error
 
 
-def _claim(output: Path) -> None:
-    """Make the folder ours, or say why it cannot be."""
-    for file in (CHECKPOINT_FILE, WEIGHTS_FILE):
-        if (output / file).exists():
-            raise TrainingError(f"{output} holds a run already: continue it with --resume, or name another --output")
+def _make_folder(output: Path) -> None:
+    """Make the folder, or say why not."""
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:

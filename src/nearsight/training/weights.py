@@ -71,9 +71,9 @@ def input_size(model: str) -> int:
 
 
 def save_model(path: Path, model: nn.Module, blueprint: Blueprint) -> None:
-    """Write weights and blueprint as safetensors, whole or not at all."""
+    """Write weights and blueprint as safetensors, whole or not at all; the same model gives the same bytes."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    write_bytes(path, save(tensors, metadata={KEY: blueprint.to_json(), "format": "pt"}))
+    write_bytes(path, save(tensors, metadata={KEY: blueprint.to_json()}))
 
 
 def load_model(path: Path) -> tuple[nn.Module, Blueprint]:

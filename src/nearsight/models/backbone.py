@@ -1,0 +1,316 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the families share: timm's way of speaking to a network, and the bottleneck ResNet of SASA and HaloNet."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch.nn.functional as F
+from huggingface_hub import PyTorchModelHubMixin
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import ClassifierHead, DropPath
+from timm.models import build_model_with_cfg, checkpoint_seq
+from torch import Tensor, nn
+
+from ..errors import OptionError
+from ..layers import AttentionStem2d
+
+
+class Backbone(nn.Module, PyTorchModelHubMixin, library_name="nearsight", license="apache-2.0", tags=["timm"]):
+    """The methods that timm, and what builds on it, calls on a network.
+
+    A family fills in :meth:`feature_maps`, :meth:`finish` and the attributes below. Through huggingface_hub's mixin every
+    network has ``save_pretrained(folder)``, ``from_pretrained(folder or repository)`` and ``push_to_hub(repository)``.
+
+    Attributes:
+        feature_info: channels, reduction and module of every map of :meth:`feature_maps`, as timm writes it.
+        num_features: channels of :meth:`forward_features`; head_hidden_size: of the pooled vector.
+        num_classes: outputs; 0 for none.
+    """
+
+    feature_info: list[dict[str, Any]]
+    num_classes: int
+    num_features: int
+    head_hidden_size: int
+    head: nn.Module
+    grad_checkpointing = False
+
+    def feature_maps(self, x: Tensor) -> Iterator[Tensor]:
+        """One map per entry of ``feature_info``, (B, C, H, W), from fine to coarse."""
+        raise NotImplementedError
+
+    def finish(self, x: Tensor) -> Tensor:
+        """From the last feature map to what the head takes."""
+        return x
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """What the head takes, (B, num_features, H, W)."""
+        last = x
+        for feature_map in self.feature_maps(x):
+            last = feature_map
+        return self.finish(last)
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """timm's feature pyramid: the maps at ``indices`` (an int for the last so many), and the final features.
+
+        Args:
+            indices: into ``feature_info``; None for all.
+            norm: let the last map pass what stands before the head.
+            stop_early: do not compute what comes after the last index.
+            output_fmt: of the maps, ``"NCHW"`` or ``"NHWC"``.
+            intermediates_only: leave out the final features.
+
+        Raises:
+            OptionError: another ``output_fmt``.
+        """
+        if output_fmt not in ("NCHW", "NHWC"):
+            raise OptionError(f"output_fmt must be 'NCHW' or 'NHWC'; received {output_fmt!r}")
+        wanted = take_indices(len(self.feature_info), indices)
+        maps, feature_map = [], x
+        for index, feature_map in enumerate(self.feature_maps(x)):
+            if index in wanted:
+                is_end = index == len(self.feature_info) - 1
+                maps.append(self.finish(feature_map) if norm and is_end else feature_map)
+            if index == max(wanted) and (stop_early or intermediates_only):
+                break
+        if output_fmt == "NHWC":
+            maps = [one.permute(0, 2, 3, 1) for one in maps]
+        return maps if intermediates_only else (self.finish(feature_map), maps)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        return self.head(x, pre_logits=pre_logits)
+
+    def get_classifier(self) -> nn.Module:
+        return self.head.fc  # pyright: ignore[reportReturnType]
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Swap the classifier for a fresh one of ``num_classes`` outputs; 0 removes it."""
+        self.num_classes = num_classes
+        self.head.reset(num_classes, global_pool)  # pyright: ignore[reportCallIssue]
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keep the inputs of blocks only, and compute them again in the backward."""
+        self.grad_checkpointing = enable
+
+    def save_pretrained(self, save_directory: str | Path, *, config: dict | None = None, **kwargs: Any) -> str | None:
+        """Write weights, arguments and a model card to a folder, for ``from_pretrained``; see huggingface_hub."""
+        if config is None and isinstance(self._hub_mixin_config, dict):
+            # The classifier may have been reset since.
+            config = {**self._hub_mixin_config, "num_classes": self.num_classes}
+        return super().save_pretrained(save_directory, config=config, **kwargs)
+
+    def _run(self, blocks: nn.Sequential, x: Tensor) -> Tensor:
+        return checkpoint_seq(blocks, x) if self.grad_checkpointing else blocks(x)
+
+
+class Bottleneck(nn.Module):
+    """1 x 1 down, something spatial, 1 x 1 up, and the shortcut around them (He et al. 2016, arXiv:1512.03385; v1.5).
+
+        y = relu( x' + up(relu(norm(pool(spatial(relu(down(x))))))) ),   x' = x, or a strided 1 x 1 projection of it
+
+    The shortcut is a projection where the block changes size or channels. Every convolution has a batch norm after it.
+
+    Args:
+        in_channels, width, spatial_channels, out_channels: of the input, and after down, ``spatial`` and up.
+        spatial: maps ``width`` to ``spatial_channels`` channels, and strides unless ``pool`` does.
+        stride: of the whole block.
+        pool: follow ``spatial`` by an average pool of ``stride``.
+        drop_path: chance to skip the block for an image in training.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        width: int,
+        spatial_channels: int,
+        out_channels: int,
+        spatial: nn.Module,
+        *,
+        stride: int = 1,
+        pool: bool = False,
+        drop_path: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.down = nn.Sequential(nn.Conv2d(in_channels, width, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
+        self.spatial = spatial
+        # ceil_mode and the count keep odd sizes in step with the shortcut.
+        pools = pool and stride > 1
+        self.pool = nn.AvgPool2d(stride, ceil_mode=True, count_include_pad=False) if pools else nn.Identity()
+        self.norm = nn.BatchNorm2d(spatial_channels)
+        self.up = nn.Sequential(nn.Conv2d(spatial_channels, out_channels, 1, bias=False), nn.BatchNorm2d(out_channels))
+        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+        self.shortcut = nn.Identity()
+        if stride != 1 or in_channels != out_channels:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.pool(self.spatial(self.down(x)))
+        y = self.up(F.relu(self.norm(y)))
+        return F.relu(self.drop_path(y) + self.shortcut(x))
+
+
+class BottleneckNet(Backbone):
+    """A stem, stages of bottlenecks that halve the map from the second stage on, and a linear head.
+
+    Args:
+        depths: blocks per stage.
+        block: makes one: ``block(stage, in_channels, stride=, drop_path=)`` with stages counted from 1.
+        out_channels: per stage.
+        stem, stem_channels, stem_stride: the stem and what it puts out.
+        final: between the last stage and the head, with its channels; None for nothing.
+        num_classes, global_pool, drop_rate, drop_path_rate: as everywhere in timm.
+    """
+
+    def __init__(
+        self,
+        depths: Sequence[int],
+        block: Callable[..., Bottleneck],
+        out_channels: Sequence[int],
+        *,
+        stem: nn.Module,
+        stem_channels: int,
+        stem_stride: int,
+        final: Callable[[int], tuple[nn.Module, int]] | None = None,
+        num_classes: int,
+        global_pool: str,
+        drop_rate: float,
+        drop_path_rate: float,
+    ) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.stem = stem
+        self.stages = nn.Sequential()
+        self.feature_info = [{"num_chs": stem_channels, "reduction": stem_stride, "module": "stem"}]
+        channels, reduction = stem_channels, stem_stride
+        for stage, rates in enumerate(drop_path_rates(drop_path_rate, depths), start=1):
+            blocks = nn.Sequential()
+            for index, rate in enumerate(rates):
+                stride = 2 if stage > 1 and index == 0 else 1
+                blocks.append(block(stage, channels, stride=stride, drop_path=rate))
+                channels, reduction = out_channels[stage - 1], reduction * stride
+            self.stages.append(blocks)
+            self.feature_info.append({"num_chs": channels, "reduction": reduction, "module": f"stages.{stage - 1}"})
+        self.final, channels = (nn.Identity(), channels) if final is None else final(channels)
+        self.num_features = self.head_hidden_size = channels
+        self.head = ClassifierHead(channels, num_classes, pool_type=global_pool, drop_rate=drop_rate)
+
+    def feature_maps(self, x: Tensor) -> Iterator[Tensor]:
+        x = self.stem(x)
+        yield x
+        for stage in self.stages:
+            x = self._run(stage, x)  # pyright: ignore[reportArgumentType]
+            yield x
+
+    def finish(self, x: Tensor) -> Tensor:
+        return self.final(x)
+
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Throw away what no map at ``indices`` needs; returns the indices counted from the start."""
+        wanted = take_indices(len(self.feature_info), indices)
+        self.stages = self.stages[: max(wanted)]
+        if prune_norm:
+            self.final = nn.Identity()
+        if prune_head:
+            self.reset_classifier(0, "")
+        return wanted
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """How timm's layer-wise learning rate decay groups the parameters."""
+        blocks = r"^stages\.(\d+)" if coarse else r"^stages\.(\d+)\.(\d+)"
+        return {"stem": r"^stem", "blocks": [(blocks, None), (r"^final", (99999,))]}
+
+
+def build_stem(name: str, in_chans: int, channels: int, stride: int) -> nn.Module:
+    """``"conv"``, ``"attention"`` or ``"pixel"``: from the image to a map with one cell per ``stride`` pixels.
+
+    Raises:
+        OptionError: an unknown name, or a stride that the stem does not have.
+    """
+    if name == "attention" and stride > 1:
+        return AttentionStem2d(in_chans, channels, kernel_size=stride)
+    if name == "pixel" and stride == 1:
+        conv, pool = nn.Conv2d(in_chans, channels, 1, bias=False), nn.Identity()
+    elif name == "conv" and stride < 4:
+        # Small images keep their resolution in the convolution.
+        conv, pool = nn.Conv2d(in_chans, channels, 3, padding=1, bias=False), nn.MaxPool2d(stride, ceil_mode=True)
+    elif name == "conv" and stride == 4:
+        conv, pool = nn.Conv2d(in_chans, channels, 7, 2, padding=3, bias=False), nn.MaxPool2d(3, 2, padding=1)
+    else:
+        raise OptionError(
+            f"stem must be 'attention' (stem_stride from 2), 'conv' (stem_stride up to 4) or 'pixel' (stem_stride 1); "
+            f"received {name!r} with stem_stride={stride}"
+        )
+    return nn.Sequential(conv, nn.BatchNorm2d(channels), nn.ReLU(), pool)
+
+
+def take_indices(count: int, indices: int | Sequence[int] | None) -> list[int]:
+    """timm's way of choosing from ``count`` feature maps: None for all, an int for the last so many, or a list.
+
+    Raises:
+        OptionError: an index that is not there.
+    """
+    if indices is None or isinstance(indices, int):
+        indices = range(-(count if indices is None else indices), 0)
+    if not indices or not all(-count <= index < count for index in indices):
+        raise OptionError(f"indices must be some of the {count} feature maps; received {list(indices)}")
+    return [index % count for index in indices]
+
+
+def drop_path_rates(last: float, depths: Sequence[int]) -> list[list[float]]:
+    """Per stage and block: from 0 in the first block of the network linearly to ``last`` in its last."""
+    rates = iter([last * block / max(1, sum(depths) - 1) for block in range(sum(depths))])
+    return [list(islice(rates, depth)) for depth in depths]
+
+
+def one_per_stage(name: str, value: int | Sequence[int], stages: int) -> list[int]:
+    """Spread one number over all stages, or check that there is one for each.
+
+    Raises:
+        OptionError: another number of them.
+    """
+    values = [value] * stages if isinstance(value, int) else list(value)
+    if len(values) != stages:
+        raise OptionError(f"{name} must be one number or {stages}, one per stage; received {value}")
+    return values
+
+
+def config(size: int, num_classes: int = 1000, classifier: str = "head.fc", **kwargs: Any) -> dict[str, Any]:
+    """A timm configuration of a network without published weights that takes images of any size."""
+    normalisation = {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}
+    return {
+        "num_classes": num_classes,
+        "input_size": (3, size, size),
+        "fixed_input_size": False,
+        "pool_size": None,
+        "interpolation": "bicubic",
+        "crop_pct": 0.875 if size >= 224 else 1.0,
+        "first_conv": None,
+        "classifier": classifier,
+        "license": "apache-2.0",
+        **(normalisation if size >= 224 else {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}),
+        **kwargs,
+    }
+
+
+def build(cls: type[Backbone], variant: str, pretrained: bool, maps: int, **kwargs: Any) -> nn.Module:
+    """The network through timm's builder, which knows ``features_only`` (of ``maps`` maps), ``pretrained_cfg`` and kin."""
+    features = {"feature_cls": "getter", "out_indices": tuple(range(maps))}
+    return build_model_with_cfg(cls, variant, pretrained, feature_cfg=features, **kwargs)

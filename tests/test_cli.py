@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: what it prints, and that every mistake is one line on stderr and exit code 2."""
+
+import json
+import os
+import subprocess
+import sys
+from importlib.metadata import version
+
+import pytest
+import torch
+from PIL import Image
+
+from nearsight import cli
+from nearsight.models import create_model
+from nearsight.training.data import load_pictures
+from nearsight.training.weights import Blueprint, save_model
+
+
+@pytest.fixture
+def untrained(tmp_path):
+    """A model file as a run leaves it, without the time of a run."""
+    pictures = load_pictures("digits")
+    torch.manual_seed(0)
+    blueprint = Blueprint("sasa_nano", pictures.classes, pictures.view(8), "digits")
+    save_model(tmp_path / "model.safetensors", create_model("sasa_nano", num_classes=10, in_chans=1), blueprint)
+    return tmp_path
+
+
+def fails(capsys, *arguments):
+    """The one line that a mistake leaves on stderr."""
+    assert cli.main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("nearsight: error: ")
+    assert captured.err.count("\n") == 1
+    return captured.err
+
+
+@pytest.mark.parametrize("arguments", [(), ("--help",), ("-h",)])
+def test_no_command_shows_the_overview(capsys, arguments):
+    assert cli.main(arguments) == 0
+    text = capsys.readouterr().out
+    assert all(f"\n  {command} " in text for command in cli.COMMANDS)
+
+
+def test_version(capsys):
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"nearsight {version('nearsight')}\n"
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_every_command_has_help(capsys, command):
+    with pytest.raises(SystemExit, match="0"):
+        cli.main([command, "--help"])
+    assert f"usage: nearsight {command}" in capsys.readouterr().out
+
+
+def test_train_help_has_every_flag_of_the_contract_and_examples(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["train", "--help"])
+    text = capsys.readouterr().out
+    for flag in ("model", "data", "data-root", "epochs", "batch-size", "lr", "seed", "output", "resume", "devices"):
+        assert f"--{flag} " in text or f"--{flag}\n" in text, flag
+    assert "examples:\n  nearsight train " in text
+
+
+def test_models_lists_ours_with_their_size(capsys):
+    assert cli.main(["models"]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("sasa_nano ")]
+    count = sum(parameter.numel() for parameter in create_model("sasa_nano").parameters())
+    assert line.split()[1:] == [f"{count / 1e6:.3f}", "M", "parameters"]
+
+
+def test_info_names_versions_and_backends(capsys):
+    assert cli.main(["info"]) == 0
+    text = capsys.readouterr().out
+    assert torch.__version__ in text
+    assert "reference     can run" in text
+    assert cli.main(["info", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["backends"]["reference"] is None
+    assert facts["threads"] == torch.get_num_threads()
+
+
+def test_eval_prints_the_accuracy_and_json_agrees(capsys, untrained):
+    assert cli.main(["eval", str(untrained), "--data", "digits", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["images"] == 360
+    assert sum(map(sum, result["confusion"])) == 360
+    correct = sum(row[index] for index, row in enumerate(result["confusion"]))
+    assert result["accuracy"] == correct / 360
+    assert cli.main(["eval", str(untrained / "model.safetensors"), "--data", "digits"]) == 0
+    assert f"{correct / 360:.2%} ({correct} of 360 test images)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["trian"], "there is no command 'trian' (did you mean train?); commands are train, eval, models, info"),
+        (["models", "--all"], "unrecognized arguments: --all; see nearsight models --help"),
+        (["eval"], "the following arguments are required: DIR|FILE, --data"),
+        (["eval", "nowhere", "--data", "digits"], "there is no nowhere; `nearsight train` leaves them"),
+        (["train", "--epocs", "3"], "unrecognized arguments: --epocs 3 (did you mean --epochs?)"),
+        (["train", "--epochs", "many"], 'Parser key "epochs":'),
+        (["train", "--epochs", "0"], "epochs must be at least 1; received 0"),
+        (["train", "--lr", "-1"], "lr must be a positive number; received -1"),
+        (["train", "--model", "sasa_nan"], "there is no model 'sasa_nan'; did you mean sasa_nano"),
+        (["train", "--data", "digit"], "data must be one of digits, mnist"),
+        (
+            ["train", "--data", "mnist", "--data-root", "nowhere"],
+            "mnist is not in nowhere: name its folder with --data-root",
+        ),
+        (["train", "--data", "folder:nowhere"], "there is no folder nowhere"),
+        (["train", "--config", "nowhere.yaml"], "File does not exist"),
+        (["train", "--resume"], "there is no checkpoint runs/sasa_nano-digits/last.ckpt to resume from"),
+    ],
+)
+def test_mistakes_are_one_line(capsys, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    assert message in fails(capsys, *arguments)
+
+
+@pytest.mark.parametrize("content", [b"model: [", b"surprise: 1", b"epochs: soon", b"\xff\xfe\x00broken", b"- 1"])
+def test_a_damaged_config_is_one_line(capsys, tmp_path, content):
+    (tmp_path / "config.yaml").write_bytes(content)
+    fails(capsys, "train", "--config", str(tmp_path / "config.yaml"), "--output", str(tmp_path / "run"))
+
+
+def test_an_output_that_holds_a_run_is_one_line(capsys, untrained):
+    assert "holds a run already" in fails(capsys, "train", "--output", str(untrained))
+
+
+def test_an_output_that_cannot_be_written_is_one_line(capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert "Not a directory" in fails(capsys, "train", "--output", str(tmp_path / "file" / "run"))
+
+
+def test_eval_of_a_truncated_file_is_one_line(capsys, untrained):
+    file = untrained / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+    assert "is it a whole safetensors file?" in fails(capsys, "eval", str(untrained), "--data", "digits")
+
+
+def test_eval_on_data_of_other_classes_is_one_line(capsys, untrained, tmp_path):
+    for name in ("cat", "dog"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for index in range(20):
+            Image.new("RGB", (8, 8)).save(tmp_path / "images" / name / f"{index}.png")
+    message = fails(capsys, "eval", str(untrained), "--data", f"folder:{tmp_path / 'images'}")
+    assert "has 2 classes" in message
+    assert "tells 10 apart, those of digits" in message
+
+
+def test_without_the_train_extra_it_says_what_to_install(capsys, monkeypatch):
+    monkeypatch.setattr(cli, "find_spec", lambda name: None if name == "lightning" else object())
+    for command in ("train", "eval"):
+        assert f"`nearsight {command}` needs lightning: pip install 'nearsight[train]'" in fails(capsys, command)
+
+
+LIGHT = """
+import sys
+from nearsight import cli
+assert cli.main(["models"]) == cli.main(["info"]) == 0
+print("heavy:", sorted({"lightning", "matplotlib", "jsonargparse", "sklearn", "torchmetrics"} & set(sys.modules)))
+"""
+
+
+def test_models_and_info_import_none_of_the_train_extra_and_huge_pages_are_asked_for():
+    environment = {name: value for name, value in os.environ.items() if name != "THP_MEM_ALLOC_ENABLE"}
+    script = LIGHT + "import os; print(os.environ['THP_MEM_ALLOC_ENABLE'])"
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-2:] == ["heavy: []", "1"]
+
+
+def test_python_dash_m_and_the_exit_code():
+    done = subprocess.run([sys.executable, "-m", "nearsight", "nonsense"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("nearsight: error: there is no command 'nonsense'")

@@ -1,0 +1,751 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The native kernel beyond the contract: vector widths, layouts, threads, operators, forks, and callers that lie.
+
+The contract suite runs over every instruction set by itself: they are the variants of the backend.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import os
+import re
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Contestant
+from test_contract import TABLES, Case, check_contract, tensors_of
+from torch import Tensor
+from torch.profiler import profile
+from torch.utils.data import DataLoader
+
+import nearsight as ns
+from nearsight import attention
+from nearsight.attention import native
+from nearsight.attention.problem import describe
+from nearsight.errors import BackendError
+
+ROOT = Path(__file__).parents[1]
+needs_library = pytest.mark.skipif(native.unavailable() is not None, reason=str(native.unavailable()))
+ISAS = native.variants() if native.unavailable() is None else ()
+every_isa = pytest.mark.parametrize("isa", ISAS)
+
+
+def local(query, key, value, window, **options) -> Tensor:
+    return ns.local_attention(query, key, value, window, backend="native", **options)
+
+
+def run(case: Case) -> list[Tensor]:
+    """The output and every gradient."""
+    incoming, inputs, arguments = tensors_of(case, grad=True)
+    out = local(*inputs[:3], case.window, **arguments)
+    return [out.detach(), *torch.autograd.grad(out, inputs, incoming)]
+
+
+@contextmanager
+def threads(count: int):
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+# ------------------------------------------------------------------------------------------- just below, at, just above
+
+WIDTHS = (3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 33, 47, 49)  # lanes are 4, 8 or 16
+HEIGHTS = (2, 3, 4, 5, 6, 7)  # rows go in groups of 3
+KERNELS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 14, 15)  # sums are held for 4 or 7 entries at a time
+CHANNELS = (1, 2, 3, 4, 5, 7, 8, 9, 15, 17, 24)  # and for 4 or 8 channels
+EDGES = {
+    **{f"{width} columns": Case((2, width), 3, batch=1, heads=1, **TABLES) for width in WIDTHS},
+    **{f"{width} columns, batch 3": Case((1, width), 3, batch=3, heads=1, **TABLES) for width in WIDTHS if width < 17},
+    **{f"{height} rows": Case((height, 5), 3, batch=1, heads=1, **TABLES) for height in HEIGHTS},
+    **{f"{k} wide": Case((2, 18), (1, k), batch=1, heads=1, head_dim=2, value_dim=2, **TABLES) for k in KERNELS},
+    **{f"{d} channels": Case((2, 5), 3, batch=1, heads=1, head_dim=d, value_dim=d, **TABLES) for d in CHANNELS},
+}
+
+
+@needs_library
+@every_isa
+@pytest.mark.parametrize("name", EDGES)
+def test_edges(name, isa):
+    case = EDGES[name]
+    assert case.dtype == torch.float64  # the oracle's; what is tested is float32
+    check_contract(Contestant(native, isa).attend, Case(**{**vars(case), "dtype": torch.float32}))
+
+
+@needs_library
+@every_isa
+@pytest.mark.parametrize("dtype", DTYPES := (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("shift", [1, 2, 3])
+def test_misaligned(shift, dtype, isa):
+    """Elements are all that is aligned: the same numbers at an odd address give the same bits."""
+    tensors = [torch.randn(2, 3, 5, 19, 8, dtype=dtype) for _ in range(3)]
+    moved = [
+        torch.empty(tensor.numel() + shift, dtype=dtype)[shift:].view(tensor.shape).copy_(tensor) for tensor in tensors
+    ]
+    assert all(tensor.data_ptr() % 16 for tensor in moved)
+    with native.use_variant(isa):
+        assert torch.equal(local(*tensors, ns.Window(5)), local(*moved, ns.Window(5)))
+
+
+# -------------------------------------------------------------------------------------------------------------- layouts
+
+
+def planar(batch=2, heads=3, size=(6, 9), dim=8) -> Tensor:
+    return torch.randn(batch, heads, dim, *size).movedim(2, -1)
+
+
+def heads_last(batch=2, heads=3, size=(6, 9), dim=8) -> Tensor:
+    return torch.randn(batch, *size, heads, dim).movedim(-2, 1)
+
+
+@needs_library
+@pytest.mark.parametrize("make", [planar, heads_last])
+def test_layouts_are_kept_and_nothing_is_copied(make):
+    query, key, value = (make().requires_grad_() for _ in range(3))
+    incoming = make()
+    with profile() as recorded:
+        out = local(query, key, value, ns.Window(3))
+        gradients = torch.autograd.grad(out, (query, key, value), incoming)
+    for found in (out, *gradients):
+        assert found.stride() == query.stride()
+    operators = {event.name for event in recorded.events() if event.name.startswith(("aten::", "nearsight::"))}
+    assert {"nearsight::attend", "nearsight::attend_backward"} <= operators
+    assert not operators & {"aten::copy_", "aten::clone", "aten::contiguous", "aten::reshape"}
+
+
+@needs_library
+def test_heads_of_a_fused_projection_come_back_heads_last():
+    """Slices of one channels_last convolution: merging the heads of what comes out is a view."""
+    fused = torch.randn(2, 3 * 24, 6, 9).to(memory_format=torch.channels_last)
+    query, key, value = (part.unflatten(1, (3, 8)).movedim(2, -1) for part in fused.chunk(3, 1))
+    out = local(query, key, value, ns.Window(3))
+    merged = out.movedim(1, -2).flatten(-2).movedim(-1, 1)
+    assert merged.data_ptr() == out.data_ptr()
+    assert merged.is_contiguous(memory_format=torch.channels_last)
+    narrow = local(query, key, value[..., :5], ns.Window(3))  # value_dim is not head_dim
+    assert narrow.movedim(1, -2).is_contiguous()
+    assert torch.equal(narrow, out[..., :5])
+
+
+# -------------------------------------------------------------------------------------------------------------- threads
+
+GEOMETRIES = {
+    "plain": Case((23, 19), 7, head_dim=8, value_dim=8, **TABLES),
+    "volume": Case((5, 7, 9), 3, border="zeros", **TABLES),
+    "small": Case((7, 7), 5, batch=5, head_dim=8, value_dim=8, **TABLES),
+    "shift": Case((19, 23), 5, border="shift", dilation=2, stride=2, **TABLES),
+    "wrap": Case((67,), 9, border="wrap", batch=3, **TABLES),
+}
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_every_number_of_threads_gives_the_same_bits(name, dtype):
+    case = Case(**{**vars(GEOMETRIES[name]), "dtype": dtype})
+    results = []
+    for count in (1, 2, 3, 7):
+        with threads(count):
+            results.append(run(case))
+    for other in results[1:]:
+        for one, same in zip(results[0], other, strict=True):
+            assert torch.equal(one, same)
+
+
+@needs_library
+def test_calls_from_several_threads_at_once():
+    expected = run(GEOMETRIES["plain"].__class__(**{**vars(GEOMETRIES["plain"]), "dtype": torch.float32}))
+    case = Case(**{**vars(GEOMETRIES["plain"]), "dtype": torch.float32})
+    with ThreadPoolExecutor(4) as pool:
+        for found in pool.map(lambda _: run(case), range(16)):
+            assert all(torch.equal(one, other) for one, other in zip(expected, found, strict=True))
+
+
+def attend_somewhere(seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    maps = [torch.randn(2, 2, 17, 19, 8, generator=generator) for _ in range(3)]
+    return local(*(tensor.requires_grad_() for tensor in maps), ns.Window(5))
+
+
+class Attending(torch.utils.data.Dataset):
+    """Attends while it loads, in whatever process that happens."""
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, item: int) -> Tensor:
+        out = attend_somewhere(item)
+        out.sum().backward()
+        return out.detach()
+
+
+@needs_library
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+def test_fork_after_use():
+    """The OpenMP runtime's threads do not survive a fork: the child may not wait for them."""
+    with threads(2):
+        expected = torch.stack([attend_somewhere(seed).detach() for seed in range(4)])
+        context = multiprocessing.get_context("fork")
+        loader = DataLoader(Attending(), batch_size=2, num_workers=2, multiprocessing_context=context, timeout=60)
+        assert torch.equal(torch.cat(list(loader)), expected)
+        child = context.Process(target=attend_somewhere, args=(0,))
+        child.start()
+        child.join(60)
+        hung = child.is_alive()
+        child.kill()
+        assert not hung
+        assert child.exitcode == 0
+
+
+@needs_library
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_one_openmp_runtime():
+    program = """
+import re, torch, nearsight as ns
+torch.set_num_threads(2)
+q = torch.randn(2, 2, 9, 9, 8)
+ns.local_attention(q, q, q, ns.Window(3), backend="native")
+files = {line.split()[-1] for line in open("/proc/self/maps") if "/" in line}
+print(*sorted(file for file in files if re.search(r"/lib[a-z]*omp[0-9]*[-.]", file)))
+"""
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
+    assert len(found) == 1, found
+    assert native._loaded().nearsight_has_openmp()
+
+
+# ------------------------------------------------------------------------------------------------------------ operators
+
+
+def sample(dtype=torch.float32, bias=True, relative=True, value_dim=6, grad=True):
+    query, key = (torch.randn(2, 5, 7, 3, 6).movedim(-2, 1).to(dtype) for _ in range(2))
+    value = torch.randn(2, 5, 7, 3, value_dim).movedim(-2, 1).to(dtype)
+    tables = torch.randn(3, 3, 3), [torch.randn(3, 3, 6) for _ in range(2)]
+    maps = [tensor.requires_grad_(grad) for tensor in (query, key, value)]
+    tables = [
+        tables[0].requires_grad_(grad) if bias else None,
+        [r.requires_grad_(grad) for r in tables[1]][: 2 * relative],
+    ]
+    return (*maps, *tables, [3, 3], [1, 1], [1, 1], [False, True], "mask", 0.5, native.AUTO)
+
+
+SAMPLES = {
+    "both tables": {},
+    "bias": {"relative": False},
+    "relative": {"bias": False},
+    "no table": {"bias": False, "relative": False},
+    "value narrower": {"value_dim": 4},
+    "bfloat16": {"dtype": torch.bfloat16},
+}
+
+
+@needs_library
+@pytest.mark.parametrize("name", SAMPLES)
+def test_operators(name):
+    """torch's own checks: schema, autograd registration, fake tensors, AOT dispatch with symbolic sizes."""
+    arguments = sample(**SAMPLES[name])
+    torch.library.opcheck(torch.ops.nearsight.attend.default, arguments)
+    arguments = sample(**SAMPLES[name], grad=False)
+    out, lse = torch.ops.nearsight.attend.default(*arguments)
+    wanted = [True, True, True, arguments[3] is not None, bool(arguments[4])]
+    torch.library.opcheck(
+        torch.ops.nearsight.attend_backward.default,
+        (torch.randn_like(out), *arguments[:5], out, lse, wanted, *arguments[5:]),
+    )
+
+
+class Layer(torch.nn.Module):
+    def __init__(self, border="mask"):
+        super().__init__()
+        self.attend = ns.LocalSelfAttention2d(8, 12, 3, num_heads=3, border=border, backend="native")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attend(x)
+
+
+@needs_library
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "memory_format", [torch.contiguous_format, torch.channels_last], ids=["planar", "channels last"]
+)
+def test_compile(memory_format, backend):
+    torch._dynamo.reset()
+    layer = Layer()
+    x = torch.randn(2, 8, 6, 9).to(memory_format=memory_format).requires_grad_()
+    inputs = [x, *layer.parameters()]
+    found, expected = torch.compile(layer, fullgraph=True, backend=backend)(x), layer(x)
+    torch.testing.assert_close(found, expected)
+    assert found.stride() == expected.stride()
+    for one, other in zip(*(torch.autograd.grad(out.square().sum(), inputs) for out in (found, expected)), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@needs_library
+def test_compile_once_for_every_size():
+    torch._dynamo.reset()
+    graphs = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    layer = Layer("shift")
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=graphs)
+    for batch, height, width in ((2, 6, 9), (3, 8, 7), (5, 11, 12)):
+        x = torch.randn(batch, 8, height, width)
+        torch.testing.assert_close(compiled(x), layer(x))
+    assert graphs.frame_count == 1
+
+
+@needs_library
+@pytest.mark.parametrize("strict", [False, True])
+def test_export(strict):
+    layer, x = Layer().eval(), torch.randn(2, 8, 6, 9)
+    sizes = {0: torch.export.Dim("batch", min=2), 2: torch.export.Dim("height", min=4)}
+    exported = torch.export.export(layer, (x,), dynamic_shapes={"x": sizes}, strict=strict)
+    assert "nearsight.attend" in "".join(part.code for part in exported.graph_module.modules())
+    for one in (x, torch.randn(3, 8, 10, 9)):
+        torch.testing.assert_close(exported.module()(one), layer(one))
+
+
+@needs_library
+@pytest.mark.parametrize("in_dims", [(0, 0, 0, 0, 0, 0), (0, None, 2, None, 0, None), (3, 1, 0, 2, None, 1)])
+def test_vmap(in_dims):
+    """Over any axis, with tables mapped or shared, and over gradients."""
+    shapes = [(2, 2, 4, 5, 3)] * 3 + [(2, 3, 3), (2, 3, 3), (2, 3, 3)]
+    tensors = [
+        torch.randn(*shape[:dim], 4, *shape[dim:]) if dim is not None else torch.randn(shape)
+        for shape, dim in zip(shapes, in_dims, strict=True)
+    ]
+
+    def function(query, key, value, bias, *relative):
+        return local(query, key, value, ns.Window(3), bias=bias, relative=relative)
+
+    def each(transformed):
+        slices = [
+            [t if dim is None else t.select(dim, i) for t, dim in zip(tensors, in_dims, strict=True)] for i in range(4)
+        ]
+        return [transformed(*inputs) for inputs in slices]
+
+    torch.testing.assert_close(torch.func.vmap(function, in_dims)(*tensors), torch.stack(each(function)))
+    gradient = torch.func.grad(lambda *inputs: function(*inputs).square().sum(), argnums=tuple(range(6)))
+    found = torch.func.vmap(gradient, in_dims)(*tensors)
+    for one, other in zip(found, zip(*each(gradient), strict=True), strict=True):
+        torch.testing.assert_close(one, torch.stack(other))
+
+
+@needs_library
+def test_second_derivatives_are_refused_with_advice():
+    query, key, value = (planar().requires_grad_() for _ in range(3))
+    (gradient,) = torch.autograd.grad(local(query, key, value, ns.Window(3)).square().sum(), query, create_graph=True)
+    with pytest.raises(BackendError, match=r"no second derivative.*backend='blocked'"):
+        torch.autograd.grad(gradient.square().sum(), key)
+
+
+@needs_library
+def test_only_the_gradients_that_are_wanted_are_computed():
+    with profile() as recorded:
+        query, key, value = (planar() for _ in range(3))
+        out = local(query, key, value.requires_grad_(), ns.Window(3))
+        out.sum().backward()
+    assert out.requires_grad
+    assert query.grad is None
+    assert value.grad is not None
+    (event,) = (event for event in recorded.events() if event.name == "nearsight::attend_backward")
+    assert sum(child.name == "aten::empty_like" for child in event.cpu_children) == 1
+
+
+@needs_library
+def test_saves_its_inputs_its_output_and_one_number_per_query():
+    saved: list[Tensor] = []
+    query, key, value = (planar().requires_grad_() for _ in range(3))
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+        out = local(query, key, value, ns.Window(3))
+    assert {tensor.data_ptr() for tensor in (query, key, value, out)} <= {tensor.data_ptr() for tensor in saved}
+    assert sum(tensor.numel() for tensor in saved) == 4 * out.numel() + out[..., 0].numel()
+
+
+# --------------------------------------------------------------------------------------------------- which backend runs
+
+
+def problem_of(*size, head_dim=32, dtype=torch.float32, kernel_size=3, bias=False):
+    maps = torch.empty(2, 2, *size, head_dim, dtype=dtype)
+    window = ns.Window(kernel_size)
+    table = torch.empty(2, *window.table_size(len(size))) if bias else None
+    return describe(maps, maps, maps, window, table, None)
+
+
+REFUSALS = {
+    "float64": (problem_of(5, dtype=torch.float64), "takes float32 and bfloat16.*float64"),
+    "float16": (problem_of(5, dtype=torch.float16), "takes float32 and bfloat16.*float16"),
+    "no channels": (problem_of(5, head_dim=0), "at least one channel"),
+    "a block of 2 ** 27 entries": (problem_of(5, kernel_size=1 << 27), "too large"),
+}
+
+
+@needs_library
+@pytest.mark.parametrize("name", REFUSALS)
+def test_refusals(name):
+    problem, reason = REFUSALS[name]
+    assert re.search(reason, native.why_not(problem) or "")
+
+
+@needs_library
+def test_it_is_the_default_where_it_is_the_faster():
+    assert attention._choose(problem_of(9, 9), None) is native
+    covered = problem_of(9, 9, kernel_size=17)
+    assert native.why_not(covered) is None
+    assert native.slower_on(covered)
+    assert attention._choose(covered, None).name == "dense"
+    assert attention._choose(covered, "native") is native
+    assert attention._choose(problem_of(9, 9, kernel_size=17, bias=True), None) is native
+    assert attention._choose(problem_of(9, 9, kernel_size=17, head_dim=8), None) is native
+
+
+# ----------------------------------------------------------------------------------------------------- the environment
+
+
+@needs_library
+@every_isa
+def test_environment_chooses_the_instruction_set(isa, monkeypatch):
+    monkeypatch.setenv("NEARSIGHT_ISA", isa)
+    assert native.instruction_set() == isa
+    assert native.unavailable() is None
+
+
+@needs_library
+@pytest.mark.parametrize("value", ["", "1", "AVX2", "sse9", "avx10"])
+def test_environment_is_read_strictly(value, monkeypatch):
+    monkeypatch.setenv("NEARSIGHT_ISA", value)
+    query = planar()
+    for backend in ("native", None):
+        with pytest.raises(BackendError, match=f"NEARSIGHT_ISA must be auto, {ISAS[0]}.*received '{value}'"):
+            ns.local_attention(query, query, query, ns.Window(3), backend=backend)
+    ns.local_attention(query, query, query, ns.Window(3), backend="blocked")
+
+
+@needs_library
+def test_an_instruction_set_of_another_machine(monkeypatch):
+    monkeypatch.setenv("NEARSIGHT_ISA", next(isa for isa in native.ISAS[1:] if isa not in ISAS))
+    with pytest.raises(BackendError, match=f"NEARSIGHT_ISA must be auto.*{ISAS[-1]} on this machine; received"):
+        native.unavailable()
+
+
+# ---------------------------------------------------------------------------------------------------- the wrong library
+
+STUB = """
+extern "C" {{
+int nearsight_abi_version(void) {{ return {version}; }}
+int nearsight_check(const void*) {{ return {check}; }}
+int nearsight_forward(void) {{ return 0; }}
+int nearsight_backward(void) {{ return 0; }}
+const char* nearsight_error_string(int) {{ return ""; }}
+int nearsight_available_isas(void) {{ return 2; }}
+int nearsight_default_isa(void) {{ return 1; }}
+const char* nearsight_isa_name(int) {{ return ""; }}
+int nearsight_has_openmp(void) {{ return 0; }}
+}}
+"""
+
+
+@contextmanager
+def installed_in(folder: Path):
+    """As if the package lay in `folder`."""
+    before = attention.__path__[:]
+    attention.__path__[:] = [str(folder)]
+    native._library.cache_clear()
+    try:
+        yield
+    finally:
+        attention.__path__[:] = before
+        native._library.cache_clear()
+
+
+def compiled(folder: Path, source: str) -> Path:
+    compiler = shutil.which("g++")
+    assert compiler, "this test needs g++"
+    code, library = folder / "stub.cpp", folder / f"libnearsight{native.SUFFIX}"
+    code.write_text(source)
+    subprocess.run([compiler, "-shared", "-fPIC", "-o", library, code], check=True)
+    return library
+
+
+@pytest.mark.parametrize(
+    ("version", "check"), [(native.ABI_VERSION + 1, 0), (native.ABI_VERSION, native.ERROR_VERSION)]
+)
+def test_a_library_of_another_version_is_refused(version, check, tmp_path):
+    compiled(tmp_path, STUB.format(version=version, check=check))
+    with installed_in(tmp_path):
+        reason = native.unavailable()
+        assert re.search(
+            f"another interface, version {version}.*needs {native.ABI_VERSION}.*install nearsight again", reason
+        )
+        query = planar()
+        with pytest.raises(BackendError, match=r"another interface.*blocked"):
+            local(query, query, query, ns.Window(3))
+        ns.local_attention(query, query, query, ns.Window(3))
+    assert native.unavailable() != reason
+
+
+def test_the_stub_is_taken_when_it_is_right(tmp_path):
+    native.load(compiled(tmp_path, STUB.format(version=native.ABI_VERSION, check=0)))
+
+
+@pytest.mark.parametrize("content", ["", "no library", "a library of something else"])
+def test_a_file_that_is_no_library_of_ours(content, tmp_path):
+    if content.startswith("a library"):
+        compiled(tmp_path, "int something;")
+    else:
+        (tmp_path / f"libnearsight{native.SUFFIX}").write_text(content)
+    with installed_in(tmp_path):
+        assert "cannot be loaded" in native.unavailable()
+
+
+def test_without_a_library_blocked_serves(tmp_path):
+    with installed_in(tmp_path):
+        assert re.search("no C\\+\\+17 compiler.*'blocked' serves", native.unavailable())
+        assert ns.backends()["native"] == native.unavailable()
+        query = planar()
+        ns.local_attention(query, query, query, ns.Window(3))
+        for function in (native.variants, native.instruction_set):
+            with pytest.raises(BackendError, match="compiler"):
+                function()
+
+
+# ----------------------------------------------------------------------------------------- callers of the C ABI that lie
+
+HUGE = 1 << 62
+LIES = {  # what is said of a right 2-d problem of 5 x 7 cells: the error
+    "struct_size 0": ({"struct_size": 0}, 1),
+    "struct_size of a longer struct": ({"struct_size": ctypes.sizeof(native.CProblem) + 8}, 1),
+    "abi_version": ({"abi_version": 2}, 1),
+    "rank 0": ({"rank": 0}, 3),
+    "rank 4": ({"rank": 4}, 3),
+    "rank negative": ({"rank": -1}, 3),
+    "dtype": ({"dtype": 2}, 3),
+    "border": ({"border": 4}, 3),
+    "border negative": ({"border": -1}, 3),
+    "causal": ({"causal": (2, 0, 0)}, 3),
+    "isa": ({"isa": 5}, 3),
+    "isa of another machine": ({"isa": 4 if ISAS and "neon" not in ISAS else 2}, 8),
+    "no thread": ({"num_threads": 0}, 4),
+    "batch": ({"batch": -1}, 4),
+    "heads": ({"heads": -1}, 4),
+    "head_dim 0": ({"head_dim": 0}, 4),
+    "value_dim 0": ({"value_dim": 0}, 4),
+    "size negative": ({"size": (5, -7, 0)}, 4),
+    "kernel 0": ({"kernel": (0, 3, 0)}, 4),
+    "stride 0": ({"stride": (1, 0, 0)}, 4),
+    "dilation negative": ({"dilation": (-1, 1, 0)}, 4),
+    "batch huge": ({"batch": HUGE}, 6),
+    "batch that overflows": ({"batch": (1 << 63) - 1}, 6),
+    "head_dim huge": ({"head_dim": HUGE}, 6),
+    "size huge": ({"size": (HUGE, 7, 0)}, 6),
+    "product huge": ({"size": (1 << 30, 1 << 30, 0), "batch": 1 << 20}, 6),
+    "product huge on an empty map": ({"size": (1 << 30, 0, 0), "batch": 1 << 30, "heads": 1 << 20}, 6),
+    "kernel huge": ({"kernel": (HUGE, 3, 0)}, 6),
+    "stride huge": ({"stride": (HUGE, 1, 0)}, 6),
+    "dilation huge": ({"dilation": (HUGE, 1, 0)}, 6),
+    "table too large": ({"kernel": (1 << 14, 1 << 14, 0)}, 7),
+}
+SIZE, HEADS, DIM = (5, 7), 2, 4
+
+
+def c_problem(**changes) -> native.CProblem:
+    fields = (
+        torch.float32,
+        1,
+        HEADS,
+        DIM,
+        DIM,
+        SIZE,
+        (3, 3),
+        (1, 1),
+        (1, 1),
+        (False, False),
+        "mask",
+        0.5,
+        native.AUTO,
+        1,
+    )
+    problem = native.CProblem.from_buffer_copy(native._c_problem(*fields))
+    for field, value in changes.items():
+        setattr(problem, field, value)
+    return problem
+
+
+class Call:
+    """A right call of the C ABI, to be made wrong; the memory that it writes is watched."""
+
+    def __init__(self) -> None:
+        self.maps = [torch.randn(1, HEADS, *SIZE, DIM) for _ in range(3)]
+        self.written = [torch.full((1, HEADS, *SIZE, DIM), 7.0) for _ in range(4)]
+        self.lse = torch.full((1, HEADS, *SIZE), 7.0)
+        self.inputs = native._c_inputs(*self.maps, None, [])
+        self.out, *self.places = map(native._c_tensor, self.written)
+        self.gradients = native.CGradients(*map(ctypes.pointer, self.places))
+
+    def forward(self, problem: native.CProblem) -> int:
+        return native._loaded().nearsight_forward(problem, self.inputs, self.out, self.lse.data_ptr())
+
+    def backward(self, problem: native.CProblem) -> int:
+        args = self.inputs, self.out, self.lse.data_ptr(), self.out, self.gradients
+        return native._loaded().nearsight_backward(problem, *args)
+
+    def untouched(self) -> bool:
+        return all((tensor == 7).all() for tensor in (*self.written, self.lse))
+
+
+@needs_library
+def test_a_right_call():
+    call = Call()
+    assert call.forward(c_problem()) == native.OK
+    assert call.backward(c_problem()) == native.OK
+    assert not any((tensor == 7).any() for tensor in (*call.written, call.lse))
+
+
+@needs_library
+@pytest.mark.parametrize("name", LIES)
+def test_lies_about_the_problem(name):
+    changes, error = LIES[name]
+    call, problem, library = Call(), c_problem(**changes), native._loaded()
+    assert library.nearsight_check(problem) == call.forward(problem) == call.backward(problem) == error
+    assert call.untouched()
+    assert native._text(error, library) not in ("", "no error")
+
+
+def strides_of(tensor: native.CTensor, *strides: int) -> None:
+    tensor.strides[:] = (*strides, *tensor.strides[len(strides) :])
+
+
+TENSOR_LIES = {
+    "query NULL": (lambda call: setattr(call.inputs.query, "data", None), 2),
+    "key NULL": (lambda call: setattr(call.inputs.key, "data", None), 2),
+    "value NULL": (lambda call: setattr(call.inputs.value, "data", None), 2),
+    "out NULL": (lambda call: setattr(call.out, "data", None), 2),
+    "query's stride negative": (lambda call: strides_of(call.inputs.query, 0, -4), 5),
+    "key's stride negative": (lambda call: strides_of(call.inputs.key, -1), 5),
+    "value's stride beyond memory": (lambda call: strides_of(call.inputs.value, 0, HUGE), 6),
+    "strides that overflow": (lambda call: strides_of(call.inputs.key, 0, (1 << 63) - 1, (1 << 63) - 1), 6),
+}
+
+
+@needs_library
+@pytest.mark.parametrize("name", TENSOR_LIES)
+def test_lies_about_tensors(name):
+    lie, error = TENSOR_LIES[name]
+    call = Call()
+    lie(call)
+    assert call.forward(c_problem()) == call.backward(c_problem()) == error
+    assert call.untouched()
+
+
+@needs_library
+def test_what_is_written_may_not_be_expanded():
+    call = Call()
+    strides_of(call.out, 0, 0)
+    assert call.forward(c_problem()) == 5
+    call = Call()
+    strides_of(call.places[1], 0, 0)
+    call.gradients = native.CGradients(*map(ctypes.pointer, call.places))
+    assert call.backward(c_problem()) == 5
+    assert call.untouched()
+
+
+@needs_library
+def test_null_structures():
+    call, problem, library = Call(), c_problem(), native._loaded()
+    assert library.nearsight_check(None) == 2
+    assert library.nearsight_forward(None, call.inputs, call.out, None) == 2
+    assert library.nearsight_forward(problem, None, call.out, None) == 2
+    assert library.nearsight_forward(problem, call.inputs, None, None) == 2
+    lse = call.lse.data_ptr()
+    assert library.nearsight_backward(problem, call.inputs, None, lse, call.out, call.gradients) == 2
+    assert library.nearsight_backward(problem, call.inputs, call.out, None, call.out, call.gradients) == 2
+    assert library.nearsight_backward(problem, call.inputs, call.out, lse, None, call.gradients) == 2
+    assert library.nearsight_backward(problem, call.inputs, call.out, lse, call.out, None) == 2
+    assert call.untouched()
+    assert library.nearsight_isa_name(99) is None
+    assert library.nearsight_error_string(-5)
+    assert library.nearsight_error_string(99)
+
+
+def test_structures_are_those_of_the_header(tmp_path):
+    """The compiler's own sizes and offsets."""
+    compiler = shutil.which("g++")
+    assert compiler, "this test needs g++"
+    structures = {
+        "nearsight_problem": native.CProblem,
+        "nearsight_tensor": native.CTensor,
+        "nearsight_inputs": native.CInputs,
+        "nearsight_gradients": native.CGradients,
+    }
+    lines, expected = [], []
+    for c_name, structure in structures.items():
+        lines.append(f"sizeof({c_name})")
+        expected.append(ctypes.sizeof(structure))
+        for field, *_ in structure._fields_:
+            lines.append(f"offsetof({c_name}, {field})")
+            expected.append(getattr(structure, field).offset)
+    body = "\n".join(f'    printf("%zu\\n", (size_t){line});' for line in lines)
+    (tmp_path / "sizes.cpp").write_text(
+        f'#include <stddef.h>\n#include <stdio.h>\n#include "nearsight.h"\nint main() {{\n{body}\n}}\n'
+    )
+    program = tmp_path / "sizes"
+    subprocess.run([compiler, f"-I{ROOT / 'csrc'}", "-o", program, tmp_path / "sizes.cpp"], check=True)
+    found = subprocess.run([program], capture_output=True, text=True, check=True).stdout.split()
+    assert [int(one) for one in found] == expected
+    names = dict(re.findall(r"NEARSIGHT_(\w+) = (\d+)", (ROOT / "csrc" / "nearsight.h").read_text()))
+    assert [names[f"ISA_{isa.upper()}"] for isa in native.ISAS] == [str(n) for n in range(len(native.ISAS))]
+    assert [names[f"BORDER_{border.upper()}"] for border in native.BORDERS] == ["0", "1", "2", "3"]
+    assert {names["FLOAT32"], names["BFLOAT16"]} == {str(number) for number in native.DTYPES.values()}
+
+
+# ----------------------------------------------------------------------------------------------------------- sanitizers
+
+
+@pytest.mark.slow
+def test_under_sanitizers(tmp_path):
+    """Random geometries through the C ABI, every instruction set, with AddressSanitizer and UBSan."""
+    compiler = shutil.which("g++")
+    assert compiler, "this test needs g++"
+    flags = [
+        "-std=c++17",
+        "-g",
+        "-O1",
+        "-fsanitize=address,undefined",
+        "-fno-sanitize-recover=all",
+        "-I",
+        ROOT / "csrc",
+    ]
+    kernels = {"baseline": []}
+    if "avx2" in ISAS or "avx512" in ISAS:
+        kernels["avx2"] = ["-mavx2", "-mfma"]
+        kernels["avx512"] = ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma"]
+    defined = [f"-DNEARSIGHT_WITH_{name.upper()}" for name in kernels]
+    units = {
+        **{
+            f"kernel_{name}": (ROOT / "csrc" / "kernel.cpp", [*isa, f"-DNEARSIGHT_KERNEL=kernel_{name}"])
+            for name, isa in kernels.items()
+        },
+        **{name: (ROOT / "csrc" / f"{name}.cpp", defined) for name in ("dispatch", "geometry")},
+        "driver": (ROOT / "tests" / "native_driver.cpp", []),
+    }
+
+    def build(name: str) -> Path:
+        source, more = units[name]
+        target = tmp_path / f"{name}.o"
+        subprocess.run([compiler, *flags, *more, "-Wno-psabi", "-c", source, "-o", target], check=True)
+        return target
+
+    with ThreadPoolExecutor(2) as pool:
+        objects = list(pool.map(build, units))
+    program = tmp_path / "driver"
+    subprocess.run([compiler, *flags, *objects, "-o", program], check=True)
+    finished = subprocess.run([program, "300"], capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stdout[-2000:] + finished.stderr[-6000:]
+    assert "300 problems" in finished.stdout
