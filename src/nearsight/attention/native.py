@@ -433,7 +433,9 @@ class _Attend(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         *needs, _ = ctx.needs_input_grad[:5]
         wanted = (*needs, any(ctx.needs_input_grad[5:]))
-        found = iter(_gradient(grad, wanted, ctx.geometry, *ctx.saved_tensors))
+        query, key, value, bias, out, lse, *relative = ctx.saved_tensors
+        tensors = (grad, query, key, value, bias, relative, out, lse)
+        found = iter(_attend_backward_above_autograd(*tensors, wanted, *ctx.geometry))
         maps_and_bias = [next(found) if want else None for want in needs]
         return (*maps_and_bias, None, *(found if wanted[4] else (None for _ in ctx.needs_input_grad[5:])))
 
@@ -457,12 +459,6 @@ class _AttendBackward(torch.autograd.Function):
         )
 
 
-def _gradient(grad, wanted, geometry, query, key, value, bias, out, lse, *relative) -> Sequence[Tensor]:
-    if torch.is_grad_enabled():  # someone may differentiate again, and has to be told
-        return _AttendBackward.apply(grad, wanted, geometry, query, key, value, bias, out, lse, *relative)
-    return _attend_backward(grad, query, key, value, bias, relative, out, lse, wanted, *geometry)
-
-
 def _attend_above_autograd(query, key, value, bias, relative, *geometry):
     if torch.is_grad_enabled():
         return _Attend.apply(query, key, value, bias, geometry, *relative)
@@ -470,7 +466,7 @@ def _attend_above_autograd(query, key, value, bias, relative, *geometry):
 
 
 def _attend_backward_above_autograd(grad, query, key, value, bias, relative, out, lse, wanted, *geometry):
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled():  # someone may differentiate again, and has to be told
         return list(_AttendBackward.apply(grad, wanted, geometry, query, key, value, bias, out, lse, *relative))
     tensors = (grad, query, key, value, bias, relative, out, lse)
     return _below_autograd(_attend_backward, *tensors, wanted, *geometry)
