@@ -89,7 +89,7 @@ PassLists::PassLists(const Geometry& geometry, Home home, int lanes, int64_t bat
     const int64_t batch_groups = (batch + batch_group - 1) / batch_group;
     const int64_t groups = (int64_t)pass_.z.group_count * pass_.y.group_count;
     const int64_t maps = std::max<int64_t>(1, batch_groups * heads * pass_.tile_count);
-    pass_.chunks = (int32_t)std::max<int64_t>(1, std::min<int64_t>(groups / 8, (64 + maps - 1) / maps));
+    pass_.chunks = (int32_t)std::max<int64_t>(1, std::min<int64_t>(groups / 8, (32 + maps - 1) / maps));
     pass_.items = (int32_t)(batch_groups * pass_.chunks * pass_.tile_count);
     pass_.jobs = std::min(pass_.items, 64);
 }
@@ -226,7 +226,7 @@ LaneVector PassLists::add_vector(const Axis& axis, int64_t first, int64_t last, 
         int64_t first_entry = 0, last_entry = entries;
         while (!sees(axis, first, first_entry)) ++first_entry;
         while (!sees(axis, first, last_entry - 1)) --last_entry;
-        return {(int32_t)first_entry, (int32_t)(last_entry - first_entry), -1};
+        return {(int32_t)first_entry, (int32_t)(last_entry - first_entry), 0, -1};
     }
     std::vector<int32_t> seen((size_t)(entries * lanes_), 0);
     int64_t first_entry = entries, last_entry = 0;
@@ -241,7 +241,8 @@ LaneVector PassLists::add_vector(const Axis& axis, int64_t first, int64_t last, 
     }
     if (last_entry == 0) first_entry = 0, last_entry = 1;  // no lane sees anything: keep one masked entry
     const auto begin = seen.begin() + first_entry * lanes_, end = seen.begin() + last_entry * lanes_;
-    LaneVector vector = {(int32_t)first_entry, (int32_t)(last_entry - first_entry), -1};
+    LaneVector vector = {(int32_t)first_entry, (int32_t)(last_entry - first_entry), 0, -1};
+    vector.hides_cells = batch_group > 1 || axis.border == NEARSIGHT_BORDER_SHIFT;
     if (std::find(begin, end, 0) != end) {
         vector.mask = (int64_t)masks_.size();
         masks_.insert(masks_.end(), begin, end);

@@ -210,41 +210,41 @@ int64_t scalar_offset(const Plan& plan, const RowAddress& at, const Run& run) {
 // time, since a burst fills the queues of the processor and makes it wait after all.
 struct Prefetches {
     static constexpr int kMost = 1024;
-    const char* reads[kMost];
-    char* writes[kMost];
-    int read_count, write_count, reads_done, writes_done, at_once;
+    uintptr_t lines[kMost];  // the lowest bit is set for those that will be written
+    int count, done, at_once;
 
-    void clear() { read_count = write_count = reads_done = writes_done = 0; }
-    void add(char* line, bool write) {
-        if (write && write_count < kMost) writes[write_count++] = line;
-        if (!write && read_count < kMost) reads[read_count++] = line;
-    }
-    void spread_over(int points) { at_once = (read_count + write_count) / (points > 0 ? points : 1) + 1; }
+    void spread_over(int points) { at_once = count / (points > 0 ? points : 1) + 1; }
     NEARSIGHT_INLINE void issue() {
-        for (int i = 0; i < at_once; ++i) {
-            if (writes_done < write_count)
-                __builtin_prefetch(writes[writes_done++], 1, 2);
-            else if (reads_done < read_count)
-                __builtin_prefetch(reads[reads_done++], 0, 2);
+        const int last = done + at_once < count ? done + at_once : count;
+        for (; done < last; ++done) {
+            if (lines[done] & 1)
+                __builtin_prefetch((const void*)lines[done], 1, 2);
+            else
+                __builtin_prefetch((const void*)lines[done], 0, 2);
         }
     }
 };
 
-void prefetch_row(const Plan& plan, const Tensor& t, int64_t channels, const RowAddress& at, Runs runs, bool write,
-                  Prefetches& list) {
-    const ptrdiff_t size = plan.bfloat16 ? 2 : 4;
-    constexpr ptrdiff_t kLine = 64;
+void list_row(const Plan& plan, const Tensor& t, int64_t channels, const RowAddress& at, Runs runs, bool write,
+              Prefetches& list) {
+    constexpr uintptr_t kLine = 64;
+    const int64_t size = plan.bfloat16 ? 2 : 4;
     for (int i = 0; i < runs.count; ++i) {
         const Run run = clip(runs.runs[i], runs);
         if (run.count <= 0 || at.first_batch + run.group >= plan.batch || run.step != 1) continue;
-        char* data = t.data + row_offset(t, at, run) * size;
-        if (t.channel == 1) {
-            for (int cell = 0; cell < run.count; ++cell, data += t.x * size)
-                for (ptrdiff_t byte = 0; byte < channels * size; byte += kLine) list.add(data + byte, write);
-        } else if (t.x == 1) {
-            for (int64_t c = 0; c < channels; ++c, data += t.channel * size)
-                for (ptrdiff_t byte = 0; byte < run.count * size; byte += kLine) list.add(data + byte, write);
-        }
+        if (t.channel != 1 && t.x != 1) continue;
+        // Strips of contiguous memory: the channels of each cell, or the cells of each channel.
+        const bool interleaved = t.channel == 1;
+        const int64_t strips = interleaved ? run.count : channels;
+        const uintptr_t stride = (uintptr_t)((interleaved ? t.x : t.channel) * size);
+        const uintptr_t bytes = (uintptr_t)((interleaved ? channels : run.count) * size);
+        const uintptr_t first = (uintptr_t)(t.data + row_offset(t, at, run) * size) & ~(uintptr_t)1;
+        if (list.count + strips * (int64_t)((bytes + kLine - 1) / kLine) > Prefetches::kMost) return;
+        uintptr_t* next = list.lines + list.count;
+        for (uintptr_t byte = 0; byte < bytes; byte += kLine)
+            for (int64_t strip = 0; strip < strips; ++strip)
+                *next++ = (first + (uintptr_t)strip * stride + byte) | (uintptr_t)write;
+        list.count = (int)(next - list.lines);
     }
 }
 
@@ -351,17 +351,20 @@ int order(const Source& s, const int32_t* visits, int r) { return s.order_z * vi
 // Adds the entries of one source to the sums of home rows kFirst to kLast - 1.
 template <int kFirst, int kLast, int kChannels, bool kMasked>
 NEARSIGHT_INLINE void mix_source(const MixOperands& o, const Source& s, int64_t channel,
-                                 Vector (&sums)[kGroupRows][kMixChannels]) {
+                                 Vector (&sums)[kGroupRows][kChannels]) {
     const float* weights[kGroupRows];
     for (int r = kFirst; r < kLast; ++r) weights[r] = o.weights.at(r, order(s, o.visits, r));
     const float* away = s.away + channel * o.away_pitch + o.away_lane;
     for (int e = 0; e < o.weights.entries; ++e) {
         Vector w[kGroupRows];
+#pragma GCC unroll 3
         for (int r = kFirst; r < kLast; ++r) w[r] = load(weights[r] + e * kLanes);
+#pragma GCC unroll 8
         for (int c = 0; c < kChannels; ++c) {
             Vector a = load(away + c * o.away_pitch);
             if (kMasked) a = keep(load_mask(o.mask + e * kLanes), a);
             pin(a);
+#pragma GCC unroll 3
             for (int r = kFirst; r < kLast; ++r) sums[r][c] += w[r] * a;
         }
         away += o.step;
@@ -370,9 +373,7 @@ NEARSIGHT_INLINE void mix_source(const MixOperands& o, const Source& s, int64_t 
 
 template <int kChannels, bool kMasked>
 void mix(const MixOperands& o, int64_t channel, float* result, ptrdiff_t result_row) {
-    Vector sums[kGroupRows][kMixChannels];
-    for (int r = 0; r < kGroupRows; ++r)
-        for (int c = 0; c < kChannels; ++c) sums[r][c] = Vector{};
+    Vector sums[kGroupRows][kChannels] = {};
     for (int i = 0; i < o.source_count; ++i) {
         const Source& s = o.sources[i];
         o.prefetches->issue();
@@ -385,7 +386,9 @@ void mix(const MixOperands& o, int64_t channel, float* result, ptrdiff_t result_
             default: mix_source<2, 3, kChannels, kMasked>(o, s, channel, sums); break;
         }
     }
+#pragma GCC unroll 3
     for (int r = 0; r < kGroupRows; ++r)
+#pragma GCC unroll 8
         for (int c = 0; c < kChannels; ++c) store(result + r * result_row + (channel + c) * kLanes, sums[r][c]);
 }
 
@@ -443,17 +446,25 @@ void add_table_gradient(const float* sums, const float* table, int64_t head_dim,
     }
 }
 
-// gradient[entry][c] += sum over rows of sums[entry][r] * query[r][c], lane by lane.
-void add_relative_gradient(const float* sums, const float* query, ptrdiff_t query_row, int rows, int64_t head_dim,
-                           int first, int last, float* gradient) {
-    for (int64_t c = 0; c < head_dim; ++c) {
-        Vector q[kGroupRows] = {};
-        for (int r = 0; r < rows; ++r) q[r] = load(query + r * query_row + c * kLanes);
-        for (int e = first; e < last; ++e) {
-            float* target = gradient + (e * head_dim + c) * kLanes;
-            Vector total = load(target);
-            for (int r = 0; r < kGroupRows; ++r) total += load(sums + (e * kGroupRows + r) * kLanes) * q[r];
-            store(target, total);
+// gradient[entry][c] += sum over rows of sums[entry][r] * query[r][c], lane by lane. Sums of rows that a group lacks are
+// zero, and so must be their queries.
+void add_relative_gradient(const float* sums, const float* query, ptrdiff_t query_row, int64_t head_dim, int first,
+                           int last, float* gradient) {
+    constexpr int kBlock = kRegisters == 32 ? 4 : 2;
+    for (int entry = first; entry < last; entry += kBlock) {
+        const int entries = last - entry < kBlock ? last - entry : kBlock;
+        Vector s[kBlock][kGroupRows] = {};
+        for (int e = 0; e < entries; ++e)
+            for (int r = 0; r < kGroupRows; ++r) s[e][r] = load(sums + ((entry + e) * kGroupRows + r) * kLanes);
+        for (int64_t c = 0; c < head_dim; ++c) {
+            float* target = gradient + (entry * head_dim + c) * kLanes;
+            Vector q[kGroupRows];
+            for (int r = 0; r < kGroupRows; ++r) q[r] = load(query + r * query_row + c * kLanes);
+#pragma GCC unroll 4
+            for (int e = 0; e < kBlock; ++e) {
+                if (e >= entries) break;
+                add_to(target + e * head_dim * kLanes, s[e][0] * q[0] + s[e][1] * q[1] + s[e][2] * q[2]);
+            }
         }
     }
 }
@@ -484,7 +495,8 @@ struct Workspace {
     float* result;  // alike
     Prefetches* prefetches;
     float* scores;  // the tile
-    float* terms[3];
+    float* terms[3];  // of every axis: [entry][row][lane]
+    float* zeros;     // stands for a missing bias
     float* sums[3];
     float* bias_gradient;
     float* relative_gradient[3];
@@ -513,6 +525,7 @@ Workspace carve(const Plan& plan, const Pass& pass, int64_t away_channels, int64
         w.terms[axis] = arena.floats((int64_t)plan.entries[axis] * kGroupRows * kLanes);
         w.sums[axis] = arena.floats((int64_t)plan.entries[axis] * kGroupRows * kLanes);
     }
+    w.zeros = arena.floats(plan.entries[2]);
     if (gradients && plan.bias_parts) w.bias_gradient = arena.floats(plan.bias_entries * kLanes);
     for (int axis = 0; axis < 3; ++axis)
         if (gradients && plan.relative_parts[axis])
@@ -541,8 +554,12 @@ Item item_of(const Plan& plan, const Pass& pass, int64_t head, int64_t index) {
     return item;
 }
 
-void start_item(const Pass& pass, Workspace& w) {
+void start_item(const Plan& plan, const Pass& pass, Workspace& w) {
     memset(w.cache, 0, w.cache_bytes);  // lanes outside of the runs stay zero
+    memset(w.zeros, 0, (size_t)plan.entries[2] * sizeof(float));
+    for (int axis = 0; axis < 3; ++axis)
+        if (!plan.relative[axis])
+            memset(w.terms[axis], 0, (size_t)plan.entries[axis] * kGroupRows * kLanes * sizeof(float));
     for (int64_t i = 0; i < slots(pass); ++i) w.tags[i].z = w.tags[i].y = INT64_MIN;
 }
 
@@ -612,7 +629,9 @@ DotOperands dot_operands(const Spot& s, const Source& source, int64_t home_chann
 }
 
 MixOperands mix_operands(const Spot& s, int64_t away_channel) {
-    return {s.w->sources, s.source_count, s.tile,     s.mask, s.away_lane + away_channel * s.away_pitch,
+    // Unless it holds a cell, an away lane holds zeros: lanes that see nothing there cannot be spoilt.
+    const int32_t* mask = s.lanes->hides_cells ? s.mask : nullptr;
+    return {s.w->sources, s.source_count, s.tile,     mask, s.away_lane + away_channel * s.away_pitch,
             s.away_pitch, s.step,         s.y->count, s.w->prefetches};
 }
 
@@ -652,21 +671,21 @@ struct Walk {
         return away_runs(tile.away_pitch * vector / tile.vectors, tile.away_pitch * (vector + 1) / tile.vectors);
     }
 
-    void prefetch(const Stream* streams, int count, const RowAddress& at, Runs runs, bool write) const {
+    void list(const Stream* streams, int count, const RowAddress& at, Runs runs, bool write) const {
         for (int i = 0; i < count; ++i)
             if (streams[i].tensor)
-                prefetch_row(plan, *streams[i].tensor, streams[i].channels, at, runs, write, *w.prefetches);
+                list_row(plan, *streams[i].tensor, streams[i].channels, at, runs, write, *w.prefetches);
     }
 
     // Lists the results of this vector, and its share of what the next group will read.
     void list_prefetches(int64_t g, int vector) const {
-        w.prefetches->clear();
+        w.prefetches->count = w.prefetches->done = 0;
         for (int r = 0; r < group_y(g).rows; ++r)
-            prefetch(result_streams, 2, address(group_z(g).home[0], group_y(g).home[r]), home_runs(vector), true);
+            list(result_streams, 2, address(group_z(g).home[0], group_y(g).home[r]), home_runs(vector), true);
         if (g + 1 >= item.last_group) return;
         const Group &z = group_z(g + 1), &y = group_y(g + 1);
         for (int r = 0; r < y.rows; ++r)
-            prefetch(home_streams, 3, address(z.home[0], y.home[r]), home_runs(vector), false);
+            list(home_streams, 3, address(z.home[0], y.home[r]), home_runs(vector), false);
         for (int i = 0; i < z.visits; ++i)
             for (int j = 0; j < y.visits; ++j) {
                 const Visit& visit_z = pass.z.visits[z.first_visit + i];
@@ -674,7 +693,7 @@ struct Walk {
                 const Tag& tag = w.tags[(int64_t)visit_z.slot * pass.y.slots + visit_y.slot];
                 if (tag.z == visit_z.cell && tag.y == visit_y.cell) continue;
                 if (visit_z.index >= 0 && visit_y.index >= 0)
-                    prefetch(away_streams, 2, address(visit_z.index, visit_y.index), away_share(vector), false);
+                    list(away_streams, 2, address(visit_z.index, visit_y.index), away_share(vector), false);
             }
     }
 };
@@ -685,7 +704,7 @@ void walk(Steps& steps) {
     const Item& item = steps.item;
     const LaneTile& tile = steps.tile;
     Workspace& w = steps.w;
-    start_item(pass, w);
+    start_item(steps.plan, pass, w);
     for (int64_t g = item.first_group; g < item.last_group; ++g) {
         const Group &z = steps.group_z(g), &y = steps.group_y(g);
         const int sources = find_sources(pass, tile, z, y, w, steps);
@@ -694,7 +713,9 @@ void walk(Steps& steps) {
             const Runs runs = steps.home_runs(v);
             steps.list_prefetches(g, v);
             w.prefetches->spread_over(sources * (int)(1 + steps.plan.value_dim / kMixChannels));
-            if (spot.mask) memset(w.home, 0, w.home_bytes);  // some lanes may hold no cell
+            // Some rows or lanes may hold no cell.
+            if (spot.mask || y.rows < kGroupRows || item.first_batch + steps.plan.batch_group > steps.plan.batch)
+                memset(w.home, 0, w.home_bytes);
             for (int r = 0; r < y.rows; ++r)
                 steps.pack_home(steps.address(z.home[0], y.home[r]), runs, Planar{steps.home_row(r), kLanes});
             steps.compute(spot);
@@ -730,48 +751,52 @@ void query_terms(const Plan& plan, const Spot& s) {
     }
 }
 
-bool has_terms(const Plan& plan) {
-    return plan.bias || plan.relative[0] || plan.relative[1] || plan.relative[2];
+// What is added to the logits, known to the compiler: branches in the middle of `dot` cost as much as the sums.
+enum Terms { kNoTerms, kRelativeTerms, kAllTerms };  // nothing; relative of y and x; relative of all axes and bias
+
+Terms terms_of(const Plan& plan) {
+    if (plan.bias || plan.relative[0]) return kAllTerms;
+    return plan.relative[1] || plan.relative[2] ? kRelativeTerms : kNoTerms;
 }
 
-// Relative and bias of the logits of one source, queries at home.
+// Relative and bias of the logits of one source, queries at home. Axes without a table have terms of zero.
+template <Terms kTerms>
 struct QueryTerms {
     Vector row[kGroupRows];
-    const float* x;  // [entry][row][lane], or NULL
+    const float* x;  // [entry][row][lane]
     const float* bias[kGroupRows];
-    int first_row;
     QueryTerms(const Spot& s, const Source& source) {
+        if (kTerms == kNoTerms) return;
         const Plan& plan = *s.plan;
-        const int first_entry = s.lanes->first_entry;
-        first_row = source.visit->first;
-        x = plan.relative[2] ? s.w->terms[2] + first_entry * kGroupRows * kLanes : nullptr;
+        const Workspace& w = *s.w;
+        const int first_entry = s.lanes->first_entry, first_row = source.visit->first;
+        x = w.terms[2] + (first_entry * kGroupRows + first_row) * kLanes;
         for (int r = first_row; r < source.visit->last; ++r) {
-            row[r] = Vector{};
-            if (plan.relative[0]) row[r] += load(s.w->terms[0] + (source.entry_z * kGroupRows + r) * kLanes);
-            if (plan.relative[1]) row[r] += load(s.w->terms[1] + (source.visit->entry[r] * kGroupRows + r) * kLanes);
-            bias[r] = plan.bias ? plan.bias + s.head * plan.bias_entries + bias_entry(plan, source, r, first_entry)
-                                : nullptr;
+            const int i = r - first_row;
+            row[i] = load(w.terms[1] + (source.visit->entry[r] * kGroupRows + r) * kLanes);
+            if (kTerms != kAllTerms) continue;
+            row[i] += load(w.terms[0] + (source.entry_z * kGroupRows + r) * kLanes);
+            bias[i] = plan.bias ? plan.bias + s.head * plan.bias_entries + bias_entry(plan, source, r, first_entry)
+                                : w.zeros;
         }
     }
-    Vector at(int r, int e) const {
-        r += first_row;
-        Vector sum = row[r];
-        if (x) sum += load(x + (e * kGroupRows + r) * kLanes);
-        if (bias[r]) sum += splat(bias[r][e]);
-        return sum;
+    NEARSIGHT_INLINE Vector at(int r, int e) const {
+        if (kTerms == kNoTerms) return Vector{};
+        const Vector relative = row[r] + load(x + (e * kGroupRows + r) * kLanes);
+        return kTerms == kAllTerms ? relative + splat(bias[r][e]) : relative;
     }
 };
 
 // ---- Forward --------------------------------------------------------------------------------------------------------
 
 // The part of `dot` that makes logits and finds the greatest of each query.
-template <bool kTerms>
+template <Terms kTerms>
 struct LogitPart {
-    const QueryTerms* terms;
+    const QueryTerms<kTerms>* terms;
     float* target[kGroupRows];
     const int32_t* mask;
     Vector* greatest;  // of the first row
-    Vector start(int r, int e) const { return kTerms ? terms->at(r, e) : Vector{}; }
+    Vector start(int r, int e) const { return terms->at(r, e); }
     template <int kEntries>
     void finish(int r, int entry, Vector* logits) {
         if (mask)
@@ -786,13 +811,13 @@ struct LogitPart {
     }
 };
 
-template <bool kTerms>
+template <Terms kTerms>
 void logits(const Spot& s, Vector* greatest) {
     for (int i = 0; i < s.source_count; ++i) {
         const Source& source = s.w->sources[i];
         const Visit& visit = *source.visit;
         s.w->prefetches->issue();
-        const QueryTerms terms(s, source);
+        const QueryTerms<kTerms> terms(s, source);
         LogitPart<kTerms> part = {&terms, {}, s.mask, greatest + visit.first};
         for (int r = visit.first; r < visit.last; ++r)
             part.target[r - visit.first] = s.tile.at(r, order(source, s.y->count, r));
@@ -816,10 +841,11 @@ void forward_spot(const Spot& s) {
     Vector greatest[kGroupRows];
     for (int r = 0; r < kGroupRows; ++r) greatest[r] = splat(-__builtin_inff());
     query_terms(plan, s);
-    if (has_terms(plan))
-        logits<true>(s, greatest);
-    else
-        logits<false>(s, greatest);
+    switch (terms_of(plan)) {
+        case kNoTerms: logits<kNoTerms>(s, greatest); break;
+        case kRelativeTerms: logits<kRelativeTerms>(s, greatest); break;
+        case kAllTerms: logits<kAllTerms>(s, greatest); break;
+    }
     Vector sum[kGroupRows];
     for (int r = 0; r < s.y->rows; ++r) sum[r] = softmax(s.tile.at(r, 0), s.visits[r] * s.tile.entries, greatest[r]);
 
@@ -883,12 +909,12 @@ struct QueryHome {
 };
 
 // Logits minus log-sum-exp become weights.
-template <bool kTerms>
+template <Terms kTerms>
 struct WeightPart {
-    const QueryTerms* terms;
+    const QueryTerms<kTerms>* terms;
     Vector minus_lse[kGroupRows];
     float* target[kGroupRows];
-    Vector start(int r, int e) const { return kTerms ? terms->at(r, e) + minus_lse[r] : minus_lse[r]; }
+    Vector start(int r, int e) const { return terms->at(r, e) + minus_lse[r]; }
     template <int kEntries>
     void finish(int r, int entry, const Vector* logits) {
         for (int e = 0; e < kEntries; ++e) store(target[r] + (entry + e) * kLanes, exp2(logits[e]));
@@ -916,7 +942,7 @@ struct LogitGradientPart {
     }
 };
 
-template <bool kTerms>
+template <Terms kTerms>
 void logit_gradients(const Spot& s) {
     const Plan& plan = *s.plan;
     const QueryHome channel(plan);
@@ -924,7 +950,7 @@ void logit_gradients(const Spot& s) {
         const Source& source = s.w->sources[i];
         const Visit& visit = *source.visit;
         s.w->prefetches->issue();
-        const QueryTerms terms(s, source);
+        const QueryTerms<kTerms> terms(s, source);
         WeightPart<kTerms> weights;
         LogitGradientPart gradients;
         weights.terms = &terms;
@@ -943,28 +969,41 @@ void logit_gradients(const Spot& s) {
     }
 }
 
-NEARSIGHT_INLINE void add_to(float* target, Vector v) { store(target, load(target) + v); }
+// Sums of the logits' gradients of home row r, entries `entry` onwards: over y and z for each of them, and over them
+// for each source.
+template <int kEntries>
+NEARSIGHT_INLINE void sum_entries(const Spot& s, int r, int entry, int entries) {
+    if constexpr (kEntries > 1)
+        if (entries < kEntries) return sum_entries<kEntries - 1>(s, r, entry, entries);
+    const Workspace& w = *s.w;
+    Vector sums[kEntries] = {};
+    for (int i = 0; i < s.source_count; ++i) {
+        const Source& source = w.sources[i];
+        if (r < source.visit->first || r >= source.visit->last) continue;
+        const float* row = s.tile.at(r, order(source, s.y->count, r)) + entry * kLanes;
+        Vector sum = {};
+#pragma GCC unroll 8
+        for (int e = 0; e < kEntries; ++e) {
+            const Vector gradient = load(row + e * kLanes);
+            sums[e] += gradient;
+            sum += gradient;
+        }
+        add_to(w.sums[1] + (source.visit->entry[r] * kGroupRows + r) * kLanes, sum);
+        if (s.plan->relative[0]) add_to(w.sums[0] + (source.entry_z * kGroupRows + r) * kLanes, sum);
+    }
+    float* x = w.sums[2] + ((s.lanes->first_entry + entry) * kGroupRows + r) * kLanes;
+#pragma GCC unroll 8
+    for (int e = 0; e < kEntries; ++e) store(x + e * kGroupRows * kLanes, sums[e]);
+}
 
 // Sums of the logits' gradients over all entries but those of one axis.
 void sum_over_axes(const Spot& s) {
-    Workspace& w = *s.w;
+    constexpr int kBlock = 8;
     for (int axis = 0; axis < 3; ++axis)
-        memset(w.sums[axis], 0, (size_t)s.plan->entries[axis] * kGroupRows * kLanes * sizeof(float));
-    for (int i = 0; i < s.source_count; ++i) {
-        const Source& source = w.sources[i];
-        for (int r = source.visit->first; r < source.visit->last; ++r) {
-            const float* row = s.tile.at(r, order(source, s.y->count, r));
-            float* x = w.sums[2] + (s.lanes->first_entry * kGroupRows + r) * kLanes;
-            Vector sum = {};
-            for (int e = 0; e < s.tile.entries; ++e) {
-                const Vector gradient = load(row + e * kLanes);
-                add_to(x + e * kGroupRows * kLanes, gradient);
-                sum += gradient;
-            }
-            add_to(w.sums[1] + (source.visit->entry[r] * kGroupRows + r) * kLanes, sum);
-            add_to(w.sums[0] + (source.entry_z * kGroupRows + r) * kLanes, sum);
-        }
-    }
+        memset(s.w->sums[axis], 0, (size_t)s.plan->entries[axis] * kGroupRows * kLanes * sizeof(float));
+    for (int r = 0; r < s.y->rows; ++r)
+        for (int entry = 0; entry < s.tile.entries; entry += kBlock)
+            sum_entries<kBlock>(s, r, entry, s.tile.entries - entry);
 }
 
 void add_bias_gradient(const Spot& s) {
@@ -981,10 +1020,11 @@ void add_bias_gradient(const Spot& s) {
 void query_gradient_spot(const Spot& s) {
     const Plan& plan = *s.plan;
     query_terms(plan, s);
-    if (has_terms(plan))
-        logit_gradients<true>(s);
-    else
-        logit_gradients<false>(s);
+    switch (terms_of(plan)) {
+        case kNoTerms: logit_gradients<kNoTerms>(s); break;
+        case kRelativeTerms: logit_gradients<kRelativeTerms>(s); break;
+        case kAllTerms: logit_gradients<kAllTerms>(s); break;
+    }
     if (plan.bias_parts) add_bias_gradient(s);
 
     const ptrdiff_t result_row = plan.head_dim * kLanes;
@@ -1000,7 +1040,7 @@ void query_gradient_spot(const Spot& s) {
             add_table_gradient(s.w->sums[axis], relative_table(plan, axis, s.head), plan.head_dim,
                                plan.nonzero[axis][s.head], first, last, result, result_row);
         if (plan.relative_parts[axis])
-            add_relative_gradient(s.w->sums[axis], s.w->home, s.home_row, s.y->rows, plan.head_dim, first, last, s.w->relative_gradient[axis]);
+            add_relative_gradient(s.w->sums[axis], s.w->home, s.home_row, plan.head_dim, first, last, s.w->relative_gradient[axis]);
     }
 }
 
@@ -1069,15 +1109,17 @@ void query_gradient_item(const Plan& plan, const Item& item, Workspace& w) {
 
 // ---- Gradients of key and value -------------------------------------------------------------------------------------
 
-// Away channels: query, gradient of out, -lse in base 2, -delta, then the relative terms of every entry of z, y and x.
+// Away channels: query, gradient of out, -lse in base 2, -delta, zeros, then the relative terms of every entry of z, y
+// and x; those of x have -lse added.
 struct KeyAway {
-    int64_t query, grad_out, minus_lse, minus_delta, terms[3], channels;
+    int64_t query, grad_out, minus_lse, minus_delta, zeros, terms[3], channels;
     explicit KeyAway(const Plan& plan) {
         query = 0;
         grad_out = plan.head_dim;
         minus_lse = grad_out + plan.value_dim;
         minus_delta = minus_lse + 1;
-        channels = minus_delta + 1;
+        zeros = minus_delta + 1;
+        channels = zeros + 1;
         for (int axis = 0; axis < 3; ++axis) {
             terms[axis] = channels;
             if (plan.relative[axis]) channels += plan.entries[axis];
@@ -1086,9 +1128,8 @@ struct KeyAway {
 };
 
 // As QueryTerms, but the queries are away: lane l of entry e finds its own at l + e * step.
-template <bool kTerms>
+template <Terms kTerms>
 struct KeyWeightPart {
-    const float* minus_lse;
     const float* x;
     const float* y[kGroupRows];
     const float* z;
@@ -1096,13 +1137,10 @@ struct KeyWeightPart {
     ptrdiff_t step, x_step;
     float* target[kGroupRows];
     const int32_t* mask;
-    Vector start(int r, int e) const {
-        Vector sum = load(minus_lse + e * step);
-        if (!kTerms) return sum;
-        if (x) sum += load(x + e * x_step);
-        if (y[r]) sum += load(y[r] + e * step);
-        if (z) sum += load(z + e * step);
-        if (bias[r]) sum += splat(bias[r][e]);
+    NEARSIGHT_INLINE Vector start(int r, int e) const {
+        Vector sum = load(x + e * x_step);
+        if (kTerms != kNoTerms) sum += load(y[r] + e * step);
+        if (kTerms == kAllTerms) sum += load(z + e * step) + splat(bias[r][e]);
         return sum;
     }
     template <int kEntries>
@@ -1127,7 +1165,7 @@ struct KeyGradientPart {
     }
 };
 
-template <bool kTerms>
+template <Terms kTerms>
 KeyWeightPart<kTerms> key_weight_part(const Spot& s, const Source& source) {
     const Plan& plan = *s.plan;
     const KeyAway channel(plan);
@@ -1135,26 +1173,26 @@ KeyWeightPart<kTerms> key_weight_part(const Spot& s, const Source& source) {
     const float* away = source.away + s.away_lane;
     const int first_entry = s.lanes->first_entry;
     const auto terms = [&](int axis, int entry) {
-        return plan.relative[axis] ? away + (channel.terms[axis] + entry) * s.away_pitch : nullptr;
+        return away + (plan.relative[axis] ? channel.terms[axis] + entry : channel.zeros) * s.away_pitch;
     };
     KeyWeightPart<kTerms> part = {};
-    part.minus_lse = away + channel.minus_lse * s.away_pitch;
     part.step = s.step;
-    part.x_step = s.step + s.away_pitch;
-    part.x = terms(2, first_entry);
+    part.x = plan.relative[2] ? terms(2, first_entry) : away + channel.minus_lse * s.away_pitch;
+    part.x_step = plan.relative[2] ? s.step + s.away_pitch : s.step;
     part.z = terms(0, source.entry_z);
     part.mask = s.mask;
     for (int r = visit.first; r < visit.last; ++r) {
         const int i = r - visit.first;
         part.target[i] = s.tile.at(r, order(source, s.y->count, r));
         part.y[i] = terms(1, visit.entry[r]);
-        if (plan.bias)
-            part.bias[i] = plan.bias + s.head * plan.bias_entries + bias_entry(plan, source, r, first_entry);
+        part.bias[i] = plan.bias
+                           ? plan.bias + s.head * plan.bias_entries + bias_entry(plan, source, r, first_entry)
+                           : s.w->zeros;
     }
     return part;
 }
 
-template <bool kTerms>
+template <Terms kTerms>
 void key_weights(const Spot& s) {
     for (int i = 0; i < s.source_count; ++i) {
         const Source& source = s.w->sources[i];
@@ -1182,10 +1220,11 @@ void key_logit_gradients(const Spot& s) {
 void key_gradient_spot(const Spot& s) {
     const Plan& plan = *s.plan;
     const KeyAway channel(plan);
-    if (has_terms(plan))
-        key_weights<true>(s);
-    else
-        key_weights<false>(s);
+    switch (terms_of(plan)) {
+        case kNoTerms: key_weights<kNoTerms>(s); break;
+        case kRelativeTerms: key_weights<kRelativeTerms>(s); break;
+        case kAllTerms: key_weights<kAllTerms>(s); break;
+    }
     const ptrdiff_t result_row = (plan.head_dim + plan.value_dim) * kLanes;
     float* result = s.w->result;
     if (plan.want_value)
@@ -1214,6 +1253,9 @@ void pack_queries(const Plan& plan, const RowAddress& at, Runs runs, Planar row)
                            plan.nonzero[axis][at.head], 0, plan.entries[axis], plane(channel.terms[axis]) + lane,
                            row.pitch, 0);
     }
+    for (int entry = 0; plan.relative[2] && entry < plan.entries[2]; ++entry)
+        for (ptrdiff_t lane = 0; lane < row.pitch; lane += kLanes)
+            add_to(plane(channel.terms[2] + entry) + lane, load(plane(channel.minus_lse) + lane));
 }
 
 struct KeyGradientWalk : Walk {

@@ -34,7 +34,8 @@ struct Run {
 // One vector of home lanes: which entries of x any of its lanes sees, and which lanes see which.
 struct LaneVector {
     int32_t first_entry, entries;
-    int64_t mask;  // into Pass::masks, entries * lanes of 0 or -1; negative when every lane sees every entry
+    int32_t hides_cells;  // whether a lane may find a cell of the map where it must not look
+    int64_t mask;         // into Pass::masks, entries * lanes of 0 or -1; negative when all lanes see all entries
 };
 
 struct LaneTile {

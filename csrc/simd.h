@@ -44,6 +44,7 @@ typedef uint16_t Bfloat16;
 NEARSIGHT_INLINE Vector load(const float* p) { return *(const UnalignedVector*)p; }
 NEARSIGHT_INLINE IntVector load_mask(const int32_t* p) { return *(const UnalignedIntVector*)p; }
 NEARSIGHT_INLINE void store(float* p, Vector v) { *(UnalignedVector*)p = v; }
+NEARSIGHT_INLINE void add_to(float* target, Vector v) { store(target, load(target) + v); }
 NEARSIGHT_INLINE Vector splat(float x) { return x - Vector{}; }
 NEARSIGHT_INLINE Vector keep(IntVector mask, Vector v) { return (Vector)((IntVector)v & mask); }
 NEARSIGHT_INLINE Vector choose(IntVector mask, Vector yes, Vector no) {

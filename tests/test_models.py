@@ -151,9 +151,9 @@ def test_forward_intermediates(name):
     ran = []
     for module in model.modules():
         module.register_forward_hook(lambda *_: ran.append(1))
-    model.forward_intermediates(x)
+    model.forward_intermediates(x, [-1], intermediates_only=True)
     everything, ran[:] = len(ran), []
-    model.forward_intermediates(x, [0], stop_early=True, intermediates_only=True)
+    model.forward_intermediates(x, [0], intermediates_only=True)
     assert len(ran) < everything
 
 

@@ -70,7 +70,8 @@ class SelfAttention(nn.Module):
             raise OptionError(f"content=False leaves q.r alone, which needs position='relative'; received {position!r}")
         self.proj = _CONV[self.rank](out_channels, out_channels, 1) if out_proj else nn.Identity()
         self.reset_parameters()
-        self.to(device=device, dtype=dtype)
+        if device is not None or dtype is not None:
+            self.to(device=device, dtype=dtype)
 
     def reset_parameters(self) -> None:
         """Start with queries, keys and values of the input's variance, so that logits have variance one."""
@@ -410,7 +411,8 @@ class HaloSelfAttention2d(nn.Module):
         self.rows = nn.Parameter(torch.randn(entries, head_dim))
         self.columns = nn.Parameter(torch.randn(entries, head_dim))
         self.reset_parameters()
-        self.to(device=device, dtype=dtype)
+        if device is not None or dtype is not None:
+            self.to(device=device, dtype=dtype)
 
     def reset_parameters(self) -> None:
         """Start with queries, keys and values of the input's variance, so that logits have variance one."""

@@ -54,26 +54,28 @@ def attend(
     relative = [table.to(dtype) for table in relative or ()]
     places = _combine(axes, problem)
 
-    def attend_slice(images: slice, heads: slice) -> Tensor:
+    images, heads = _slice_sizes(problem, axes)
+    parts = -(-problem.num_heads // heads)
+    biases = [None] * parts if bias is None else bias.split(heads)
+    tables = [()] * parts if not relative else list(zip(*(table.split(heads) for table in relative), strict=True))
+
+    def attend_images(*tensors: Tensor) -> Tensor:
         # Rows of head_dim numbers are gathered below: let them be rows in memory.
-        q, k, v = (tensor[images, heads].to(dtype).contiguous().flatten(2, -2) for tensor in (query, key, value))
-        tables = [table[heads] for table in relative]
-        return _attend_blocks(q, k, v, axes, places, None if bias is None else bias[heads], tables, scale)
+        rows = [tensor.to(dtype).contiguous().flatten(2, -2).split(heads, 1) for tensor in tensors]
+        slices = zip(*rows, biases, tables, strict=True)
+        return torch.cat([_attend_blocks(*qkv, axes, places, b, r, scale) for *qkv, b, r in slices], 1)
 
-    images, heads = _slices(problem, axes)
-    return torch.cat([torch.cat([attend_slice(i, h) for h in heads], 1) for i in images]).to(query.dtype)
+    # split, not slices: its backward writes every gradient once.
+    tensors = zip(query.split(images), key.split(images), value.split(images), strict=True)
+    return torch.cat([attend_images(*part) for part in tensors]).to(query.dtype)
 
 
-def _slices(problem: Problem, axes: list[AxisBlocks]) -> tuple[list[slice], list[slice]]:
-    """Images and heads in slices; compiled code fuses instead and takes them whole."""
+def _slice_sizes(problem: Problem, axes: list[AxisBlocks]) -> tuple[int, int]:
+    """Images and heads to take at once; compiled code fuses instead and takes all."""
     if torch.compiler.is_compiling():
-        return [slice(None)], [slice(None)]
+        return problem.batch, problem.num_heads
     at_once = max(1, SLICE_SCORES // prod(axis.visible.numel() for axis in axes))
-    return _cut_range(problem.batch, max(1, at_once // problem.num_heads)), _cut_range(problem.num_heads, at_once)
-
-
-def _cut_range(count: int, step: int) -> list[slice]:
-    return [slice(start, start + step) for start in range(0, count, step)]
+    return max(1, at_once // problem.num_heads), min(at_once, problem.num_heads)
 
 
 @lru_cache(maxsize=256)

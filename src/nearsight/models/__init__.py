@@ -10,7 +10,7 @@ import timm
 from torch import nn
 
 from ..errors import OptionError
-from . import halonet, nat, sasa
+from . import flops, halonet, nat, sasa  # noqa: F401: flops registers its formulas
 
 __all__ = ["create_model", "list_models"]
 

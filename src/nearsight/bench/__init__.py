@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `nearsight bench` measures: the operation, and the layers that take the place of a convolution."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import OptionError
+from . import core, layers
+from .timing import setting
+
+BENCHES = {"core": core.measure, "layers": layers.measure}
+
+
+def run(bench: str, *, threads: int | None = None, quick: bool = False, json_file: str | Path | None = None) -> None:
+    """Measure and print tables; write every number to ``json_file``.
+
+    Args:
+        bench: one of ``BENCHES``.
+        threads: None measures on one thread and on as many as PyTorch has.
+        quick: fewer shapes and fewer rounds: to see that it works, not to quote.
+
+    Raises:
+        OptionError: an unknown bench, or a number of threads below one.
+    """
+    if bench not in BENCHES:
+        raise OptionError(f"there is no bench {bench!r}; there are {', '.join(BENCHES)}")
+    if threads is not None and threads < 1:
+        raise OptionError(f"threads must be at least 1; received {threads}")
+    before = torch.get_num_threads()
+    report: dict[str, Any] = {"bench": bench, "quick": quick, "runs": []}
+    try:
+        for count in sorted({1, before} if threads is None else {threads}):
+            torch.set_num_threads(count)
+            facts = setting()
+            print("\n" + ", ".join(f"{name} {value}" for name, value in facts.items()))
+            report["runs"].append({**facts, "rows": BENCHES[bench](quick)})
+    finally:
+        torch.set_num_threads(before)
+    if json_file is not None:
+        Path(json_file).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

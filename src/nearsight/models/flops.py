@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""FLOPs of our operation for ``torch.utils.flop_counter``, and of whole networks.
+
+Two per multiply-add, as PyTorch and the SASA paper count (timm and the papers of HaloNet and NAT count multiply-adds).
+``FlopCounterMode`` sees the native operator as one call, which the formulas here count by its equation; the other backends
+are matrix products to it, counted as they are run, masked pairs included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
+
+from ..attention import native  # defines the operators  # noqa: F401
+
+Shape = Sequence[int]
+
+
+@register_flop_formula(torch.ops.nearsight.attend)
+def attend_flops(
+    query: Shape,
+    key: Shape,
+    value: Shape,
+    bias: Any,
+    relative: Sequence[Any],
+    kernel_size: Shape,
+    stride: Shape,
+    dilation: Shape,
+    causal: Sequence[bool],
+    border: str,
+    *_: Any,
+    **__: Any,
+) -> int:
+    """q.k, q.r and weights.v for every query and every place of its window, also where that lies outside the map.
+
+    This is how Ramachandran et al. 2019 count (6 k^2 w a pixel with width w): q.r once per place. Computed per axis and
+    then summed, as we do, it takes fewer. ``content=False`` still counts q.k.
+    """
+    logits, mix = _per_pair(query, value, relative)
+    return 2 * _pairs(query, key, kernel_size, border) * (logits + mix)
+
+
+@register_flop_formula(torch.ops.nearsight.attend_backward)
+def attend_backward_flops(
+    grad: Shape,
+    query: Shape,
+    key: Shape,
+    value: Shape,
+    bias: Any,
+    relative: Sequence[Any],
+    out: Shape,
+    lse: Shape,
+    wanted: Sequence[bool],
+    kernel_size: Shape,
+    stride: Shape,
+    dilation: Shape,
+    causal: Sequence[bool],
+    border: str,
+    *_: Any,
+    **__: Any,
+) -> int:
+    """The logits again, two products for the gradients of each of their terms, and two for those of weights and value."""
+    logits, mix = _per_pair(query, value, relative)
+    return 2 * _pairs(query, key, kernel_size, border) * (3 * logits + 2 * mix)
+
+
+def _per_pair(query: Shape, value: Shape, relative: Sequence[Any]) -> tuple[int, int]:
+    return query[-1] * (2 if len(relative) else 1), value[-1]
+
+
+def _pairs(query: Shape, key: Shape, kernel_size: Shape, border: str) -> int:
+    """Queries times places. A window that covers the map, as in global attention, has as many places as the map."""
+    places = [
+        min(k, n) if border == "shift" or k >= 2 * n - 1 else k for k, n in zip(kernel_size, key[2:-1], strict=True)
+    ]
+    return prod(query[:-1]) * prod(places)
+
+
+def count_flops(model: nn.Module, input_size: Sequence[int]) -> int:
+    """FLOPs of one forward pass of an input of (C, H, W), without running it.
+
+    Needs the native backend for the equation's own number; without it, what 'blocked' computes is counted.
+
+    Example:
+        >>> from nearsight import create_model
+        >>> count_flops(create_model("resnet18").eval(), (3, 224, 224)) // 10**6
+        3628
+    """
+    with FakeTensorMode(allow_non_fake_inputs=True), FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.empty(1, *input_size))
+    return counter.get_total_flops()

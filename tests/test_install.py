@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `pip install .` makes: a kernel where there is a C++ compiler, pure Python where there is none."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import venv
+from pathlib import Path
+from zipfile import ZipFile
+
+import pytest
+import torch
+
+from nearsight.attention.native import SUFFIX
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[1]
+PARTS = ("CMakeLists.txt", "LICENSE", "README.md", "csrc", "pyproject.toml", "src")
+LIBRARY = f"nearsight/attention/libnearsight{SUFFIX}"
+NO_COMPILER = {"CXX": "/bin/false"}
+# Prints where the package is from, why there is no native kernel, and what the default computes for equal values.
+PROGRAM = """
+import torch, nearsight as ns
+ones = torch.ones(1, 1, 5, 5, 4)
+print(ns.__file__, ns.backends()["native"], ns.local_attention(ones, ones, ones, ns.Window(3)).unique().item(), sep="\\n")
+"""
+
+
+@pytest.fixture
+def source(tmp_path) -> Path:
+    """A copy, so that no build touches the working tree."""
+    copy = tmp_path / "source"
+    for part in PARTS:
+        if (ROOT / part).is_dir():
+            shutil.copytree(ROOT / part, copy / part, ignore=shutil.ignore_patterns("__pycache__", f"*{SUFFIX}"))
+        else:
+            copy.mkdir(exist_ok=True)
+            shutil.copy(ROOT / part, copy)
+    return copy
+
+
+def pip(*arguments: str | Path, python: Path | str = sys.executable, **environment: str) -> None:
+    command = [sys.executable, "-m", "pip", "--python", python, "--disable-pip-version-check", *arguments]
+    finished = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
+    assert finished.returncode == 0, finished.stdout[-4000:] + finished.stderr[-4000:]
+
+
+def wheel_of(source: Path, **environment: str) -> Path:
+    pip("wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", source / "dist", source, **environment)
+    (wheel,) = (source / "dist").iterdir()
+    return wheel
+
+
+def fresh_python(folder: Path) -> Path:
+    """A virtual environment that has what this one has, except nearsight."""
+    venv.create(folder, with_pip=False)
+    packages = folder / Path(sysconfig.get_path("purelib")).relative_to(sys.prefix)
+    # A folder named in a .pth file is searched, but the .pth files in it are not read, nearsight's own among them.
+    (packages / "outer.pth").write_text(str(Path(torch.__file__).parents[1]))
+    return folder / Path(sys.executable).relative_to(sys.prefix)
+
+
+def answers(python: Path, folder: Path) -> tuple[str, str, str]:
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    finished = subprocess.run([python, "-c", PROGRAM], capture_output=True, text=True, cwd=folder, env=environment)
+    assert finished.returncode == 0, finished.stderr
+    file, reason, result = finished.stdout.splitlines()
+    return file, reason, result
+
+
+def test_with_a_compiler(source, tmp_path):
+    wheel = wheel_of(source)
+    assert wheel.name.startswith("nearsight-")
+    assert "-py3-none-" in wheel.name
+    assert not wheel.name.endswith("-any.whl")
+    names = ZipFile(wheel).namelist()
+    assert LIBRARY in names
+    assert not [name for name in names if name.endswith((".cpp", ".h", ".txt")) and "dist-info" not in name]
+    python = fresh_python(tmp_path / "venv")
+    pip("install", "--no-deps", wheel, python=python)
+    file, reason, result = answers(python, tmp_path)
+    assert Path(file).is_relative_to(tmp_path / "venv")
+    assert (reason, result) == ("None", "1.0")
+
+
+def test_without_a_compiler(source, tmp_path):
+    wheel = wheel_of(source, **NO_COMPILER)
+    assert wheel.name.endswith("-py3-none-any.whl")
+    assert not [name for name in ZipFile(wheel).namelist() if name.endswith(SUFFIX)]
+    python = fresh_python(tmp_path / "venv")
+    pip("install", "--no-deps", wheel, python=python)
+    file, reason, result = answers(python, tmp_path)
+    assert Path(file).is_relative_to(tmp_path / "venv")
+    assert "no C++17 compiler" in reason
+    assert result == "1.0"
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"), [({}, "None"), (NO_COMPILER, "no C++17 compiler")], ids=["", "bare"]
+)
+def test_editable(source, tmp_path, environment, expected):
+    """The sources stay where they are, the library lies with the installed packages."""
+    python = fresh_python(tmp_path / "venv")
+    pip("install", "--no-deps", "--no-build-isolation", "--editable", source, python=python, **environment)
+    file, reason, result = answers(python, tmp_path)
+    assert Path(file).is_relative_to(source)
+    assert expected in reason
+    assert result == "1.0"

@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SASA's networks have the paper's numbers of parameters, its order of layers, and the options of its tables."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import nearsight as ns
+from nearsight.errors import OptionError
+
+
+def parameters(name, **kwargs):
+    with torch.device("meta"):
+        return sum(p.numel() for p in ns.create_model(name, **kwargs).parameters())
+
+
+def spatial_convolutions(model):
+    return [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d) and m.kernel_size != (1, 1)]
+
+
+# ------------------------------------------------------------------------------------- the paper's tables, by arithmetic
+
+
+def by_hand(depths, attention_stages, kernel_size=7, stem=3 * 64 * 49 + 2 * 64, content=True, relative=True):
+    """Parameters of the network by the equations of the paper and of ResNet, independent of the code."""
+    total, channels = stem, 64
+    for stage, depth in enumerate(depths, start=1):
+        width = 64 * 2 ** (stage - 1)
+        attention = (3 if content else 2) * width**2 + (kernel_size * width if relative else 0)
+        spatial = attention if stage in attention_stages else 9 * width**2
+        for block in range(depth):
+            total += channels * width + 2 * width + spatial + 2 * width + 4 * width**2 + 8 * width
+            total += channels * 4 * width + 8 * width if block == 0 else 0
+            channels = 4 * width
+    return total + channels * 1000 + 1000
+
+
+@pytest.mark.parametrize(
+    ("depth", "blocks", "attention", "convolution"),
+    [
+        (26, (1, 2, 4, 1), 10_342_632, 13_696_552),
+        (38, (2, 3, 5, 2), 14_190_632, 19_626_792),
+        (50, (3, 4, 6, 3), 18_038_632, 25_557_032),
+    ],
+)
+def test_table_1_parameters(depth, blocks, attention, convolution):
+    name = f"sasa_resnet{depth}"
+    assert parameters(name) == by_hand(blocks, {1, 2, 3, 4}) == attention
+    assert parameters(name, attention_stages=()) == by_hand(blocks, ()) == convolution
+    # The attention stem: 3 -> 64 for query, key and four value matrices, 7 offsets, 4 + 4 places and 4 mixtures, batch norm.
+    stem = 6 * 3 * 64 + 7 * 64 + 12 * 16 + 2 * 64
+    assert parameters(name, stem="attention") == by_hand(blocks, {1, 2, 3, 4}, stem=stem)
+
+
+@pytest.mark.parametrize(
+    ("stages", "count"),
+    [
+        ((1, 2, 3, 4), 18_038_632),
+        ((2, 3, 4), 18_111_016),
+        ((3, 4), 18_500_648),
+        ((4,), 20_849_192),
+        ((), 25_557_032),
+        ((1,), 25_484_648),
+        ((1, 2), 25_095_016),
+        ((1, 2, 3), 22_746_472),
+    ],
+)
+def test_table_3_parameters(stages, count):
+    assert parameters("sasa_resnet50", attention_stages=stages) == by_hand((3, 4, 6, 3), stages) == count
+
+
+@pytest.mark.parametrize("kernel_size", [3, 5, 9, 11])
+def test_table_4_parameters_hardly_depend_on_the_window(kernel_size):
+    rows = sum(depth * width for depth, width in zip((3, 4, 6, 3), (64, 128, 256, 512), strict=True))
+    assert parameters("sasa_resnet50", kernel_size=kernel_size) == 18_038_632 + (kernel_size - 7) * rows
+
+
+def test_tables_5_and_6_parameters():
+    assert parameters("sasa_resnet50", position="none") == 18_012_200
+    assert parameters("sasa_resnet50", position="sinusoidal") == 18_012_200
+    assert parameters("sasa_resnet50", content=False) == 16_781_160
+
+
+@pytest.mark.parametrize(("name", "count"), [("sasa_nano", 84_906), ("sasa_micro", 418_058)])
+def test_small_networks(name, count):
+    assert parameters(name) == count
+    assert spatial_convolutions(ns.create_model(name)) == []
+
+
+# ---------------------------------------------------------------------------------------------------- how it is put together
+
+
+def test_attention_runs_at_full_resolution_before_the_pool():
+    model, sizes = ns.create_model("sasa_nano"), []
+    for stage in model.stages:
+        stage[0].spatial.register_forward_hook(lambda layer, x, y: sizes.append((x[0].shape[-1], y.shape[-1])))
+    model(torch.randn(1, 3, 16, 16))
+    assert sizes == [(16, 16), (16, 16), (8, 8)]
+
+
+def test_a_bottleneck_by_hand():
+    torch.manual_seed(0)
+    block = ns.create_model("sasa_nano").eval().stages[1][0]
+    for module in block.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.running_mean)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+    x = torch.randn(2, 64, 10, 12)
+    y = F.avg_pool2d(block.spatial(block.down(x).relu()), 2)
+    y = block.up[1](block.up[0](block.norm(y).relu()))
+    expected = (y + block.shortcut[1](F.conv2d(x[..., ::2, ::2], block.shortcut[0].weight))).relu()
+    torch.testing.assert_close(block(x), expected)
+
+
+def test_the_twin_is_a_resnet():
+    """With convolutions in place of attention, timm's ResNet-26 layout computes the same from the same weights."""
+    import timm
+
+    twin = ns.create_model("sasa_resnet26", attention_stages=(), depths=(1, 1, 1, 1), num_classes=5).eval()
+    resnet = timm.models.ResNet(timm.models.resnet.Bottleneck, (1, 1, 1, 1), num_classes=5).eval()
+    assert [p.shape for p in resnet.state_dict().values()] == [resorted(twin)[k].shape for k in resnet.state_dict()]
+    resnet.load_state_dict(resorted(twin))
+    x = torch.randn(1, 3, 64, 96)
+    torch.testing.assert_close(twin(x), resnet(x))
+
+
+def resorted(twin):
+    """A twin's state_dict under timm's names."""
+    renamed = {}
+    for name, tensor in twin.state_dict().items():
+        name = name.replace("stem.0", "conv1").replace("stem.1", "bn1").replace("head.fc", "fc")
+        if name.startswith("stages"):
+            _, stage, block, rest = name.split(".", 3)
+            pairs = [("down.0", "conv1"), ("down.1", "bn1"), ("spatial", "conv2"), ("norm", "bn2")]
+            for ours, theirs in [*pairs, ("up.0", "conv3"), ("up.1", "bn3"), ("shortcut", "downsample")]:
+                rest = rest.replace(ours, theirs) if rest.startswith(ours) else rest
+            name = f"layer{int(stage) + 1}.{block}.{rest}"
+        renamed[name] = tensor
+    return renamed
+
+
+def test_options():
+    model = ns.create_model(
+        "sasa_nano", attention_stages=(2, 3), kernel_size=(3, 5, 7), stem="conv", position="rope", scale=1.0
+    )
+    kinds = [type(block.spatial).__name__ for stage in model.stages for block in stage]
+    assert kinds == ["Conv2d", "LocalSelfAttention2d", "LocalSelfAttention2d", "LocalSelfAttention2d"]
+    assert [stage[0].spatial.window.kernel_size for stage in model.stages[1:]] == [5, 7]
+    assert [stage[0].spatial.scale for stage in model.stages[1:]] == [1.0, 1.0]
+    assert spatial_convolutions(model) == ["stem.0", "stages.0.0.spatial"]
+
+
+def test_default_stems():
+    assert spatial_convolutions(ns.create_model("sasa_nano", attention_stages=()))[0] == "stem.0"
+    assert isinstance(ns.create_model("sasa_nano", stem_stride=2).stem, ns.AttentionStem2d)
+    with torch.device("meta"):
+        assert spatial_convolutions(ns.create_model("sasa_resnet38")) == ["stem.0"]
+        assert spatial_convolutions(ns.create_model("sasa_resnet38", stem="attention")) == []
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_small_resnet_keeps_small_images_large(stride):
+    with torch.device("meta"):
+        model = ns.create_model("sasa_resnet26_small", stem_stride=stride).eval()
+        assert model.forward_features(torch.empty(1, 3, 32, 32)).shape == (1, 2048, 4 // stride, 4 // stride)
+        assert (
+            sum(p.numel() for p in model.parameters())
+            == by_hand((1, 2, 4, 1), {1, 2, 3, 4}, stem=27 * 64 + 128) - 990 * 2049
+        )
+
+
+@pytest.mark.parametrize("size", [(8, 8), (9, 13), (28, 28), (64, 64)])
+def test_small_images_of_any_size(size):
+    assert ns.create_model("sasa_nano", in_chans=1)(torch.randn(2, 1, *size)).shape == (2, 10)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"attention_stages": (1, 4)}, r"among \[1, 2, 3\]; received \(1, 4\)"),
+        ({"kernel_size": (3, 5)}, r"one number or 3.*received \(3, 5\)"),
+        ({"stem": "pixel", "stem_stride": 2}, "received 'pixel' with stem_stride=2"),
+        ({"stem": "patch"}, "received 'patch' with stem_stride=1"),
+        ({"stem": "attention"}, "received 'attention' with stem_stride=1"),
+        ({"content": False, "position": "bias"}, "needs position='relative'; received 'bias'"),
+    ],
+)
+def test_errors(options, message):
+    with pytest.raises(OptionError, match=message):
+        ns.create_model("sasa_nano", **options)
+
+
+# ------------------------------------------------------------------------------------------------------- q.r without q.k
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_without_content(stride):
+    """The layer is that with a key's projection of zeros."""
+    torch.manual_seed(0)
+    layer = ns.LocalSelfAttention2d(6, 8, 3, stride=stride, num_heads=2, content=False, qkv_bias=True)
+    full = ns.LocalSelfAttention2d(6, 8, 3, stride=stride, num_heads=2, qkv_bias=True, position=layer.position)
+    nn.init.normal_(layer.qkv.bias)
+    with torch.no_grad():
+        for mine, theirs in ((layer.qkv.weight, full.qkv.weight), (layer.qkv.bias, full.qkv.bias)):
+            theirs.copy_(torch.cat([mine[:8], torch.zeros_like(mine[:8]), mine[8:]]))
+    x = torch.randn(2, 6, 5, 7)
+    torch.testing.assert_close(layer(x), full(x))
+    torch.testing.assert_close(layer.attention_weights(x), full.attention_weights(x))
+    assert sum(p.numel() for p in layer.parameters()) == 2 * 6 * 8 + 2 * 8 + 3 * 8
+    assert "content=False" in repr(layer)
+
+
+def test_device_and_dtype_of_a_layer():
+    layer = ns.LocalSelfAttention2d(8, num_heads=2, device="meta", dtype=torch.bfloat16)
+    assert {(p.device.type, p.dtype) for p in layer.parameters()} == {("meta", torch.bfloat16)}
