@@ -27,12 +27,13 @@ ROOMS = [
     ("models",),
     ("convert",),
     ("inspect",),
+    ("bench",),
     ("training",),
     ("compat", "cli"),
     ("__init__",),
     ("__main__",),
 ]
-SHARED_WITHIN = ("models", "inspect", "training", "compat", "convert")
+SHARED_WITHIN = ("models", "inspect", "bench", "training", "compat", "convert")
 # Not torchvision and Pillow: timm, which the models need, brings them along.
 OPTIONAL = ("lightning", "matplotlib", "sklearn", "jsonargparse", "torchmetrics", "jinja2", "rich")
 

@@ -5,6 +5,8 @@ Whole networks are built on the meta device, which has shapes and no numbers; wh
 """
 
 import inspect
+import re
+from pathlib import Path
 
 import pytest
 import timm
@@ -40,6 +42,13 @@ def small(name, **kwargs):
     return ns.create_model(name, **{**SMALL[name], **kwargs})
 
 
+def documented():
+    """The rows of docs/models.md: name -> parameters, GFLOP, image size."""
+    page = (Path(__file__).parent.parent / "docs" / "models.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \| ([\d,]+) \| ([\d.]+) \| (\d+) \|", page, re.MULTILINE)
+    return {name: (int(count.replace(",", "")), float(gflop), int(size)) for name, count, gflop, size in rows}
+
+
 def map_size(pixels, reduction):
     return -(-pixels // reduction)
 
@@ -51,12 +60,12 @@ def map_size(pixels, reduction):
 def test_whole_networks(name):
     assert timm.is_model(name)
     with torch.device("meta"):
-        model = timm.create_model(name, num_classes=7, in_chans=1)
-    first = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
-    assert first.in_channels == 1
-    assert model.get_classifier().weight.shape == (7, model.head_hidden_size)
+        model = timm.create_model(name)
+    classes, size = model.default_cfg["num_classes"], model.default_cfg["input_size"][1]
+    assert model.get_classifier().weight.shape == (classes, model.head_hidden_size)
     assert model.get_submodule(model.default_cfg["classifier"]) is model.get_classifier()
-    assert model.default_cfg["num_classes"] in (10, 1000)
+    count, _, image = documented()[name]
+    assert (sum(p.numel() for p in model.parameters()), size) == (count, image)
     groups = timm.optim.param_groups_layer_decay(model, layer_decay=0.75)
     assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
     assert inspect.getdoc(timm.model_entrypoint(name))
@@ -215,7 +224,7 @@ def test_what_timm_saves_is_created_by_name(tmp_path):
 @pytest.mark.parametrize("name", ["sasa_nano", "halo_h0", "nat_mini"])
 def test_compiled_networks_compute_and_train_the_same(name):
     torch.compiler.reset()
-    one_stage = {"depths": (1,), "num_heads": (1,) if name == "nat_mini" else 1}
+    one_stage = {"depths": (1,), **({"num_heads": (1,)} if name == "nat_mini" else {"widths": (8,)})}
     model, x = small(name, **one_stage).eval(), torch.randn(2, 3, 8, 8)
     found = []
     for run in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):

@@ -180,6 +180,7 @@ def test_small_images_of_any_size(size):
     [
         ({"attention_stages": (1, 4)}, r"among \[1, 2, 3\]; received \(1, 4\)"),
         ({"kernel_size": (3, 5)}, r"one number or 3.*received \(3, 5\)"),
+        ({"widths": (16, 32)}, r"widths must be one number or 3.*received \(16, 32\)"),
         ({"stem": "pixel", "stem_stride": 2}, "received 'pixel' with stem_stride=2"),
         ({"stem": "patch"}, "received 'patch' with stem_stride=1"),
         ({"stem": "attention"}, "received 'attention' with stem_stride=1"),

@@ -31,6 +31,7 @@ commands:
   train     train a network on images and write a report
   eval      measure a trained network on test images
   models    list nearsight's networks
+  bench     measure speed against the convolution and other ways to attend
   info      versions, attention backends and what this machine offers
 
 examples:
@@ -56,6 +57,12 @@ EVAL_EXAMPLES = """\
 examples:
   nearsight eval runs/sasa_nano-digits --data digits
   nearsight eval model.safetensors --data folder:~/photos --json
+"""
+
+BENCH_EXAMPLES = """\
+examples:
+  nearsight bench core               the operation: native, blocked, dense and textbook, beside a convolution
+  nearsight bench layers --threads 1 --json layers.json
 """
 
 
@@ -170,6 +177,20 @@ def _models(arguments: list[str]) -> None:
         print(f"{name:24}{sum(parameter.numel() for parameter in model.parameters()) / 1e6:9.3f} M parameters")
 
 
+def _bench(arguments: list[str]) -> None:
+    from .bench import BENCHES, run
+
+    parser = _parser("bench", "Measure speed in one process, with peers in the same table.", BENCH_EXAMPLES)
+    parser.add_argument("what", choices=list(BENCHES), help="what to measure")
+    parser.add_argument("--threads", type=int, help="threads to use (default: one, then all)")
+    parser.add_argument(
+        "--quick", action="store_true", help="fewer shapes and rounds: to see that it works, not to quote"
+    )
+    parser.add_argument("--json", metavar="FILE", help="write every number to a file")
+    options = _parse(parser, arguments)
+    run(options.what, threads=options.threads, quick=options.quick, json_file=options.json)
+
+
 def _info(arguments: list[str]) -> None:
     parser = _parser("info", "Versions, attention backends (and why not), and what this machine offers.")
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -187,7 +208,13 @@ def _info(arguments: list[str]) -> None:
             print(f"{name:16}{value}")
 
 
-COMMANDS: dict[str, Callable[[list[str]], None]] = {"train": _train, "eval": _eval, "models": _models, "info": _info}
+COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "train": _train,
+    "eval": _eval,
+    "models": _models,
+    "bench": _bench,
+    "info": _info,
+}
 
 
 def _facts() -> dict[str, Any]:

@@ -61,9 +61,9 @@ def attend(
 
     def attend_images(*tensors: Tensor) -> Tensor:
         # Rows of head_dim numbers are gathered below: let them be rows in memory.
-        rows = [tensor.to(dtype).contiguous().flatten(2, -2).split(heads, 1) for tensor in tensors]
+        rows = (tensor.to(dtype).contiguous().flatten(2, -2).split(heads, 1) for tensor in tensors)
         slices = zip(*rows, biases, tables, strict=True)
-        return torch.cat([_attend_blocks(*qkv, axes, places, b, r, scale) for *qkv, b, r in slices], 1)
+        return torch.cat([_attend_blocks(q, k, v, axes, places, b, r, scale) for q, k, v, b, r in slices], 1)
 
     # split, not slices: its backward writes every gradient once.
     tensors = zip(query.split(images), key.split(images), value.split(images), strict=True)

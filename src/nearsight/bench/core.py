@@ -242,14 +242,16 @@ def _runs(step: Callable[[], Any]) -> bool:
 
 def _check_equal(shape: Shape, contenders: dict[str, Callable[..., Tensor]]) -> None:
     """Speeds of different functions do not compare. The textbook's borders differ, so only whole windows are looked at."""
-    maps = [tensor[:1] for tensor in shape.maps()]
+    query, key, value = (tensor[:1] for tensor in shape.maps())
     inside = slice(KERNEL_SIZE // 2, -(KERNEL_SIZE // 2))
     with torch.no_grad():
-        expected = local_attention(*maps, Window(KERNEL_SIZE), backend="blocked")[:, :, inside, inside]
+        expected = local_attention(query, key, value, Window(KERNEL_SIZE), backend="blocked")[:, :, inside, inside]
         for name, contender in contenders.items():
             if name != "FlexAttention":  # compiled for its own batch
                 torch.testing.assert_close(
-                    contender(*maps)[:, :, inside, inside], expected, msg=lambda text, name=name: f"{name}: {text}"
+                    contender(query, key, value)[:, :, inside, inside],
+                    expected,
+                    msg=lambda text, name=name: f"{name}: {text}",
                 )
 
 

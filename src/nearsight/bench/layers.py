@@ -76,11 +76,11 @@ def _alternation(rounds: int, seconds: float) -> dict[str, Any]:
     x = torch.randn(BATCH, 128, 28, 28).to(memory_format=torch.channels_last)
     window = layer.window_on(x.shape[2:])
     with torch.no_grad():
-        maps = [split_heads(part, HEADS) for part in layer.qkv(x).chunk(3, 1)]
+        query, key, value = (split_heads(part, HEADS) for part in layer.qkv(x).chunk(3, 1))
         _, relative = layer.position.tables(window, x.shape[2:])
         parts = {
             "qkv": lambda: layer.qkv(x),
-            "kernel": lambda: local_attention(*maps, window, relative=relative),
+            "kernel": lambda: local_attention(query, key, value, window, relative=relative),
             "proj": lambda: layer.proj(x),
             "whole": lambda: layer(x),
         }

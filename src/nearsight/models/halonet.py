@@ -44,7 +44,7 @@ class HaloNet(BottleneckNet):
     Shapes: (B, in_chans, H, W) of any H and W -> (B, num_classes).
 
     Raises:
-        OptionError: an unknown border, sizes below 1.
+        OptionError: an unknown border, sizes below 1, widths or heads for another number of stages.
         ShapeError: widths that heads or ratios do not divide.
 
     Example:
@@ -73,6 +73,7 @@ class HaloNet(BottleneckNet):
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
     ) -> None:
+        widths = one_per_stage("widths", widths, len(depths))
         heads = one_per_stage("num_heads", num_heads, len(depths))
         attention = partial(
             HaloSelfAttention2d,

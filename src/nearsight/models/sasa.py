@@ -69,7 +69,7 @@ class SasaResNet(BottleneckNet):
     Shapes: (B, in_chans, H, W) of any H and W -> (B, num_classes).
 
     Raises:
-        OptionError: a stage that is not there, an unknown stem, as many kernel sizes as there are no stages.
+        OptionError: a stage that is not there, an unknown stem, widths or kernel sizes for another number of stages.
 
     Example:
         >>> SasaResNet((1, 1), (16, 32), stem_stride=1, num_heads=4)(torch.randn(2, 3, 16, 16)).shape
@@ -100,6 +100,7 @@ class SasaResNet(BottleneckNet):
         attending = set(stages if attention_stages is None else attention_stages)
         if not attending <= set(stages):
             raise OptionError(f"attention_stages must be among {list(stages)}; received {attention_stages}")
+        widths = one_per_stage("widths", widths, len(depths))
         kernel_sizes = one_per_stage("kernel_size", kernel_size, len(depths))
         if stem is None:
             stem = "conv" if not attending else "pixel" if stem_stride == 1 else "attention"
