@@ -77,7 +77,7 @@ int resolve_isa(int isa) {
 constexpr int64_t kLargest = (int64_t)1 << 31;       // any size
 constexpr int64_t kMostBytes = (int64_t)1 << 62;     // any tensor
 constexpr int64_t kMostScratch = (int64_t)1 << 31;   // bytes of one thread
-constexpr int64_t kMostEntries = (int64_t)1 << 26;   // table entries, and cells x entries of an axis
+constexpr int64_t kMostEntries = (int64_t)1 << 24;   // table entries, and cells x entries of an axis
 
 // a * b, or false when it is larger than `most`.
 bool multiply(int64_t a, int64_t b, int64_t most, int64_t* product) {
@@ -268,7 +268,7 @@ Call::Call(const nearsight_problem& p, const nearsight_inputs& inputs, const Ker
     plan.heads = p.heads;
     plan.head_dim = p.head_dim;
     plan.value_dim = p.value_dim;
-    plan.batch_group = choose_batch_group(geometry.axes[2], p.batch, lanes);
+    plan.batch_group = choose_batch_group(geometry.axes[2], p.batch, p.heads, lanes);
     plan.scale = (float)p.scale;
     plan.query_multiplier = (float)(p.scale * kLog2E);
     plan.bias_entries = 1;

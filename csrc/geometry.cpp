@@ -84,12 +84,16 @@ PassLists::PassLists(const Geometry& geometry, Home home, int lanes, int64_t bat
     for (const LaneVector& vector : vectors_) pass_.max_entries = std::max(pass_.max_entries, vector.entries);
     for (const LaneTile& tile : tiles_) pass_.max_away_pitch = std::max(pass_.max_away_pitch, tile.away_pitch);
 
-    // Enough parts for a machine's threads, none so small that packing the rows around it dominates. These numbers must
-    // not depend on the number of threads: the partial sums of the tables' gradients follow them.
+    // Enough parts for a machine's threads; small enough that the next head finds in the cache what it shares lines of
+    // memory with; none so small that packing the rows around it dominates. These numbers must not depend on the number
+    // of threads: the partial sums of the tables' gradients follow them.
+    constexpr int64_t kParts = 32, kCells = 8192, kFewestGroups = 8;
     const int64_t batch_groups = (batch + batch_group - 1) / batch_group;
     const int64_t groups = (int64_t)pass_.z.group_count * pass_.y.group_count;
     const int64_t maps = std::max<int64_t>(1, batch_groups * heads * pass_.tile_count);
-    pass_.chunks = (int32_t)std::max<int64_t>(1, std::min<int64_t>(groups / 8, (32 + maps - 1) / maps));
+    const int64_t cells = groups * kGroupRows * std::min(tile_cells, row);
+    const int64_t wanted = std::max((kParts + maps - 1) / maps, cells / kCells);
+    pass_.chunks = (int32_t)std::max<int64_t>(1, std::min(groups / kFewestGroups, wanted));
     pass_.items = (int32_t)(batch_groups * pass_.chunks * pass_.tile_count);
     pass_.jobs = std::min(pass_.items, 64);
 }
@@ -250,16 +254,18 @@ LaneVector PassLists::add_vector(const Axis& axis, int64_t first, int64_t last, 
     return vector;
 }
 
-int choose_batch_group(const Axis& x, int64_t batch, int lanes) {
+int choose_batch_group(const Axis& x, int64_t batch, int64_t heads, int lanes) {
     const auto used = [&](int64_t group) {
         const int64_t cells = group * x.cells;
         return (double)cells / (double)round_up(cells, lanes);
     };
     if (x.border == NEARSIGHT_BORDER_ZEROS || x.border == NEARSIGHT_BORDER_WRAP) return 1;  // they have cells beyond
-    if (x.cells == 0 || x.cells >= 2 * lanes) return 1;
+    if (x.cells == 0) return 1;
     int best = 1;
-    for (int group = 2; group <= std::min<int64_t>(batch, 8); ++group)
-        if (used(group) > 1.15 * used(best)) best = group;
+    for (int group = 2; group <= 4 && group * x.cells <= 128; ++group) {
+        if (batch / group * heads < 16) break;  // work for the other threads
+        if (used(group) > 1.1 * used(best)) best = group;
+    }
     return best;
 }
 

@@ -66,7 +66,7 @@ class PassLists {
 };
 
 // How many batches to lay side by side so that a narrow map fills vectors of `lanes`.
-int choose_batch_group(const Axis& x, int64_t batch, int lanes);
+int choose_batch_group(const Axis& x, int64_t batch, int64_t heads, int lanes);
 
 // Cells of x to work on at a time so that the packed rows that a group sees stay in the second cache level.
 int64_t choose_tile_cells(const Geometry& geometry, int64_t channels, int lanes);

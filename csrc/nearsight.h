@@ -2,7 +2,7 @@
 //
 // nearsight: local attention on the CPU, forward and backward. This header is the whole contract.
 //
-// Every query of a map of 1, 2 or 3 axes attends to a block of cells around it (see docs/design.md for the exact rules):
+// Every query of a map of 1, 2 or 3 axes attends to a block of cells around it (docs/design.md has the exact rules):
 //     logit[c] = scale * (q . k[c] + sum over axes q . relative[axis][entry]) + bias[entries]
 //     out      = sum over cells c of softmax(logit)[c] * v[c]
 //

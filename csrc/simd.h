@@ -9,6 +9,10 @@
 #include <stdint.h>
 #include <string.h>
 
+#if defined(__SSE__)
+#include <immintrin.h>
+#endif
+
 #if defined(__AVX512F__)
 #define NEARSIGHT_LANES 16
 #define NEARSIGHT_EACH_QUAD(f) f(0), f(4), f(8), f(12)
@@ -21,6 +25,7 @@
 #endif
 
 #define NEARSIGHT_INLINE inline __attribute__((always_inline))
+#define NEARSIGHT_APART __attribute__((noinline))
 
 namespace {
 
@@ -54,11 +59,11 @@ NEARSIGHT_INLINE Vector choose(IntVector mask, Vector yes, Vector no) {
 // max(a, b), and b when either is not a number.
 NEARSIGHT_INLINE Vector maximum(Vector a, Vector b) {
 #if defined(__AVX512F__)
-    return (Vector)__builtin_ia32_maxps512_mask(a, b, b, (uint16_t)-1, 4);
+    return (Vector)_mm512_maskz_max_ps(0xffff, (__m512)a, (__m512)b);  // GCC 12 warns of the plain one
 #elif defined(__AVX__)
-    return (Vector)__builtin_ia32_maxps256(a, b);
+    return (Vector)_mm256_max_ps((__m256)a, (__m256)b);
 #elif defined(__SSE__)
-    return (Vector)__builtin_ia32_maxps(a, b);
+    return (Vector)_mm_max_ps((__m128)a, (__m128)b);
 #else
     return a > b ? a : b;
 #endif
@@ -172,28 +177,27 @@ NEARSIGHT_INLINE void store_quad(Bfloat16* p, Quad v) {
     memcpy(p, &out, 8);
 }
 
-// Quads `stride` elements apart, side by side.
+// Quads `stride` elements apart, side by side. Compilers shuffle where the processor can load in place, so on x86 it is
+// spelt out.
 template <class T>
 NEARSIGHT_INLINE Vector load_quads(const T* p, ptrdiff_t stride) {
-#if NEARSIGHT_LANES == 4
-    (void)stride;  // one quad is a whole vector of the narrowest kind
+#if NEARSIGHT_LANES == 16
+    __m512 v = _mm512_castps128_ps512((__m128)load_quad(p));
+    v = _mm512_mask_broadcast_f32x4(v, 0x00f0, (__m128)load_quad(p + stride));
+    v = _mm512_mask_broadcast_f32x4(v, 0x0f00, (__m128)load_quad(p + 2 * stride));
+    v = _mm512_mask_broadcast_f32x4(v, 0xf000, (__m128)load_quad(p + 3 * stride));
+    return (Vector)v;
+#elif NEARSIGHT_LANES == 8
+    return (Vector)_mm256_insertf128_ps(_mm256_castps128_ps256((__m128)load_quad(p)), (__m128)load_quad(p + stride), 1);
+#else
+    (void)stride;  // one quad is a whole vector
     return load_quad(p);
-#else
-    typedef float Octet __attribute__((vector_size(32)));
-    const Octet low = __builtin_shufflevector(load_quad(p), load_quad(p + stride), 0, 1, 2, 3, 4, 5, 6, 7);
-#if NEARSIGHT_LANES == 8
-    return low;
-#else
-    const Octet high =
-        __builtin_shufflevector(load_quad(p + 2 * stride), load_quad(p + 3 * stride), 0, 1, 2, 3, 4, 5, 6, 7);
-    return __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-#endif
 #endif
 }
 
 template <class T>
 NEARSIGHT_INLINE void store_quads(T* p, ptrdiff_t stride, Vector v) {
-    (void)stride;  // one quad is a whole vector of the narrowest kind
+    (void)stride;  // one quad is a whole vector
     store_quad(p, __builtin_shufflevector(v, v, 0, 1, 2, 3));
 #if NEARSIGHT_LANES >= 8
     store_quad(p + stride, __builtin_shufflevector(v, v, 4, 5, 6, 7));

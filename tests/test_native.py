@@ -116,8 +116,11 @@ def test_layouts_are_kept_and_nothing_is_copied(make):
     with profile() as recorded:
         out = local(query, key, value, ns.Window(3))
         gradients = torch.autograd.grad(out, (query, key, value), incoming)
-    for found in (out, *gradients):
-        assert found.stride() == query.stride()
+    assert out.stride() == query.stride()
+    for gradient in gradients:  # side by side, as in the gradient of a fused projection
+        order = sorted(range(5), key=gradient.stride, reverse=True)
+        assert order == sorted(range(5), key=query.stride, reverse=True)
+        assert gradient.stride(0) == 3 * query.stride(0)
     operators = {event.name for event in recorded.events() if event.name.startswith(("aten::", "nearsight::"))}
     assert {"nearsight::attend", "nearsight::attend_backward"} <= operators
     assert not operators & {"aten::copy_", "aten::clone", "aten::contiguous", "aten::reshape"}
@@ -344,6 +347,19 @@ def test_second_derivatives_are_refused_with_advice():
     (gradient,) = torch.autograd.grad(local(query, key, value, ns.Window(3)).square().sum(), query, create_graph=True)
     with pytest.raises(BackendError, match=r"no second derivative.*backend='blocked'"):
         torch.autograd.grad(gradient.square().sum(), key)
+
+
+@needs_library
+def test_gradients_of_a_fused_projection_are_its_gradient():
+    """Taken together they fill one piece of memory, laid out as the projection is."""
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        fused = torch.randn(2, 3 * 24, 6, 9).to(memory_format=memory_format)
+        maps = [part.unflatten(1, (3, 8)).movedim(2, -1).requires_grad_() for part in fused.chunk(3, 1)]
+        gradients = torch.autograd.grad(local(*maps, ns.Window(3)).square().sum(), maps)
+        whole = gradients[0].as_strided(fused.shape, fused.stride(), gradients[0].storage_offset())
+        parts = [part.unflatten(1, (3, 8)).movedim(2, -1) for part in whole.chunk(3, 1)]
+        assert all(torch.equal(part, gradient) for part, gradient in zip(parts, gradients, strict=True))
+        assert whole.untyped_storage().nbytes() == fused.untyped_storage().nbytes()
 
 
 @needs_library

@@ -364,15 +364,17 @@ def _backward(grad, query, key, value, bias, relative, out, lse, wanted, *geomet
     library = _loaded()
     bias, relative = _contiguous(bias, relative)
     gradients = _gradients(query, key, value, bias, relative, wanted)
-    places = iter(gradients)
-    maps = [_pointer(CTensor)(_c_tensor(next(places))) if want else None for want in wanted[:3]]
-    tables = [next(places).data_ptr() if wanted[3] else None, tuple(place.data_ptr() for place in places)]
+    *maps, for_bias, for_relative = _sorted(gradients, query, wanted)
+    places = CGradients(
+        *(None if place is None else _pointer(CTensor)(_c_tensor(place)) for place in maps),
+        None if for_bias is None else for_bias.data_ptr(),
+        tuple(place.data_ptr() for place in for_relative),
+    )
     problem = _describe(query, key, value, *geometry)
     inputs = _c_inputs(query, key, value, bias, relative)
-    error = library.nearsight_backward(
-        problem, inputs, _c_tensor(out), lse.data_ptr(), _c_tensor(grad), CGradients(*maps, *tables)
+    _check(
+        library.nearsight_backward(problem, inputs, _c_tensor(out), lse.data_ptr(), _c_tensor(grad), places), library
     )
-    _check(error, library)
     return gradients
 
 
@@ -391,16 +393,42 @@ def _outputs(query, key, value, *_) -> tuple[Tensor, Tensor]:
     lse = torch.empty(query.shape[:-1], device=query.device)
     if value.shape[-1] == query.shape[-1]:
         return torch.empty_like(query), lse
-    order = sorted(range(query.ndim), key=query.stride, reverse=True)
+    order = _memory_order(query)
     sizes = [*query.shape[:-1], value.shape[-1]]
     out = query.new_empty([sizes[axis] for axis in order])
     return out.permute([order.index(axis) for axis in range(query.ndim)]), lse
 
 
+def _memory_order(tensor: Tensor) -> list[int]:
+    """The axes from the largest stride to the smallest."""
+    return sorted(range(tensor.ndim), key=tensor.stride, reverse=True)
+
+
 def _gradients(query, key, value, bias, relative, wanted) -> list[Tensor]:
-    """Memory for the gradients that are wanted."""
-    inputs = [tensor for tensor, want in zip((query, key, value, bias), wanted[:4], strict=True) if want]
-    return [torch.empty_like(tensor) for tensor in (*inputs, *(relative if wanted[4] else ()))]
+    """Memory for the gradients that are wanted.
+
+    Maps of one shape mostly are the parts of one fused projection, and their gradients will be joined to its gradient. So
+    theirs come as one tensor, (3, B, N, *map, D), that lies in memory as the projection does.
+    """
+    maps = (query, key, value)
+    if all(wanted[:3]) and query.shape == key.shape == value.shape:
+        order = _memory_order(query)
+        three = order.index(1)  # just before the heads
+        sizes = [query.shape[axis] for axis in order]
+        joined = query.new_empty([*sizes[:three], 3, *sizes[three:]])
+        found = [joined.movedim(three, 0).permute(0, *(1 + order.index(axis) for axis in range(query.ndim)))]
+    else:
+        found = [torch.empty_like(tensor) for tensor, want in zip(maps, wanted[:3], strict=True) if want]
+    tables = [*([bias] if wanted[3] else []), *(relative if wanted[4] else [])]
+    return [*found, *(torch.empty_like(table) for table in tables)]
+
+
+def _sorted(gradients: Sequence[Tensor], query: Tensor, wanted: Sequence[bool]):
+    """The gradients of query, key, value and bias, each None if not wanted, and those of relative in a list."""
+    if all(wanted[:3]) and gradients[0].ndim > query.ndim:
+        gradients = [*gradients[0].unbind(0), *gradients[1:]]
+    places = iter(gradients)
+    return *(next(places) if want else None for want in wanted[:4]), list(places)
 
 
 def _fake_backward(grad, query, key, value, bias, relative, out, lse, wanted, *geometry):
@@ -435,9 +463,9 @@ class _Attend(torch.autograd.Function):
         wanted = (*needs, any(ctx.needs_input_grad[5:]))
         query, key, value, bias, out, lse, *relative = ctx.saved_tensors
         tensors = (grad, query, key, value, bias, relative, out, lse)
-        found = iter(_attend_backward_above_autograd(*tensors, wanted, *ctx.geometry))
-        maps_and_bias = [next(found) if want else None for want in needs]
-        return (*maps_and_bias, None, *(found if wanted[4] else (None for _ in ctx.needs_input_grad[5:])))
+        found = _attend_backward_above_autograd(*tensors, wanted, *ctx.geometry)
+        *maps_and_bias, for_relative = _sorted(found, query, wanted)
+        return (*maps_and_bias, None, *(for_relative or [None] * len(relative)))
 
 
 class _AttendBackward(torch.autograd.Function):
@@ -493,7 +521,8 @@ def _attend_backward_mapped(info, in_dims, grad, query, key, value, bias, relati
     maps = [_join(*pair, 1, info.batch_size) for pair in zip((grad, query, key, value, out, lse), dims, strict=True)]
     tables = _join_tables(bias, relative, in_dims[4:6], info.batch_size)
     gradients = _attend_backward(*maps[:4], *tables, *maps[4:], wanted, *geometry)
-    heads = [1 if place < sum(wanted[:3]) else 0 for place in range(len(gradients))]
+    of_maps = len(gradients) - wanted[3] - len(relative) * wanted[4]
+    heads = [1 + g.ndim - maps[0].ndim if place < of_maps else 0 for place, g in enumerate(gradients)]
     return [g.unflatten(axis, (info.batch_size, -1)) for g, axis in zip(gradients, heads, strict=True)], heads
 
 

@@ -1,0 +1,266 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Moves rows between tensors and packed memory, and asks for memory ahead of time. Part of kernel.cpp.
+
+#ifndef NEARSIGHT_ROWS_H
+#define NEARSIGHT_ROWS_H
+
+#include "plan.h"
+#include "simd.h"
+
+namespace {
+
+using namespace nearsight;
+
+// Planar memory holds channel c of lane l at [c * pitch + l].
+struct Planar {
+    float* data;
+    ptrdiff_t pitch;
+};
+
+template <class T>
+NEARSIGHT_INLINE void pack_lane(const T* source, ptrdiff_t channel_stride, int64_t channels, float multiplier,
+                                float* lane, ptrdiff_t pitch) {
+    for (int64_t c = 0; c < channels; ++c) lane[c * pitch] = load_one(source + c * channel_stride) * multiplier;
+}
+
+// The cells at which to start blocks of `width` so that they cover `count` of them: the last block may overlap the one
+// before. Calls block(i) for each, or returns false when there are fewer cells than one block.
+template <class Block>
+NEARSIGHT_INLINE bool cover(int count, int width, Block block) {
+    if (count < width) return false;
+    for (int i = 0; i < count - width; i += width) block(i);
+    block(count - width);
+    return true;
+}
+
+// Cells whose channels are contiguous: blocks of cells x 4 channels are transposed in registers.
+template <class T>
+void pack_interleaved(const T* source, ptrdiff_t stride, int64_t channels, int count, float multiplier, float* lanes,
+                      ptrdiff_t pitch) {
+    const int64_t whole = channels & ~(int64_t)3;
+    const auto vectors = [&](int i) {
+        for (int64_t c = 0; c < whole; c += 4) {
+            const T* cell = source + i * stride + c;
+            float* target = lanes + c * pitch + i;
+            for (int k = 0; k < 4; ++k) __builtin_prefetch(target + k * pitch + kLanes, 1);
+            Vector v[4];
+            for (int k = 0; k < 4; ++k) v[k] = load_quads(cell + k * stride, 4 * stride);
+            transpose_quads(v[0], v[1], v[2], v[3]);
+            for (int k = 0; k < 4; ++k) store(target + k * pitch, v[k] * multiplier);
+        }
+    };
+    const auto quads = [&](int i) {
+        for (int64_t c = 0; c < whole; c += 4) {
+            const T* cell = source + i * stride + c;
+            float* target = lanes + c * pitch + i;
+            Quad v[4];
+            for (int k = 0; k < 4; ++k) v[k] = load_quad(cell + k * stride);
+            transpose_quad(v[0], v[1], v[2], v[3]);
+            for (int k = 0; k < 4; ++k) store_quad(target + k * pitch, v[k] * multiplier);
+        }
+    };
+    const int64_t left = cover(count, kLanes, vectors) || cover(count, 4, quads) ? whole : 0;
+    for (int i = 0; i < count && left < channels; ++i)
+        pack_lane(source + i * stride + left, 1, channels - left, multiplier, lanes + left * pitch + i, pitch);
+}
+
+template <class T>
+NEARSIGHT_INLINE void unpack_lane(T* target, ptrdiff_t channel_stride, int64_t channels, float multiplier,
+                                  const float* lane, ptrdiff_t pitch) {
+    for (int64_t c = 0; c < channels; ++c) store_one(target + c * channel_stride, lane[c * pitch] * multiplier);
+}
+
+template <class T>
+void unpack_interleaved(T* target, ptrdiff_t stride, int64_t channels, int count, float multiplier, const float* lanes,
+                        ptrdiff_t pitch) {
+    const int64_t whole = channels & ~(int64_t)3;
+    const auto vectors = [&](int i) {
+        for (int64_t c = 0; c < whole; c += 4) {
+            T* cell = target + i * stride + c;
+            const float* source = lanes + c * pitch + i;
+            Vector v[4];
+            for (int k = 0; k < 4; ++k) v[k] = load(source + k * pitch) * multiplier;
+            transpose_quads(v[0], v[1], v[2], v[3]);
+            for (int k = 0; k < 4; ++k) store_quads(cell + k * stride, 4 * stride, v[k]);
+        }
+    };
+    const auto quads = [&](int i) {
+        for (int64_t c = 0; c < whole; c += 4) {
+            T* cell = target + i * stride + c;
+            const float* source = lanes + c * pitch + i;
+            Quad v[4];
+            for (int k = 0; k < 4; ++k) v[k] = load_quad(source + k * pitch) * multiplier;
+            transpose_quad(v[0], v[1], v[2], v[3]);
+            for (int k = 0; k < 4; ++k) store_quad(cell + k * stride, v[k]);
+        }
+    };
+    const int64_t left = cover(count, kLanes, vectors) || cover(count, 4, quads) ? whole : 0;
+    for (int i = 0; i < count && left < channels; ++i)
+        unpack_lane(target + i * stride + left, 1, channels - left, multiplier, lanes + left * pitch + i, pitch);
+}
+
+template <class T>
+void pack_run(const T* source, ptrdiff_t stride, ptrdiff_t channel_stride, int64_t channels, const Run& run,
+              float multiplier, float* row, ptrdiff_t pitch) {
+    float* lanes = row + run.lane;
+    if (run.step != 1) {
+        for (int i = 0; i < run.count; ++i)
+            pack_lane(source + i * stride, channel_stride, channels, multiplier, lanes + i * run.step, pitch);
+    } else if (channel_stride == 1 && channels > 1) {
+        pack_interleaved(source, stride, channels, run.count, multiplier, lanes, pitch);
+    } else if (stride == 1) {
+        for (int64_t c = 0; c < channels; ++c)
+            for (int i = 0; i < run.count; ++i)
+                lanes[c * pitch + i] = load_one(source + c * channel_stride + i) * multiplier;
+    } else {
+        for (int i = 0; i < run.count; ++i)
+            pack_lane(source + i * stride, channel_stride, channels, multiplier, lanes + i, pitch);
+    }
+}
+
+template <class T>
+void unpack_run(T* target, ptrdiff_t stride, ptrdiff_t channel_stride, int64_t channels, const Run& run,
+                float multiplier, const float* row, ptrdiff_t pitch) {
+    const float* lanes = row + run.lane;
+    if (run.step == 1 && channel_stride == 1 && channels > 1) {
+        unpack_interleaved(target, stride, channels, run.count, multiplier, lanes, pitch);
+        return;
+    }
+    for (int64_t c = 0; c < channels; ++c)
+        for (int i = 0; i < run.count; ++i)
+            store_one(target + c * channel_stride + i * stride, lanes[c * pitch + i * run.step] * multiplier);
+}
+
+// Where a packed row comes from or goes to.
+struct RowAddress {
+    int64_t first_batch, head, z, y;
+};
+
+// The lanes first_lane to last_lane - 1 of a row; the first of them is lane 0 in packed memory.
+struct Runs {
+    const Run* runs;
+    int count, first_lane, last_lane;
+};
+
+Run clip(const Run& run, const Runs& window) {
+    const int skipped = window.first_lane > run.lane ? (window.first_lane - run.lane + run.step - 1) / run.step : 0;
+    const int lane = run.lane + skipped * run.step;
+    const int room = lane < window.last_lane ? (window.last_lane - lane + run.step - 1) / run.step : 0;
+    const int left = run.count - skipped;
+    return {lane - window.first_lane, run.step, room < left ? room : left, run.group, run.index + skipped};
+}
+
+int64_t row_offset(const Tensor& t, const RowAddress& at, const Run& run) {
+    return (at.first_batch + run.group) * t.batch + at.head * t.head + at.z * t.z + at.y * t.y + run.index * t.x;
+}
+
+void pack_row(const Plan& plan, const Tensor& t, int64_t channels, const RowAddress& at, Runs runs, float multiplier,
+              Planar row) {
+    for (int i = 0; i < runs.count; ++i) {
+        const Run run = clip(runs.runs[i], runs);
+        if (run.count <= 0 || at.first_batch + run.group >= plan.batch) continue;
+        const int64_t offset = row_offset(t, at, run);
+        if (plan.bfloat16)
+            pack_run((const Bfloat16*)t.data + offset, t.x, t.channel, channels, run, multiplier, row.data, row.pitch);
+        else
+            pack_run((const float*)t.data + offset, t.x, t.channel, channels, run, multiplier, row.data, row.pitch);
+    }
+}
+
+void unpack_row(const Plan& plan, const Tensor& t, int64_t channels, const RowAddress& at, Runs runs, float multiplier,
+                Planar row) {
+    for (int i = 0; i < runs.count; ++i) {
+        const Run run = clip(runs.runs[i], runs);
+        if (run.count <= 0 || at.first_batch + run.group >= plan.batch) continue;
+        const int64_t offset = row_offset(t, at, run);
+        if (plan.bfloat16)
+            unpack_run((Bfloat16*)t.data + offset, t.x, t.channel, channels, run, multiplier, row.data, row.pitch);
+        else
+            unpack_run((float*)t.data + offset, t.x, t.channel, channels, run, multiplier, row.data, row.pitch);
+    }
+}
+
+// lse and delta: one contiguous float32 number per query.
+int64_t scalar_offset(const Plan& plan, const RowAddress& at, const Run& run) {
+    const int64_t image = (at.first_batch + run.group) * plan.heads + at.head;
+    return ((image * plan.out[0] + at.z) * plan.out[1] + at.y) * plan.out[2] + run.index;
+}
+
+void pack_scalars(const Plan& plan, const float* source, const RowAddress& at, Runs runs, float multiplier,
+                  float* row) {
+    for (int i = 0; i < runs.count; ++i) {
+        const Run run = clip(runs.runs[i], runs);
+        if (run.count <= 0 || at.first_batch + run.group >= plan.batch) continue;
+        pack_run(source + scalar_offset(plan, at, run), 1, 1, 1, run, multiplier, row, 0);
+    }
+}
+
+void unpack_scalars(const Plan& plan, float* target, const RowAddress& at, Runs runs, float multiplier,
+                    const float* row) {
+    for (int i = 0; i < runs.count; ++i) {
+        const Run run = clip(runs.runs[i], runs);
+        if (run.count <= 0 || at.first_batch + run.group >= plan.batch) continue;
+        unpack_run(target + scalar_offset(plan, at, run), 1, 1, 1, run, multiplier, row, 0);
+    }
+}
+
+// ---- Asking for memory ahead of time --------------------------------------------------------------------------------
+
+// Memory to ask for while something else is computed: waiting for it would take as long as the work. A few lines at a
+// time, since a burst fills the queues of the processor and makes it wait after all.
+struct Prefetches {
+    static constexpr int kMost = 1024;
+    uintptr_t lines[kMost];  // the lowest bit is set for those that will be written
+    int count, done, at_once;
+
+    void spread_over(int points) { at_once = count / (points > 0 ? points : 1) + 1; }
+    NEARSIGHT_INLINE void issue() {
+        const int last = done + at_once < count ? done + at_once : count;
+        for (; done < last; ++done) {
+            if (lines[done] & 1)
+                __builtin_prefetch((const void*)lines[done], 1, 2);
+            else
+                __builtin_prefetch((const void*)lines[done], 0, 2);
+        }
+    }
+};
+
+// A tensor of which a pass reads or writes rows; none when NULL.
+struct Stream {
+    const Tensor* tensor;
+    int64_t channels;
+};
+
+// Lists the lines of a run: strips of contiguous memory, be it the channels of each cell or the cells of each channel.
+void list_run(const Plan& plan, const Stream& stream, const RowAddress& at, const Run& run, bool write,
+              Prefetches& list) {
+    constexpr uintptr_t kLine = 64;
+    const Tensor& t = *stream.tensor;
+    if (t.channel != 1 && t.x != 1) return;
+    const int64_t size = plan.bfloat16 ? 2 : 4;
+    const bool interleaved = t.channel == 1;
+    const int64_t strips = interleaved ? run.count : stream.channels;
+    const uintptr_t stride = (uintptr_t)((interleaved ? t.x : t.channel) * size);
+    const uintptr_t bytes = (uintptr_t)((interleaved ? stream.channels : run.count) * size);
+    const uintptr_t first = ((uintptr_t)(t.data + row_offset(t, at, run) * size) & ~(uintptr_t)1) | (uintptr_t)write;
+    if (list.count + strips * (int64_t)((bytes + kLine - 1) / kLine) > Prefetches::kMost) return;
+    uintptr_t* next = list.lines + list.count;
+    for (uintptr_t byte = 0; byte < bytes; byte += kLine)
+        for (int64_t strip = 0; strip < strips; ++strip) *next++ = first + byte + (uintptr_t)strip * stride;
+    list.count = (int)(next - list.lines);
+}
+
+void list_row(const Plan& plan, const Stream* streams, int count, const RowAddress& at, Runs runs, bool write,
+              Prefetches& list) {
+    for (int i = 0; i < runs.count; ++i) {
+        const Run run = clip(runs.runs[i], runs);
+        if (run.count <= 0 || at.first_batch + run.group >= plan.batch || run.step != 1) continue;
+        for (int s = 0; s < count; ++s)
+            if (streams[s].tensor) list_run(plan, streams[s], at, run, write, list);
+    }
+}
+
+}  // namespace
+
+#endif

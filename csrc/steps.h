@@ -1,0 +1,231 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The inner steps: dot and mix, and what tables of relative vectors add. Part of kernel.cpp.
+
+#ifndef NEARSIGHT_STEPS_H
+#define NEARSIGHT_STEPS_H
+
+#include "plan.h"
+#include "rows.h"
+#include "simd.h"
+
+namespace {
+
+using namespace nearsight;
+
+constexpr int kDotEntries = kRegisters == 32 ? 7 : 4;   // 3 x 7 sums, 3 home and 1 away vectors: 25 registers
+constexpr int kMixChannels = kRegisters == 32 ? 8 : 4;  // 3 x 8 sums
+
+// ---- Dot and mix ----------------------------------------------------------------------------------------------------
+
+// An away row as a group sees it.
+struct Source {
+    const float* away;  // channel 0, the lane below home lane 0
+    const Visit* visit;
+    int32_t entry_z, order_z;
+};
+
+struct DotOperands {
+    const float* home;  // first row that takes part
+    ptrdiff_t home_row;
+    const float* away;  // entry 0
+    ptrdiff_t away_pitch, step;
+    int64_t channels;
+};
+
+// sums[r][e] = part.start + sum over channels of home[r] * away[shifted by entry e], handed to part.finish.
+template <int kRows, int kEntries, class Part>
+NEARSIGHT_INLINE void dot(const DotOperands& o, int entry, Part& part) {
+    Vector sums[kRows][kEntries];
+    for (int r = 0; r < kRows; ++r)
+        for (int e = 0; e < kEntries; ++e) sums[r][e] = part.start(r, entry + e);
+    const float* home = o.home;
+    const float* away = o.away + entry * o.step;
+    for (int64_t c = 0; c < o.channels; ++c) {
+        Vector h[kRows];
+        for (int r = 0; r < kRows; ++r) h[r] = load(home + r * o.home_row);
+        for (int e = 0; e < kEntries; ++e) {
+            Vector a = load(away + e * o.step);
+            pin(a);
+            for (int r = 0; r < kRows; ++r) sums[r][e] += h[r] * a;
+        }
+        home += kLanes;
+        away += o.away_pitch;
+    }
+    for (int r = 0; r < kRows; ++r) part.template finish<kEntries>(r, entry, sums[r]);
+}
+
+template <int kRows, int kEntries, class Part>
+NEARSIGHT_INLINE void dot_some(const DotOperands& o, int entry, int entries, Part& part) {
+    if (entries == kEntries)
+        dot<kRows, kEntries>(o, entry, part);
+    else if constexpr (kEntries > 1)
+        dot_some<kRows, kEntries - 1>(o, entry, entries, part);
+}
+
+// Any number of entries, in parts as even as can be.
+template <class Part>
+NEARSIGHT_INLINE void dot_all(const DotOperands& o, int rows, int entries, Part& part) {
+    int parts = (entries + kDotEntries - 1) / kDotEntries;
+    for (int entry = 0; parts > 0; --parts) {
+        const int some = (entries - entry + parts - 1) / parts;
+        switch (rows) {
+            case 1: dot_some<1, kDotEntries>(o, entry, some, part); break;
+            case 2: dot_some<2, kDotEntries>(o, entry, some, part); break;
+            default: dot_some<3, kDotEntries>(o, entry, some, part); break;
+        }
+        entry += some;
+    }
+}
+
+// The same, not inlined: measured to be faster in the forward and slower in the gradients.
+template <class Part>
+NEARSIGHT_APART void dot_apart(const DotOperands& o, int rows, int entries, Part part) {
+    dot_all(o, rows, entries, part);
+}
+
+// Tile of logits, weights or their gradients: [row][visit of the row][entry][lane].
+struct Tile {
+    float* data;
+    ptrdiff_t row;  // floats per home row
+    int entries;
+    float* at(int r, int visit) const { return data + r * row + (ptrdiff_t)visit * entries * kLanes; }
+};
+
+struct MixOperands {
+    const Source* sources;
+    int source_count;
+    Tile weights;
+    const int32_t* mask;  // entries x lanes, or NULL
+    ptrdiff_t away_lane;  // from Source::away to the lane of entry 0
+    ptrdiff_t away_pitch, step;
+    const int32_t* visits;  // of each home row along y
+    Prefetches* prefetches;
+};
+
+int order(const Source& s, const int32_t* visits, int r) { return s.order_z * visits[r] + s.visit->order[r]; }
+
+// Adds the entries of one source to the sums of home rows kFirst to kLast - 1.
+template <int kFirst, int kLast, int kChannels, bool kMasked>
+NEARSIGHT_INLINE void mix_source(const MixOperands& o, const Source& s, int64_t channel,
+                                 Vector (&sums)[kGroupRows][kChannels]) {
+    const float* weights[kGroupRows];
+    for (int r = kFirst; r < kLast; ++r) weights[r] = o.weights.at(r, order(s, o.visits, r));
+    const float* away = s.away + channel * o.away_pitch + o.away_lane;
+    for (int e = 0; e < o.weights.entries; ++e) {
+        Vector w[kGroupRows];
+#pragma GCC unroll 3
+        for (int r = kFirst; r < kLast; ++r) w[r] = load(weights[r] + e * kLanes);
+#pragma GCC unroll 8
+        for (int c = 0; c < kChannels; ++c) {
+            Vector a = load(away + c * o.away_pitch);
+            if (kMasked) a = keep(load_mask(o.mask + e * kLanes), a);
+            pin(a);
+#pragma GCC unroll 3
+            for (int r = kFirst; r < kLast; ++r) sums[r][c] += w[r] * a;
+        }
+        away += o.step;
+    }
+}
+
+template <int kChannels, bool kMasked>
+void mix(const MixOperands& o, int64_t channel, float* result, ptrdiff_t result_row) {
+    Vector sums[kGroupRows][kChannels] = {};
+    for (int i = 0; i < o.source_count; ++i) {
+        const Source& s = o.sources[i];
+        o.prefetches->issue();
+        switch (s.visit->first * 4 + s.visit->last) {
+            case 1: mix_source<0, 1, kChannels, kMasked>(o, s, channel, sums); break;
+            case 2: mix_source<0, 2, kChannels, kMasked>(o, s, channel, sums); break;
+            case 3: mix_source<0, 3, kChannels, kMasked>(o, s, channel, sums); break;
+            case 6: mix_source<1, 2, kChannels, kMasked>(o, s, channel, sums); break;
+            case 7: mix_source<1, 3, kChannels, kMasked>(o, s, channel, sums); break;
+            default: mix_source<2, 3, kChannels, kMasked>(o, s, channel, sums); break;
+        }
+    }
+#pragma GCC unroll 3
+    for (int r = 0; r < kGroupRows; ++r)
+#pragma GCC unroll 8
+        for (int c = 0; c < kChannels; ++c) store(result + r * result_row + (channel + c) * kLanes, sums[r][c]);
+}
+
+template <int kChannels>
+int64_t mix_blocks(const MixOperands& o, int64_t channel, int64_t channels, float* result, ptrdiff_t result_row) {
+    for (; channel + kChannels <= channels; channel += kChannels) {
+        if (o.mask)
+            mix<kChannels, true>(o, channel, result, result_row);
+        else
+            mix<kChannels, false>(o, channel, result, result_row);
+    }
+    return channel;
+}
+
+// result[r][c] = sum over sources and entries of weights * away channel c.
+void mix_all(const MixOperands& o, int64_t channels, float* result, ptrdiff_t result_row) {
+    int64_t c = mix_blocks<kMixChannels>(o, 0, channels, result, result_row);
+    if constexpr (kMixChannels > 4) c = mix_blocks<4>(o, c, channels, result, result_row);
+    c = mix_blocks<2>(o, c, channels, result, result_row);
+    mix_blocks<1>(o, c, channels, result, result_row);
+}
+
+// ---- Tables of relative vectors -------------------------------------------------------------------------------------
+
+// terms[entry][r] = sum over channels of query[r] * table[entry], for the entries first to last - 1.
+template <int kRows>
+void table_terms(const float* query, ptrdiff_t query_row, ptrdiff_t query_pitch, const float* table, int64_t head_dim,
+                 ChannelRange nonzero, int first, int last, float* terms, ptrdiff_t terms_entry, ptrdiff_t terms_row) {
+    constexpr int kBlock = 4;
+    for (int entry = first; entry < last; entry += kBlock) {
+        const float* rows[kBlock];  // the last block repeats the last entry
+        for (int e = 0; e < kBlock; ++e) rows[e] = table + (entry + e < last ? entry + e : last - 1) * head_dim;
+        Vector sums[kRows][kBlock] = {};
+        for (int64_t c = nonzero.begin; c < nonzero.end; ++c) {
+            Vector q[kRows];
+            for (int r = 0; r < kRows; ++r) q[r] = load(query + r * query_row + c * query_pitch);
+            for (int e = 0; e < kBlock; ++e)
+                for (int r = 0; r < kRows; ++r) sums[r][e] += q[r] * splat(rows[e][c]);
+        }
+        for (int e = 0; e < kBlock && entry + e < last; ++e)
+            for (int r = 0; r < kRows; ++r) store(terms + (entry + e) * terms_entry + r * terms_row, sums[r][e]);
+    }
+}
+
+// result[r][c] += sum over entries of sums[entry][r] * table[entry][c].
+void add_table_gradient(const float* sums, const float* table, int64_t head_dim, ChannelRange nonzero, int first,
+                        int last, float* result, ptrdiff_t result_row) {
+    for (int64_t c = nonzero.begin; c < nonzero.end; ++c) {
+        Vector total[kGroupRows];
+        for (int r = 0; r < kGroupRows; ++r) total[r] = load(result + r * result_row + c * kLanes);
+        for (int e = first; e < last; ++e)
+            for (int r = 0; r < kGroupRows; ++r)
+                total[r] += load(sums + (e * kGroupRows + r) * kLanes) * splat(table[e * head_dim + c]);
+        for (int r = 0; r < kGroupRows; ++r) store(result + r * result_row + c * kLanes, total[r]);
+    }
+}
+
+// gradient[entry][c] += sum over rows of sums[entry][r] * query[r][c], lane by lane. Sums of rows that a group lacks
+// are zero, and so must be their queries.
+void add_relative_gradient(const float* sums, const float* query, ptrdiff_t query_row, int64_t head_dim, int first,
+                           int last, float* gradient) {
+    constexpr int kBlock = kRegisters == 32 ? 4 : 2;
+    for (int entry = first; entry < last; entry += kBlock) {
+        const int entries = last - entry < kBlock ? last - entry : kBlock;
+        Vector s[kBlock][kGroupRows] = {};
+        for (int e = 0; e < entries; ++e)
+            for (int r = 0; r < kGroupRows; ++r) s[e][r] = load(sums + ((entry + e) * kGroupRows + r) * kLanes);
+        for (int64_t c = 0; c < head_dim; ++c) {
+            float* target = gradient + (entry * head_dim + c) * kLanes;
+            Vector q[kGroupRows];
+            for (int r = 0; r < kGroupRows; ++r) q[r] = load(query + r * query_row + c * kLanes);
+#pragma GCC unroll 4
+            for (int e = 0; e < kBlock; ++e) {
+                if (e >= entries) break;
+                add_to(target + e * head_dim * kLanes, s[e][0] * q[0] + s[e][1] * q[1] + s[e][2] * q[2]);
+            }
+        }
+    }
+}
+
+}  // namespace
+
+#endif

@@ -1,0 +1,267 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Walks over a head's share of a map, group by group and vector by vector, and lays out the scratch memory that this
+// takes. Part of kernel.cpp.
+
+#ifndef NEARSIGHT_WALK_H
+#define NEARSIGHT_WALK_H
+
+#include "plan.h"
+#include "rows.h"
+#include "simd.h"
+#include "steps.h"
+
+namespace {
+
+using namespace nearsight;
+
+// ---- A thread's scratch memory --------------------------------------------------------------------------------------
+
+// Cuts memory into aligned pieces; from a null base it only counts.
+struct Arena {
+    char* base;
+    size_t used;
+    char* take(int64_t bytes) {
+        char* piece = base ? base + used : nullptr;
+        used += ((size_t)bytes + 63) & ~(size_t)63;
+        return piece;
+    }
+    float* floats(int64_t count) { return (float*)take(count * (int64_t)sizeof(float)); }
+};
+
+struct Tag {
+    int64_t z, y;
+};
+
+struct Workspace {
+    float* cache;  // packed away rows
+    Tag* tags;     // which rows they are
+    Source* sources;
+    float* home;    // one vector of the group's home rows: [row][channel][lane]
+    float* result;  // alike
+    Prefetches* prefetches;
+    float* scores;  // the tile
+    float* terms[3];  // of every axis: [entry][row][lane]
+    float* zeros;     // stands for a missing bias
+    float* sums[3];
+    float* bias_gradient;
+    float* relative_gradient[3];
+    int64_t away_channels, home_channels;
+    size_t cache_bytes, home_bytes;
+};
+
+int64_t slots(const Pass& pass) { return (int64_t)pass.z.slots * pass.y.slots; }
+
+Workspace carve(const Plan& plan, const Pass& pass, int64_t away_channels, int64_t home_channels,
+                int64_t result_channels, bool gradients, Arena& arena) {
+    Workspace w = {};
+    w.away_channels = away_channels;
+    w.home_channels = home_channels;
+    const int64_t row = away_channels * pass.max_away_pitch;
+    w.cache = arena.floats(slots(pass) * row);
+    w.cache_bytes = (size_t)(slots(pass) * row) * sizeof(float);
+    w.tags = (Tag*)arena.take(slots(pass) * (int64_t)sizeof(Tag));
+    w.sources = (Source*)arena.take((int64_t)pass.z.max_visits * pass.y.max_visits * (int64_t)sizeof(Source));
+    w.prefetches = (Prefetches*)arena.take((int64_t)sizeof(Prefetches));
+    w.home = arena.floats(kGroupRows * home_channels * kLanes);
+    w.home_bytes = (size_t)(kGroupRows * home_channels * kLanes) * sizeof(float);
+    w.result = arena.floats(kGroupRows * result_channels * kLanes);
+    w.scores = arena.floats((int64_t)kGroupRows * pass.z.max_count * pass.y.max_count * pass.max_entries * kLanes);
+    for (int axis = 0; axis < 3; ++axis) {
+        w.terms[axis] = arena.floats((int64_t)plan.entries[axis] * kGroupRows * kLanes);
+        w.sums[axis] = arena.floats((int64_t)plan.entries[axis] * kGroupRows * kLanes);
+    }
+    w.zeros = arena.floats(plan.entries[2]);
+    if (gradients && plan.bias_parts) w.bias_gradient = arena.floats(plan.bias_entries * kLanes);
+    for (int axis = 0; axis < 3; ++axis)
+        if (gradients && plan.relative_parts[axis])
+            w.relative_gradient[axis] = arena.floats(plan.entries[axis] * plan.head_dim * kLanes);
+    return w;
+}
+
+// ---- Walking over a head's share of the work ------------------------------------------------------------------------
+
+struct Item {
+    int64_t head, first_batch;
+    const LaneTile* tile;
+    int64_t first_group, last_group;  // z groups x y groups, y fastest
+};
+
+Item item_of(const Plan& plan, const Pass& pass, int64_t head, int64_t index) {
+    Item item;
+    item.head = head;
+    item.tile = pass.tiles + index % pass.tile_count;
+    index /= pass.tile_count;
+    const int64_t chunk = index % pass.chunks;
+    item.first_batch = index / pass.chunks * plan.batch_group;
+    const int64_t groups = (int64_t)pass.z.group_count * pass.y.group_count;
+    item.first_group = groups * chunk / pass.chunks;
+    item.last_group = groups * (chunk + 1) / pass.chunks;
+    return item;
+}
+
+void start_item(const Plan& plan, const Pass& pass, Workspace& w) {
+    memset(w.cache, 0, w.cache_bytes);  // lanes outside of the runs stay zero
+    memset(w.zeros, 0, (size_t)plan.entries[2] * sizeof(float));
+    for (int axis = 0; axis < 3; ++axis)
+        if (!plan.relative[axis])
+            memset(w.terms[axis], 0, (size_t)plan.entries[axis] * kGroupRows * kLanes * sizeof(float));
+    for (int64_t i = 0; i < slots(pass); ++i) w.tags[i].z = w.tags[i].y = INT64_MIN;
+}
+
+// The rows that a group sees, packed unless they still are.
+template <class Steps>
+int find_sources(const Pass& pass, const LaneTile& tile, const Group& z, const Group& y, Workspace& w, Steps& steps) {
+    int count = 0;
+    for (int i = 0; i < z.visits; ++i) {
+        const Visit& visit_z = pass.z.visits[z.first_visit + i];
+        for (int j = 0; j < y.visits; ++j) {
+            const Visit& visit_y = pass.y.visits[y.first_visit + j];
+            const int64_t slot = (int64_t)visit_z.slot * pass.y.slots + visit_y.slot;
+            float* row = w.cache + slot * w.away_channels * pass.max_away_pitch;
+            Tag& tag = w.tags[slot];
+            if (tag.z != visit_z.cell || tag.y != visit_y.cell) {
+                tag.z = visit_z.cell;
+                tag.y = visit_y.cell;
+                steps.pack_away(visit_z.index, visit_y.index, Planar{row, tile.away_pitch});
+            }
+            w.sources[count++] = {row + tile.left, &visit_y, visit_z.entry[0], visit_z.order[0]};
+        }
+    }
+    return count;
+}
+
+// One vector of lanes of one group: what the parts of `dot` need to know.
+struct Spot {
+    const Plan* plan;
+    Workspace* w;
+    const LaneVector* lanes;
+    const int32_t* mask;
+    const Group* y;
+    int64_t head;
+    Tile tile;
+    int visits[kGroupRows];  // sources of each home row
+    int source_count;
+    ptrdiff_t away_lane, home_row, away_pitch, step;
+};
+
+Spot spot_of(const Plan& plan, const Pass& pass, const Item& item, const Group& z, const Group& y, int source_count,
+             int vector, Workspace& w) {
+    const LaneTile& tile = *item.tile;
+    Spot s;
+    s.plan = &plan;
+    s.w = &w;
+    s.lanes = pass.vectors + tile.first_vector + vector;
+    s.mask = s.lanes->mask < 0 ? nullptr : pass.masks + s.lanes->mask;
+    s.y = &y;
+    s.head = item.head;
+    s.tile.data = w.scores;
+    s.tile.entries = s.lanes->entries;
+    s.tile.row = (ptrdiff_t)pass.z.max_count * pass.y.max_count * pass.max_entries * kLanes;
+    for (int r = 0; r < kGroupRows; ++r) s.visits[r] = r < y.rows ? z.visits * y.count[r] : 0;
+    s.source_count = source_count;
+    s.step = pass.step;
+    s.away_lane = (ptrdiff_t)vector * kLanes + pass.offset + (ptrdiff_t)s.lanes->first_entry * pass.step;
+    s.home_row = w.home_channels * kLanes;
+    s.away_pitch = tile.away_pitch;
+    return s;
+}
+
+DotOperands dot_operands(const Spot& s, const Source& source, int64_t home_channel, int64_t away_channel,
+                         int64_t channels) {
+    const float* home = s.w->home + source.visit->first * s.home_row + home_channel * kLanes;
+    const float* away = source.away + away_channel * s.away_pitch + s.away_lane;
+    return {home, s.home_row, away, s.away_pitch, s.step, channels};
+}
+
+MixOperands mix_operands(const Spot& s, int64_t away_channel) {
+    // Unless it holds a cell, an away lane holds zeros: lanes that see nothing there cannot be spoilt.
+    const int32_t* mask = s.lanes->hides_cells ? s.mask : nullptr;
+    return {s.w->sources, s.source_count, s.tile,     mask, s.away_lane + away_channel * s.away_pitch,
+            s.away_pitch, s.step,         s.y->count, s.w->prefetches};
+}
+
+// What every pass knows about the item that it works on. Passes add
+//     pack_away(z, y, row)      for each row that a group sees and that is not in the cache; then, for each vector,
+//     pack_home(at, runs, row)  for each row of the group,
+//     compute(spot),
+//     unpack(r, at, runs)       for each row of the group
+struct Walk {
+    const Plan& plan;
+    const Pass& pass;
+    const Item& item;
+    const LaneTile& tile;
+    Workspace& w;
+    Stream home_streams[3] = {}, away_streams[2] = {}, result_streams[2] = {};
+    Walk(const Plan& plan, const Pass& pass, const Item& item, Workspace& w)
+        : plan(plan), pass(pass), item(item), tile(*item.tile), w(w) {}
+
+    const Group& group_z(int64_t g) const { return pass.z.groups[g / pass.y.group_count]; }
+    const Group& group_y(int64_t g) const { return pass.y.groups[g % pass.y.group_count]; }
+    RowAddress address(int64_t z, int64_t y) const { return {item.first_batch, item.head, z, y}; }
+    float* home_row(int r) const { return w.home + r * w.home_channels * kLanes; }
+    Runs home_runs(int vector) const {
+        return {pass.runs + tile.home_first_run, tile.home_runs, vector * kLanes, (vector + 1) * kLanes};
+    }
+    Runs away_runs(int first_lane, int last_lane) const {
+        return {pass.runs + tile.away_first_run, tile.away_runs, first_lane, last_lane};
+    }
+    // A row has more away lanes than home lanes: each vector sees to its share of them.
+    Runs away_share(int vector) const {
+        return away_runs(tile.away_pitch * vector / tile.vectors, tile.away_pitch * (vector + 1) / tile.vectors);
+    }
+
+    void list(const Stream* streams, int count, const RowAddress& at, Runs runs, bool write) const {
+        list_row(plan, streams, count, at, runs, write, *w.prefetches);
+    }
+
+    // Lists the results of this vector, and its share of what the next group will read.
+    void list_prefetches(int64_t g, int vector) const {
+        w.prefetches->count = w.prefetches->done = 0;
+        for (int r = 0; r < group_y(g).rows; ++r)
+            list(result_streams, 2, address(group_z(g).home[0], group_y(g).home[r]), home_runs(vector), true);
+        if (g + 1 >= item.last_group) return;
+        const Group &z = group_z(g + 1), &y = group_y(g + 1);
+        for (int r = 0; r < y.rows; ++r)
+            list(home_streams, 3, address(z.home[0], y.home[r]), home_runs(vector), false);
+        for (int i = 0; i < z.visits; ++i)
+            for (int j = 0; j < y.visits; ++j) {
+                const Visit& visit_z = pass.z.visits[z.first_visit + i];
+                const Visit& visit_y = pass.y.visits[y.first_visit + j];
+                const Tag& tag = w.tags[(int64_t)visit_z.slot * pass.y.slots + visit_y.slot];
+                if (tag.z == visit_z.cell && tag.y == visit_y.cell) continue;
+                if (visit_z.index >= 0 && visit_y.index >= 0)
+                    list(away_streams, 2, address(visit_z.index, visit_y.index), away_share(vector), false);
+            }
+    }
+};
+
+template <class Steps>
+void walk(Steps& steps) {
+    const Pass& pass = steps.pass;
+    const Item& item = steps.item;
+    const LaneTile& tile = steps.tile;
+    Workspace& w = steps.w;
+    start_item(steps.plan, pass, w);
+    for (int64_t g = item.first_group; g < item.last_group; ++g) {
+        const Group &z = steps.group_z(g), &y = steps.group_y(g);
+        const int sources = find_sources(pass, tile, z, y, w, steps);
+        for (int v = 0; v < tile.vectors; ++v) {
+            const Spot spot = spot_of(steps.plan, pass, item, z, y, sources, v, w);
+            const Runs runs = steps.home_runs(v);
+            steps.list_prefetches(g, v);
+        w.prefetches->spread_over(sources * (int)(1 + steps.plan.value_dim / kMixChannels));
+            // Some rows or lanes may hold no cell.
+            if (spot.mask || y.rows < kGroupRows || item.first_batch + steps.plan.batch_group > steps.plan.batch)
+                memset(w.home, 0, w.home_bytes);
+            for (int r = 0; r < y.rows; ++r)
+                steps.pack_home(steps.address(z.home[0], y.home[r]), runs, Planar{steps.home_row(r), kLanes});
+            steps.compute(spot);
+            for (int r = 0; r < y.rows; ++r) steps.unpack(r, steps.address(z.home[0], y.home[r]), runs);
+        }
+    }
+}
+
+}  // namespace
+
+#endif
