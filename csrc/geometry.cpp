@@ -263,7 +263,7 @@ int choose_batch_group(const Axis& x, int64_t batch, int64_t heads, int lanes) {
     if (x.cells == 0) return 1;
     int best = 1;
     for (int group = 2; group <= 4 && group * x.cells <= 128; ++group) {
-        if (batch / group * heads < 16) break;  // work for the other threads
+        if (batch / group * heads < 16) break;  // leave work for other threads
         if (used(group) > 1.1 * used(best)) best = group;
     }
     return best;

@@ -186,6 +186,7 @@ struct ForwardWalk : Walk {
         away_streams[0] = {&plan.key, plan.head_dim};
         away_streams[1] = {&plan.value, plan.value_dim};
         result_streams[0] = {&plan.out_tensor, plan.value_dim};
+        calls = 1 + mix_calls(plan.value_dim);
     }
     void pack_home(const RowAddress& at, Runs runs, Planar row) const {
         pack_row(plan, plan.query, plan.head_dim, at, runs, plan.query_multiplier, row);
@@ -270,6 +271,7 @@ void logit_gradients(const Spot& s) {
         }
         const int rows = visit.last - visit.first;
         dot_all(dot_operands(s, source, channel.query, 0, plan.head_dim), rows, s.lanes->entries, weights);
+        s.w->prefetches->issue();
         dot_all(dot_operands(s, source, channel.grad_out, plan.head_dim, plan.value_dim), rows, s.lanes->entries,
                 gradients);
     }
@@ -379,6 +381,7 @@ struct QueryGradientWalk : Walk {
         away_streams[0] = {&plan.key, plan.head_dim};
         away_streams[1] = {&plan.value, plan.value_dim};
         if (plan.want_query) result_streams[0] = {&plan.grad_query, plan.head_dim};
+        calls = 2 + mix_calls(plan.head_dim);
     }
     void pack_home(const RowAddress& at, Runs runs, Planar row) const {
         pack_query_home(plan, at, runs, row, w.result);
@@ -516,6 +519,7 @@ void key_logit_gradients(const Spot& s) {
     for (int i = 0; i < s.source_count; ++i) {
         const Source& source = s.w->sources[i];
         const Visit& visit = *source.visit;
+        s.w->prefetches->issue();
         KeyGradientPart part = {source.away + s.away_lane + channel.minus_delta * s.away_pitch, s.step, {}, s.mask};
         for (int r = visit.first; r < visit.last; ++r)
             part.target[r - visit.first] = s.tile.at(r, order(source, s.y->count, r));
@@ -574,6 +578,7 @@ struct KeyGradientWalk : Walk {
         away_streams[1] = {&plan.grad_out, plan.value_dim};
         if (plan.want_key) result_streams[0] = {&plan.grad_key, plan.head_dim};
         if (plan.want_value) result_streams[1] = {&plan.grad_value, plan.value_dim};
+        calls = 2 + mix_calls(plan.head_dim) + mix_calls(plan.value_dim);
     }
     void pack_home(const RowAddress& at, Runs runs, Planar row) const { pack_keys(plan, at, runs, row); }
     void pack_away(int64_t z, int64_t y, Planar row) const {

@@ -160,6 +160,8 @@ int64_t mix_blocks(const MixOperands& o, int64_t channel, int64_t channels, floa
     return channel;
 }
 
+int mix_calls(int64_t channels) { return (int)((channels + kMixChannels - 1) / kMixChannels); }
+
 // result[r][c] = sum over sources and entries of weights * away channel c.
 void mix_all(const MixOperands& o, int64_t channels, float* result, ptrdiff_t result_row) {
     int64_t c = mix_blocks<kMixChannels>(o, 0, channels, result, result_row);

@@ -193,6 +193,7 @@ struct Walk {
     const LaneTile& tile;
     Workspace& w;
     Stream home_streams[3] = {}, away_streams[2] = {}, result_streams[2] = {};
+    int calls = 1;  // of dot and mix for each source: prefetches are spread over them
     Walk(const Plan& plan, const Pass& pass, const Item& item, Workspace& w)
         : plan(plan), pass(pass), item(item), tile(*item.tile), w(w) {}
 
@@ -250,7 +251,7 @@ void walk(Steps& steps) {
             const Spot spot = spot_of(steps.plan, pass, item, z, y, sources, v, w);
             const Runs runs = steps.home_runs(v);
             steps.list_prefetches(g, v);
-        w.prefetches->spread_over(sources * (int)(1 + steps.plan.value_dim / kMixChannels));
+            w.prefetches->spread_over(sources * steps.calls);
             // Some rows or lanes may hold no cell.
             if (spot.mask || y.rows < kGroupRows || item.first_batch + steps.plan.batch_group > steps.plan.batch)
                 memset(w.home, 0, w.home_bytes);

@@ -105,6 +105,21 @@ def expected_of(case: Case) -> tuple[np.ndarray, list[np.ndarray], float, float]
     return out, gradients, condition, condition * case.loud
 
 
+def slack_of(case: Case) -> float:
+    """How far a gradient may move because the backward starts from the output as it was stored, in half precision.
+
+    FlashAttention's does, and so do all that save the output alone: a softmax's backward subtracts the sum of output times
+    incoming gradient, and the output's rounding goes into the gradient of every logit of its query.
+    """
+    if case.dtype not in (torch.float16, torch.bfloat16):
+        return 0.0
+    grad, query, key, *_ = inputs_of(case)
+    rounding = torch.finfo(case.dtype).eps * (np.abs(expected_of(case)[0] * grad).sum(-1))
+    scale = case.head_dim**-0.5 if case.scale is None else abs(case.scale)
+    largest = max((np.abs(one).max(initial=0) for one in (query, key)), default=0)
+    return float(np.sqrt((rounding**2).sum()) * max(1, scale * largest))
+
+
 def laid_out(tensor: Tensor, layout: str) -> Tensor:
     """The same numbers, (B, N, *map, D), at other places in memory."""
     if layout == "channels first":  # a view of (B, N, D, *map), as a convolution makes it
@@ -174,7 +189,7 @@ def check_gradients(attend, case: Case) -> None:
     for name, gradient, reference in zip(names, found, gradients, strict=True):
         assert gradient is not None, f"no gradient by {name}"
         assert gradient.dtype == case.dtype
-        assert_near(f"gradient by {name}", gradient, reference, gradient_condition)
+        assert_near(f"gradient by {name}", gradient, reference, gradient_condition, slack_of(case))
         compared += 1
     assert compared == 3 + case.bias + case.rank * case.relative
 
@@ -400,7 +415,7 @@ def test_global_attention(contestant, size, dtype):
     assert_near("values", out, reference, condition)
     found = torch.autograd.grad(out, inputs, incoming)
     for gradient, wanted in zip(found, oracle.gradients(grad, *numbers[:3], axes, *numbers[3:]), strict=True):
-        assert_near("gradient", gradient, wanted, condition)
+        assert_near("gradient", gradient, wanted, condition, slack_of(case))
 
 
 @pytest.mark.parametrize("name", NAMED)
@@ -439,7 +454,7 @@ def test_each_input_alone_gets_its_gradient(contestant):
         inputs[wanted].requires_grad_()
         out = contestant.attend(*inputs[:3], case.window, **arguments)
         (found,) = torch.autograd.grad(out, inputs[wanted], incoming)
-        assert_near(f"gradient by input {wanted} alone", found, expected[wanted], expected_of(case)[3])
+        assert_near(f"gradient by input {wanted} alone", found, expected[wanted], expected_of(case)[3], slack_of(case))
 
 
 @every_backend(ALL)

@@ -613,8 +613,8 @@ def split_heads(x: Tensor, num_heads: int) -> Tensor:
 def merge_heads(x: Tensor, like: Tensor) -> Tensor:
     """(B, N, *map, D) -> (B, N*D, *map), in the memory format of ``like``."""
     if not like.is_contiguous() and like.movedim(1, -1).is_contiguous():
-        return x.movedim(1, -2).flatten(-2).movedim(-1, 1)
-    return x.movedim(-1, 2).flatten(1, 2)
+        return x.movedim(1, -2).flatten(-2).contiguous().movedim(-1, 1)
+    return x.movedim(-1, 2).flatten(1, 2).contiguous()
 
 
 def _tiles(x: Tensor, dim: int, block: int) -> list[Tensor]:

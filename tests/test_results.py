@@ -1,0 +1,14 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the README says a run reaches, it reaches. Apart from the other tests of training, which cut the data down."""
+
+import pytest
+
+from nearsight.training import train
+from nearsight.training.recipe import Recipe
+
+
+@pytest.mark.slow
+def test_the_defaults_reach_98_percent_on_digits(tmp_path):
+    run = train.train(Recipe(), tmp_path)
+    assert run.evaluation.count == 360
+    assert run.evaluation.accuracy >= 0.98
