@@ -63,6 +63,7 @@ BENCH_EXAMPLES = """\
 examples:
   nearsight bench core               the operation: native, blocked, dense and textbook, beside a convolution
   nearsight bench layers --threads 1 --json layers.json
+  nearsight bench models             SASA-ResNets against ResNets, inference and training
 """
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `nearsight bench` measures: the operation, and the layers that take the place of a convolution."""
+"""What `nearsight bench` measures: the operation, the layers that take the place of a convolution, and whole networks."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from ..errors import OptionError
-from . import core, layers
+from . import core, layers, models
 from .timing import setting
 
-BENCHES = {"core": core.measure, "layers": layers.measure}
+BENCHES = {"core": core.measure, "layers": layers.measure, "models": models.measure}
 
 
 def run(bench: str, *, threads: int | None = None, quick: bool = False, json_file: str | Path | None = None) -> None:

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The benchmarks run, compare what they time, and write every number. What the times are is not asserted."""
+
+import json
+
+import pytest
+import torch
+
+from nearsight.bench import core, layers, models, run
+from nearsight.bench.timing import Times, passes, race
+from nearsight.cli import main
+from nearsight.errors import OptionError
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    monkeypatch.setattr(core, "QUICK", (core.Shape(1, 2, 8, 9),))
+    monkeypatch.setattr(layers, "STAGES", ((16, 9, 2),))
+    monkeypatch.setattr(models, "PAIRS", {"sasa_nano": "sasa_nano of convolutions"})
+    monkeypatch.setattr(models, "SIZE", 16)
+
+
+@pytest.mark.parametrize("bench", ["core", "layers", "models"])
+def test_every_bench_prints_and_writes(bench, tiny, tmp_path, capsys):
+    file = tmp_path / "numbers.json"
+    assert main(["bench", bench, "--quick", "--threads", "1", "--json", str(file)]) == 0
+    report = json.loads(file.read_text())
+    assert report["bench"] == bench
+    assert report["quick"] is True
+    (facts,) = report["runs"]
+    assert facts["threads"] == 1
+    assert facts["rows"]
+    assert "threads 1" in capsys.readouterr().out
+
+
+def test_bench_of_models_compares_attention_with_convolution(tiny, capsys):
+    rows = models.measure(quick=True)
+    assert [row["mode"] for row in rows] == ["inference", "training"]
+    assert all(row[who]["median_ms"] > 0 for row in rows for who in ("attention", "convolution"))
+
+
+def test_contenders_that_disagree_are_not_timed(tiny):
+    with pytest.raises(AssertionError, match="wrong"):
+        core._check_equal(core.QUICK[0], {"wrong": lambda query, key, value: value})
+
+
+def test_times():
+    times = race({"a": lambda: None, "b": lambda: sum(range(1000))}, rounds=4, seconds=10)
+    assert len(times["a"].ms) == len(times["b"].ms) == 4
+    assert times["b"].median > times["a"].median
+    assert Times([3.0, 1.0, 2.0]).median == 2.0
+
+
+def test_passes_take_every_gradient():
+    seen = []
+    weight = torch.ones(3, requires_grad=True)
+
+    def product(x):
+        x.register_hook(lambda grad: seen.append("x")) if x.requires_grad else None
+        return x * weight
+
+    both = passes(product, [torch.ones(3)], [weight])
+    both["forward"]()
+    assert seen == []
+    both["forward+backward"]()
+    assert seen == ["x"]
+    assert weight.grad is None
+
+
+def test_mistakes():
+    with pytest.raises(OptionError, match="no bench 'cor'; there are core, layers, models"):
+        run("cor")
+    with pytest.raises(OptionError, match="threads must be at least 1; received 0"):
+        run("core", threads=0)
