@@ -48,6 +48,7 @@ format: $(WITH_DEV) ## put the code into the house format
 	$(BIN)/ruff check --fix .
 
 bench: $(WITH_TRAIN) ## measure the speed and memory that the README claims
+	$(BIN)/nearsight bench layers
 	$(BIN)/python bench/unfold.py
 
 clean: ## remove caches and build output

@@ -16,7 +16,7 @@ from nearsight.training.data import load_pictures
 from nearsight.training.weights import load_model
 
 
-def main(run: str, output: str, image_index: int = 0, pixel: tuple[int, int] | None = None) -> None:
+def main(run: str, output: str, image_index: int = 3, pixel: tuple[int, int] | None = None) -> None:
     model, blueprint = load_model(Path(run))
     view = blueprint.view
     test = load_pictures(blueprint.data).test.seen(view, training=False)
