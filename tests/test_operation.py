@@ -442,7 +442,7 @@ assert graphs.frame_count <= 2, graphs.frame_count  # maps that fit into one blo
 def test_compiles_for_every_size_at_once(border):
     """Symbolic sizes: graphs serve every map and batch. In a process of its own, since it once took for ever."""
     program = SIZES_IN_TURN.format(border=border)
-    finished = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    finished = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
     assert finished.returncode == 0, finished.stderr[-2000:]
 
 
