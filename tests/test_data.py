@@ -11,7 +11,8 @@ from PIL import Image
 from torch.utils.data import ConcatDataset
 
 from nearsight.errors import DataError, OptionError
-from nearsight.training.data import RandomAffine, View, load_pictures, loader
+from nearsight.training.data import IGNORED, Dealer, RandomAffine, View, load_pictures, loader, warn_of_broken
+from nearsight.training.evaluate import evaluate
 
 MNIST_FILES = {
     "train-images-idx3-ubyte": (100, 6, 5),
@@ -105,7 +106,9 @@ def test_missing_data_says_what_to_do(tmp_path, name):
 
 
 def test_an_unknown_name_lists_the_known_ones():
-    with pytest.raises(OptionError, match=r"digits, mnist, fashion-mnist, cifar10, cifar100 or folder:PATH.*'digit'"):
+    with pytest.raises(
+        OptionError, match=r"digits, mnist, fashion-mnist, cifar10, cifar100, folder:PATH, hf:NAME or wds:PATH.*'digit'"
+    ):
         load_pictures("digit")
 
 
@@ -123,6 +126,12 @@ def test_a_folder_of_class_folders_is_split(tmp_path):
     image, label = pictures.test.seen(pictures.view(16), training=False)[0]
     assert image.shape == (3, 16, 16)
     assert label == 0
+
+
+def test_a_folder_with_train_alone_is_split_too(tmp_path):
+    write_folder(tmp_path / "train")
+    pictures = load_pictures(f"folder:{tmp_path}")
+    assert [len(part) for part in (pictures.train, pictures.validation, pictures.test)] == [28, 4, 8]
 
 
 def test_a_folder_with_train_and_val_takes_val_as_test(tmp_path):
@@ -147,16 +156,116 @@ def test_a_missing_and_an_empty_folder_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("cut", [30, 0])
-def test_a_broken_image_is_named(tmp_path, cut):
+def test_a_broken_image_is_an_error_that_names_it_when_none_may_be(tmp_path, cut):
     write_folder(tmp_path)
-    broken = tmp_path / "cat" / "0.png"
-    broken.write_bytes(broken.read_bytes()[:cut])
+    break_images(tmp_path, ["cat/0.png"], cut)
     pictures = load_pictures(f"folder:{tmp_path}")
     parts = [
-        part.seen(pictures.view(16), training=False) for part in (pictures.train, pictures.validation, pictures.test)
+        part.seen(pictures.view(16), training=False, max_broken=0)
+        for part in (pictures.train, pictures.validation, pictures.test)
     ]
-    with pytest.raises(DataError, match=r"cannot read the image .*cat/0\.png: .*mend or remove it"):
+    with pytest.raises(DataError, match=r"cannot read the image .*cat/0\.png: .*mend or remove them"):
         list(ConcatDataset(parts))
+
+
+def break_images(folder, names, keep=0):
+    for name in names:
+        (folder / name).write_bytes((folder / name).read_bytes()[:keep])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_broken_images_are_skipped_and_named_up_to_a_limit(tmp_path, workers, capsys):
+    write_folder(tmp_path / "train")
+    write_folder(tmp_path / "test")
+    names = ["train/cat/3.png", "train/cat/4.png", "train/dog/0.png"]
+    break_images(tmp_path, names)
+    train = load_pictures(f"folder:{tmp_path}").train
+    view = View(3, 16, (0.5,) * 3, (0.5,) * 3)
+    broken = [f"{tmp_path}/{name}" for name in names if f"{tmp_path}/{name}" in paths_of(train)]
+    assert len(broken) >= 2
+
+    seen = train.seen(view, training=True, max_broken=len(broken))
+    labels = torch.cat([labels for _, labels in loader(seen, 6, workers)])
+    assert len(labels) == len(train)  # the next image takes the place of each
+    assert (labels >= 0).all()
+    assert seen.broken() == broken
+    warn_of_broken(seen, known := set())
+    assert capsys.readouterr().err == f"skipped {len(broken)} images that cannot be read: {', '.join(broken)}\n"
+    warn_of_broken(seen, known)
+    assert capsys.readouterr().err == ""
+
+    with pytest.raises(
+        DataError, match=rf"more than {len(broken) - 1} images cannot be read, among them {tmp_path}/train"
+    ):
+        list(loader(train.seen(view, training=True, max_broken=len(broken) - 1), 6, workers))
+
+
+def paths_of(split):
+    return [split.album.name(index) for index in split.chosen]
+
+
+def test_an_evaluation_leaves_broken_images_out(tmp_path, capsys):
+    write_folder(tmp_path)
+    test = load_pictures(f"folder:{tmp_path}").test
+    first, *others = paths_of(test)
+    break_images(tmp_path, [first])
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 8 * 8, 2))
+    result = evaluate(model, loader(test.seen(View(3, 8, (0.5,) * 3, (0.5,) * 3), training=False), 3, 0))
+    assert result.count == len(others) == len(result.labels)
+    assert result.places.tolist() == list(range(1, len(test)))
+    assert first in capsys.readouterr().err
+
+
+def test_what_is_drawn_follows_from_seed_and_draw_alone(tmp_path):
+    write_folder(tmp_path)
+    train = load_pictures(f"folder:{tmp_path}").train
+    view = View(3, 16, (0.5,) * 3, (0.5,) * 3)
+    once, again = train.seen(view, training=True, seed=3), train.seen(view, training=True, seed=3)
+    other_seed, draw = train.seen(view, training=True, seed=4), 5 + 2 * len(train)
+    image, label = once[draw]
+    once[7]
+    assert torch.equal(again[draw][0], image)
+    assert label == once[5][1]
+    assert not torch.equal(once[5][0], image)  # another epoch
+    assert not torch.equal(other_seed[draw][0], image)
+    with_workers = [images for images, _ in loader(again, 4, workers=2)]
+    assert torch.equal(torch.cat(with_workers), torch.stack([once[index][0] for index in range(len(train))]))
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_an_order_is_dealt_out_among_processes(world):
+    split = load_pictures("digits").train
+    whole = Dealer(split, step=64, seed=5)
+    dealers = [Dealer(split, rank, world, step=64, seed=5) for rank in range(world)]
+    for epoch in (0, 1):
+        for dealer in (whole, *dealers):
+            dealer.set_epoch(epoch)
+        parts = [list(dealer) for dealer in dealers]
+        assert [len(part) for part in parts] == [len(dealer) for dealer in dealers] == [1280 // world] * world
+        together = [draw for draws in zip(*parts, strict=True) for draw in draws]
+        assert together == list(whole)
+        assert len({draw % len(split) for draw in together}) == 1280
+        assert {draw // len(split) for draw in together} == {epoch}
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 5])
+def test_each_image_of_an_evaluation_counts_once(world):
+    split = load_pictures("digits").validation
+    data = split.seen(View(1, 8, (0.3,), (0.4,)), training=False)
+    batches = [list(loader(data, 10, 0, Dealer(split, rank, world))) for rank in range(world)]
+    assert len({len(one) for one in batches}) == 1  # as many for each process
+    labels = torch.cat([labels for one in batches for _, labels in one])
+    assert sorted(labels[labels != IGNORED].tolist()) == sorted(split.labels.tolist())
+    assert (labels == IGNORED).sum() == -len(split) % world
+
+
+def test_random_affine_of_a_part_is_that_part_of_the_whole():
+    images, draw = torch.rand(12, 1, 8, 8), RandomAffine(shift=2, degrees=20, scale=0.2, mirror=True)
+    torch.manual_seed(1)
+    whole = draw(images)
+    rows = torch.tensor([1, 5, 9])
+    torch.manual_seed(1)
+    assert torch.equal(draw(images[rows], rows, 12), whole[rows])
 
 
 def test_random_affine_draws_anew_for_every_image_within_its_bounds():

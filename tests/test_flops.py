@@ -106,3 +106,14 @@ def test_the_operation(window, queries, places, relative):
             y.sum().backward()
     assert forward.get_total_flops() == 2 * pairs * (terms * D + E)
     assert backward.get_total_flops() == 2 * pairs * (3 * terms * D + 2 * E)
+
+
+def test_global_attention_is_counted_on_the_processor():
+    """PyTorch's counter knows its own attention on GPUs only."""
+    layer = ns.GlobalSelfAttention2d(16, position="none", num_heads=2, backend="dense").requires_grad_(False)
+    projections, pairs = 2 * 3 * 16 * 16 * CELLS, CELLS**2
+    assert count_flops(layer, (16, 5, 8)) == projections + 2 * 2 * 16 * pairs
+    query, key, value = (torch.randn(2, 3, 5, 8, 8, requires_grad=True) for _ in range(3))
+    with FlopCounterMode(display=False) as counter:
+        ns.global_attention(query, key, value, backend="dense").sum().backward()
+    assert counter.get_total_flops() == (2 + 5) * 2 * 2 * 3 * 8 * pairs

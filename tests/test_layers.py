@@ -7,7 +7,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import nearsight as ns
+from nearsight import layers
 from nearsight.errors import OptionError, ShapeError
+from nearsight.layers import _whole
 
 CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 SIZE = (7, 10, 5)
@@ -227,3 +229,28 @@ def test_stem_shapes_parameters_and_gradients():
     assert sum(p.numel() for p in stem.parameters()) == (2 + 4) * 3 * 64 + 7 * 64 + (2 * 4 + 4) * 16 + 2 * 64
     y.square().sum().backward()
     assert [name for name, p in stem.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+@pytest.mark.parametrize(
+    "memory_format", [torch.contiguous_format, torch.channels_last], ids=["planar", "channels_last"]
+)
+def test_gradient_of_the_fused_projection_is_taken_as_it_lies(memory_format, monkeypatch):
+    layer = ns.LocalSelfAttention2d(16, num_heads=2)
+    x = torch.randn(2, 16, 9, 11).to(memory_format=memory_format).requires_grad_()
+    grad = torch.randn(2, 16, 9, 11)
+    wholes = []
+    monkeypatch.setattr(layers, "_whole", lambda parts: wholes.append(_whole(parts)) or wholes[-1])
+    found = torch.autograd.grad(layer(x), [x, *layer.parameters()], grad)
+    monkeypatch.setattr(layers, "split_parts", lambda joined, width: joined.split(width, 1))
+    expected = torch.autograd.grad(layer(x), [x, *layer.parameters()], grad)
+    assert [one is not None for one in wholes] == [ns.backends()["native"] is None]
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+def test_parts_that_are_not_neighbours_are_no_whole():
+    joined = torch.randn(2, 9, 4, 5)
+    first, second, third = joined.split(3, 1)
+    assert torch.equal(_whole((first, second, third)), joined)
+    assert _whole((first, third, second)) is None
+    assert _whole((first, second, third.clone())) is None
+    assert _whole((first, second, third.transpose(2, 3))) is None

@@ -22,7 +22,7 @@ from nearsight.training.task import Classifier
 from nearsight.training.train import Interrupted, default_output, resume, train
 from nearsight.training.weights import load_model, read_checkpoint
 
-FILES = {"config.yaml", "last.ckpt", "metrics.csv", "model.safetensors", "report.html"}
+FILES = {"config.yaml", "last.ckpt", "metrics.csv", "model.safetensors", "report.html", "timing.csv"}
 
 
 @pytest.fixture(scope="module")
@@ -194,7 +194,10 @@ def test_a_damaged_config_is_refused(tmp_path, text):
         ({"seed": -1}, "seed must be at least 0; received -1"),
         ({"seed": 2**32}, "seed must be below"),
         ({"devices": 0}, "devices must be at least 1; received 0"),
-        ({"devices": 2, "batch_size": 33}, "batch-size must be a multiple of devices; received 33 for 2 devices"),
+        (
+            {"devices": 2, "batch_size": 33},
+            "batch-size must be a multiple of devices x nodes x accumulate; received 33 for 2 x 1 x 1",
+        ),
     ],
 )
 def test_settings_outside_their_range_are_refused(values, message):
@@ -204,7 +207,9 @@ def test_settings_outside_their_range_are_refused(values, message):
 
 def test_the_defaults_are_the_datas_own_and_land_in_the_config(run):
     defaults = data.load_pictures("digits").defaults
-    assert Recipe(lr=1.0).filled(defaults) == Recipe(**{**defaults, "lr": 1.0})
+    filled = Recipe(lr=1.0).filled(defaults)
+    assert {name: getattr(filled, name) for name in defaults} == {**defaults, "lr": 1.0}
+    assert (filled.opt, filled.weight_decay, filled.workers) == ("adamw", 0.05, None)
     assert yaml.safe_load((run.output / "config.yaml").read_text())["epochs"] == 3
 
 

@@ -1,8 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """Stand-alone self-attention for vision: the exact operation, its layers, and networks made of them."""
 
-from .attention import attention_weights, backends, global_attention, local_attention
-from .inspect import attention_maps, equivariance_error
+from .attention import (
+    attention_scores,
+    attention_weights,
+    backends,
+    global_attention,
+    local_attention,
+    merge_attentions,
+)
+from .convert import convert
+from .inspect import (
+    attention_maps,
+    attention_rollout,
+    attention_statistics,
+    equivariance_by_layer,
+    equivariance_error,
+    explore,
+)
 from .layers import (
     AttentionStem2d,
     GlobalSelfAttention1d,
@@ -27,11 +42,18 @@ __all__ = [
     "LocalSelfAttention3d",
     "Window",
     "attention_maps",
+    "attention_rollout",
+    "attention_scores",
+    "attention_statistics",
     "attention_weights",
     "backends",
+    "convert",
     "create_model",
+    "equivariance_by_layer",
     "equivariance_error",
+    "explore",
     "global_attention",
     "list_models",
     "local_attention",
+    "merge_attentions",
 ]

@@ -11,9 +11,10 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from difflib import get_close_matches
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -30,6 +31,9 @@ Self-attention in the place of convolution: train, look, compare.
 commands:
   train     train a network on images and write a report
   eval      measure a trained network on test images
+  compare   train several networks with several seeds: a table, plots and a page
+  convert   put attention in the place of a network's convolutions
+  explore   a page that shows where a network looks, from every pixel of an image
   models    list nearsight's networks
   bench     measure speed against the convolution and other ways to attend
   info      versions, attention backends and what this machine offers
@@ -46,17 +50,50 @@ TRAIN_EXAMPLES = """\
 examples:
   nearsight train                                            the defaults: sasa_nano on digits
   nearsight train --data folder:~/photos --epochs 20         one folder of images per class
+  nearsight train --model sasa_micro,kernel_size=5 --data wds:~/shards --devices 2
+  nearsight train --config recipes/fashion_mnist.yaml
   nearsight train --model resnet18 --data cifar10 --download
   nearsight train --resume --output runs/sasa_nano-digits    go on after an interruption
   nearsight train --config runs/a/config.yaml --seed 1 --output runs/b
 
-The output folder then holds config.yaml, last.ckpt, model.safetensors, metrics.csv and report.html.
+The output folder then holds config.yaml, last.ckpt, model.safetensors, metrics.csv, timing.csv and
+report.html.
 """
 
 EVAL_EXAMPLES = """\
 examples:
   nearsight eval runs/sasa_nano-digits --data digits
   nearsight eval model.safetensors --data folder:~/photos --json
+"""
+
+COMPARE_EXAMPLES = """\
+examples:
+  nearsight compare --models sasa_nano conv_nano --data digits --seeds 3 --output runs/twins
+  nearsight compare --models sasa_micro "sasa_micro,kernel_size=3" --config recipe.yaml --output runs/kernels
+  nearsight compare --preset article --data fashion-mnist --seeds 3 --output runs/article
+
+Stopped at any moment, the same command goes on; models and seeds can be added. The output folder then holds table.csv,
+runs.csv, compare.html, plots, compare.yaml and a folder for every run.
+"""
+
+CONVERT_EXAMPLES = """\
+examples:
+  nearsight convert resnet18 --init exact --pretrained --output runs/exact
+  nearsight convert resnet18 --init exact --checkpoint mine.pth --names "layer3.*" "layer4.*" --output runs/late
+  nearsight convert runs/resnet --init exact --margin 1 --output runs/attends
+  nearsight convert resnet50 --init random --kernel-size 7 --output runs/sasa
+
+Without --pretrained and --checkpoint the weights are fresh. The output folder then holds model.safetensors, which
+`nearsight eval` reads, and report.json.
+"""
+
+EXPLORE_EXAMPLES = """\
+examples:
+  nearsight explore runs/demo digits:3                       the fourth test image of the digits
+  nearsight explore runs/photos cat.jpg --output cat.html
+  nearsight explore nat_mini,pretrained=false cat.jpg --size 224
+
+The page is one file that needs no network: open it in any browser, or send it to somebody.
 """
 
 BENCH_EXAMPLES = """\
@@ -73,7 +110,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _run(list(sys.argv[1:] if arguments is None else arguments))
     except NearsightError as error:
         print(f"nearsight: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 130 if isinstance(error.__cause__, SystemExit) else 2  # Lightning turns Ctrl-C into SystemExit
+        stopped = isinstance(error.__cause__, (SystemExit, KeyboardInterrupt))  # Lightning turns Ctrl-C into SystemExit
+        return 130 if stopped else 2
     except KeyboardInterrupt:
         print("nearsight: stopped", file=sys.stderr)
         return 130
@@ -114,9 +152,10 @@ def _train(arguments: list[str]) -> None:
     )
     parser.add_argument("--config", action="config", help="YAML file of settings; flags after it win")
     for field in fields(Recipe):
-        default = "the data's own" if field.default is None else field.default
+        common = field.metadata["common"] if field.default is None else field.default
+        default = "the data's own" if common is None else common
         help = f"{field.metadata['help']} (default: {default})" if field.name != "data_root" else field.metadata["help"]
-        parser.add_argument(_flag(field.name), type=field.metadata["kind"], default=field.default, help=help)
+        parser.add_argument(_flag(field.name), default=field.default, help=help, **_form(field.metadata["kind"]))
     parser.add_argument("--output", type=str, help="the run's folder (default: runs/MODEL-DATA)")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the output folder")
     parser.add_argument("--download", action="store_true", help="fetch data that is missing from the network")
@@ -135,11 +174,55 @@ def _train(arguments: list[str]) -> None:
         train.train(recipe, output, download=download)
 
 
+def _compare(arguments: list[str]) -> None:
+    _need_train_extra("compare")
+    from jsonargparse import ArgumentParser
+
+    from .training.compare import PER_RUN, PRESETS, compare
+    from .training.recipe import Recipe
+
+    named = [flag for flag in map(_flag, PER_RUN) if any(word.split("=")[0] == flag for word in arguments)]
+    if named:
+        raise OptionError(f"compare takes --models A B ... and --seeds N, and no {named[0]}")
+    parser = ArgumentParser(
+        prog="nearsight compare",
+        description="Train several models with several seeds by one recipe, and hold them against each other.",
+        epilog=COMPARE_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        exit_on_error=False,
+        print_config=None,
+    )
+    parser.add_argument("--models", nargs="+", type=str, help="two or more, as for train; NAME,option=value works too")
+    parser.add_argument("--preset", type=str, help=f"models that belong together: {', '.join(PRESETS)}")
+    parser.add_argument("--seeds", type=int, default=3, help="how many: 0, 1, 2 ... (default: 3)")
+    parser.add_argument("--output", type=str, help="the comparison's folder (required)")
+    parser.add_argument("--target", type=float, help="accuracy to take the time to (default: the highest all reach)")
+    parser.add_argument("--download", action="store_true", help="fetch data that is missing from the network")
+    parser.add_argument("--config", action="config", help="YAML file of a recipe; flags after it win")
+    for field in fields(Recipe):  # a recipe's file may name model and seed, which are not used
+        help = argparse.SUPPRESS if field.name in PER_RUN else field.metadata["help"]
+        parser.add_argument(_flag(field.name), default=field.default, help=help, **_form(field.metadata["kind"]))
+
+    given = _parse(parser, arguments, defaults=False).as_dict()
+    given.pop("config", None)
+    models, preset = given.pop("models", None), given.pop("preset", None)
+    seeds, output, target = given.pop("seeds", 3), given.pop("output", None), given.pop("target", None)
+    download = given.pop("download", False)
+    if (models is None) == (preset is None):
+        raise OptionError("compare needs either --models A B ... or --preset; see nearsight compare --help")
+    if preset is not None and preset not in PRESETS:
+        raise OptionError(f"preset must be one of {', '.join(PRESETS)}; received {preset!r}")
+    if output is None:
+        raise OptionError("compare needs --output DIR, where it keeps its runs; see nearsight compare --help")
+    groups = PRESETS[preset] if preset else {"": models}
+    compare(groups, Recipe(**given), seeds, Path(output), target=target, download=download)
+
+
 def _eval(arguments: list[str]) -> None:
     _need_train_extra("eval")
     parser = _parser("eval", "Measure a trained network on the test images of a data set.", EVAL_EXAMPLES)
     parser.add_argument("run", metavar="DIR|FILE", help="folder of a run, a .safetensors or a .ckpt file")
-    parser.add_argument("--data", required=True, help="digits, mnist, fashion-mnist, cifar10, cifar100 or folder:PATH")
+    parser.add_argument("--data", required=True, help="as for `nearsight train`: digits, folder:PATH ...")
     parser.add_argument("--data-root", help="folder that holds the data; else the usual places are searched")
     parser.add_argument("--json", action="store_true", help="print JSON, with the confusion matrix")
     options = _parse(parser, arguments)
@@ -164,6 +247,111 @@ def _eval(arguments: list[str]) -> None:
     else:
         share = f"{result.accuracy:.2%} ({result.correct} of {result.count} test images)"
         print(f"{blueprint.model} on {options.data}: {share}")
+
+
+def _convert(arguments: list[str]) -> None:
+    parser = _parser("convert", "Put attention in the place of a network's spatial convolutions.", CONVERT_EXAMPLES)
+    parser.add_argument("model", metavar="MODEL", help="a name, or a folder or file that nearsight left")
+    parser.add_argument("--init", required=True, choices=("exact", "random"), help="the same function, or fresh layers")
+    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder for the converted network")
+    parser.add_argument("--pretrained", action="store_true", help="take the weights that timm offers for MODEL")
+    parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="take weights from a .safetensors or .pth file")
+    parser.add_argument("--names", nargs="+", metavar="PATTERN", help="only layers whose name matches, as 'layer4.*'")
+    parser.add_argument("--stages", nargs="+", type=int, metavar="N", help="only these stages, as timm's out_indices")
+    parser.add_argument("--kernels", nargs="+", type=int, metavar="K", help="only kernels of these sizes")
+    parser.add_argument("--stem", action="store_true", help="also the layers that read the picture itself")
+    parser.add_argument("--kernel-size", type=int, help="random: side of the memory block (default: 7)")
+    parser.add_argument("--num-heads", type=int, help="random: heads, or the nearest number that fits (default: 8)")
+    parser.add_argument("--position", help="random: the position encoding (default: relative)")
+    parser.add_argument("--margin", type=int, help="exact: places that heads may reach beyond the kernel (default: 0)")
+    parser.add_argument("--locality", type=float, help="exact: how hard heads look; below 1 is not exact (default: 1)")
+    parser.add_argument(
+        "--no-content", dest="content", action="store_false", default=None, help="exact: position alone"
+    )
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    options = vars(_parse(parser, arguments))
+
+    from .training.conversion import convert_to_folder
+
+    as_json, output = options.pop("json"), options["output"]
+    report = convert_to_folder(**options)
+    if as_json:
+        print(json.dumps(report.to_dict(), indent=2))
+        return
+    if find_spec("rich"):
+        from rich import print as show
+    else:
+        show = print
+    show(report)
+    print(f"wrote {output}")
+
+
+def _explore(arguments: list[str]) -> None:
+    _need(("jinja2", "PIL"), "explore", "explore")
+    parser = _parser("explore", "See what every layer and head attends to, from each pixel.", EXPLORE_EXAMPLES)
+    parser.add_argument(
+        "model", metavar="MODEL", help="folder of a run, a .safetensors or .ckpt file, or NAME,option=value"
+    )
+    parser.add_argument("image", metavar="IMAGE", help="a picture, or DATA:N, the test image of that number (from 0)")
+    parser.add_argument("--output", default="explore.html", help="the page to write (default: explore.html)")
+    parser.add_argument("--size", type=int, help="pixels per side that the network is given (default: its own)")
+    parser.add_argument("--data-root", help="folder that holds the data; else the usual places are searched")
+    options = _parse(parser, arguments)
+    if options.size is not None and options.size < 1:
+        raise OptionError(f"--size must be at least 1; received {options.size}")
+
+    from .inspect.explore import explore, fit_picture, normalise, read_picture
+
+    model, view, classes, title, subtitle = _model_to_explore(options.model, options.size)
+    if Path(options.image).exists() or not re.fullmatch(r".+:\d+", options.image):
+        picture = fit_picture(read_picture(options.image), view.channels, view.size)
+        image = normalise(picture, view.mean, view.std)
+    else:
+        _need_train_extra("explore DATA:N")
+        image, picture, said = _test_image(options.image, view, options.data_root)
+        subtitle += f" Test image {options.image}: {said}."
+    try:
+        page = explore(model, image, picture=picture, classes=classes, title=title, subtitle=subtitle)
+    except (NearsightError, MemoryError):
+        raise
+    except Exception as error:  # a network raises what it likes about pictures that it cannot take
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise OptionError(f"{options.model} cannot take {view.size}x{view.size} images: {reason}") from error
+    print(f"The page: {page.save(options.output)}")
+
+
+def _model_to_explore(name: str, size: int | None) -> tuple[Any, Any, Sequence[str] | None, str, str]:
+    """A model, its view of pictures, its classes, and what the page is headed with."""
+    from .inspect.explore import view_of
+    from .models import create_model
+    from .training.data import View
+    from .training.weights import load_model
+
+    path = Path(name).expanduser()
+    if path.exists() or path.suffix in (".safetensors", ".ckpt") or (os.sep in name and ":" not in name):
+        model, blueprint = load_model(path)
+        view, classes, title = blueprint.view, blueprint.classes, blueprint.model
+        subtitle = f"Trained on {blueprint.data}."
+    else:
+        model = create_model(name)
+        view, classes, title = View(**view_of(model)), None, name
+        subtitle = "Made by its name, with the weights that it starts with."
+    return model.eval(), replace(view, size=size or view.size), classes, title, subtitle
+
+
+def _test_image(name: str, view: Any, root: str | None) -> tuple[Any, Any, str]:
+    """DATA:N as the model sees it, as it is shown, and what it is."""
+    import torch
+
+    from .training.data import load_pictures
+
+    data, number = name.rsplit(":", 1)
+    pictures = load_pictures(data, root)
+    if int(number) >= len(pictures.test):
+        raise OptionError(f"{data} has {len(pictures.test)} test images, counted from 0; received {name}")
+    image, label = pictures.test.seen(view, training=False)[int(number)]
+    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (view.mean, view.std))
+    return image, (image * std + mean).clamp(0, 1), pictures.classes[int(label)]
 
 
 def _models(arguments: list[str]) -> None:
@@ -212,6 +400,9 @@ def _info(arguments: list[str]) -> None:
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train": _train,
     "eval": _eval,
+    "compare": _compare,
+    "convert": _convert,
+    "explore": _explore,
     "models": _models,
     "bench": _bench,
     "info": _info,
@@ -268,6 +459,13 @@ def _parse(parser: Any, arguments: list[str], **kwargs: Any) -> Any:
         raise OptionError(f"{error}{_near(unknown, flags)}; see {parser.prog} --help") from error
 
 
+def _form(kind: Any) -> dict[str, Any]:
+    """How jsonargparse takes a value of a recipe: --compile and --no-compile, or --epochs 3."""
+    from jsonargparse import ActionYesNo
+
+    return {"action": ActionYesNo(no_prefix="no-")} if kind is bool else {"type": kind}
+
+
 def _flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
@@ -278,6 +476,10 @@ def _near(word: str, known: Any) -> str:
 
 
 def _need_train_extra(command: str) -> None:
-    missing = [name for name in TRAIN_EXTRA if find_spec(name) is None]
+    _need(TRAIN_EXTRA, command, "train")
+
+
+def _need(packages: Sequence[str], command: str, extra: str) -> None:
+    missing = [name for name in packages if find_spec(name) is None]
     if missing:
-        raise TrainingError(f"`nearsight {command}` needs {', '.join(missing)}: pip install 'nearsight[train]'")
+        raise TrainingError(f"`nearsight {command}` needs {', '.join(missing)}: pip install 'nearsight[{extra}]'")

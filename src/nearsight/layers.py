@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -12,12 +13,73 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from .attention import attention_weights, global_attention, local_attention
+from .attention.chosen import weights_of
 from .errors import OptionError, ShapeError
-from .positions import Position, RelativePosition, position_encoding
+from .positions import Position, RelativePosition, Tables, position_encoding
 from .window import Window
 
 _CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _convolve = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+@dataclass(frozen=True)
+class BlockWindow:
+    """The memory block of blocked attention: all queries of a block see that block and a halo around it.
+
+    It answers what a :class:`Window` and its axes answer about geometry. A query at cell c sees the cells from
+    ``(c // block_size) * block_size - halo_size`` on, ``kernel_size = block_size + 2 * halo_size`` of them per axis; a
+    position table has ``2 * kernel_size - 1`` entries, indexed by offset + kernel_size - 1.
+    """
+
+    block_size: int
+    halo_size: int = 0
+    stride: int = 1
+    border: str = "mask"
+
+    @property
+    def kernel_size(self) -> int:
+        return self.block_size + 2 * self.halo_size
+
+    def axes(self, rank: int) -> tuple[BlockWindow, ...]:
+        """The rule along each axis: one for all."""
+        return (self,) * rank
+
+    def output_size(self, in_size: Sequence[int]) -> tuple[int, ...]:
+        return tuple(-(-cells // self.stride) for cells in in_size)
+
+    def neighbours(self, cells: int) -> tuple[tuple[tuple[int, int], ...], ...]:
+        """As :meth:`nearsight.window.Axis.neighbours`."""
+        outside = -2 if self.border == "zeros" else -1
+
+        def places(query: int):
+            first = query // self.block_size * self.block_size - self.halo_size
+            for place in range(first, first + self.kernel_size):
+                yield place if 0 <= place < cells else outside, place - query + self.kernel_size - 1
+
+        return tuple(tuple(places(query)) for query in range(0, cells, self.stride))
+
+
+@runtime_checkable
+class AttentionLayer(Protocol):
+    """What a layer offers so that one can look at it; :func:`nearsight.attention_maps` finds layers by these names.
+
+    A layer may also say ``channels_last = True``, for inputs of (B, *map, C) in place of (B, C, *map), and have
+    ``tables_on(size)``: its position tables, ``(bias, relative)`` as in :func:`local_attention`.
+    """
+
+    rank: int
+    num_heads: int
+
+    def window_on(self, size: Sequence[int]) -> Window | BlockWindow:
+        """The memory block on a map of ``size`` cells."""
+        ...
+
+    def attention_weights(self, x: Tensor, queries: Tensor | None = None) -> Tensor:
+        """The weights on input x, (B, N, *out, *kernel_size), or of chosen queries alone, (B, N, Q, *kernel_size).
+
+        ``queries`` is (Q, rank): the index of each query along every axis of the output.
+        """
+        ...
 
 
 class SelfAttention(nn.Module):
@@ -88,10 +150,20 @@ class SelfAttention(nn.Module):
         y = self.proj(merge_heads(out, like=batched))
         return y if x.ndim == batched.ndim else y.squeeze(0)
 
-    def attention_weights(self, x: Tensor) -> Tensor:
-        """The weights that :meth:`forward` mixes the values with: (B, N, *out, *kernel_size)."""
+    def attention_weights(self, x: Tensor, queries: Tensor | None = None) -> Tensor:
+        """The weights that :meth:`forward` mixes the values with: (B, N, *out, *kernel_size).
+
+        With ``queries`` (Q, rank), the index of each along every axis of the output, those alone: (B, N, Q, *kernel_size).
+        """
         query, key, _, window = self._project(self._batched(x))
-        return attention_weights(query, key, window, **self._tables(window, key), scale=self.scale)
+        tables = self._tables(window, key)
+        if queries is None:
+            return attention_weights(query, key, window, **tables, scale=self.scale)
+        return weights_of(queries, query, key, window.axes(self.rank), **tables, scale=self.scale)
+
+    def tables_on(self, size: Sequence[int]) -> Tables:
+        """The position tables on a map of ``size`` cells, ``(bias, relative)``; None for what there is not."""
+        return self.position.tables(self.window_on(size), size)
 
     def window_on(self, size: Sequence[int]) -> Window:
         """The memory block on a map of ``size`` cells: the layer's own, or for global attention the whole map."""
@@ -111,7 +183,7 @@ class SelfAttention(nn.Module):
         x = self.position.embed(x)
         strides = [axis.stride for axis in window.axes(self.rank)]
         if max(strides) == 1:
-            query, *pair = self.qkv(x).split(self.out_channels, 1)
+            query, *pair = split_parts(self.qkv(x), self.out_channels)
         else:
             # Only the queries that stay are projected.
             weight, bias, width = self.qkv.weight, self.qkv.bias, self.out_channels
@@ -127,7 +199,7 @@ class SelfAttention(nn.Module):
         return query, key, value, window
 
     def _tables(self, window: Window, key: Tensor) -> dict:
-        bias, relative = self.position.tables(window, key.shape[2:-1])
+        bias, relative = self.tables_on(key.shape[2:-1])
         return {"bias": bias, "relative": relative}
 
     def extra_repr(self) -> str:
@@ -375,6 +447,8 @@ class HaloSelfAttention2d(nn.Module):
         torch.Size([2, 160, 15, 20])
     """
 
+    rank = 2
+
     def __init__(
         self,
         in_channels: int,
@@ -421,20 +495,44 @@ class HaloSelfAttention2d(nn.Module):
             nn.init.zeros_(self.qkv.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.ndim not in (3, 4) or x.shape[-3] != self.in_channels:
-            takes = f"(B, {self.in_channels}, H, W) or ({self.in_channels}, H, W)"
-            raise ShapeError(f"HaloSelfAttention2d takes {takes}; received {tuple(x.shape)}")
-        batched = x if x.ndim == 4 else x.unsqueeze(0)
-        weight, bias, width = self.qkv.weight, self.qkv.bias, self.width
-        query_bias, pair_bias = (None, None) if bias is None else (bias[:width], bias[width:])
-        query = F.conv2d(batched[..., :: self.stride, :: self.stride], weight[:width], query_bias)
-        key, value = F.conv2d(batched, weight[width:], pair_bias).split([width, self.out_channels], 1)
-        query, key, value = (split_heads(tensor, self.num_heads) for tensor in (query, key, value))
+        batched = self._batched(x)
+        query, key, value = self._project(batched)
         axes = [_halo_axis(n, self.block_size, self.halo_size, self.stride, x.device) for n in x.shape[-2:]]
         scale = query.shape[-1] ** -0.5 if self.scale is None else self.scale
         out = _halo_attention(query * scale, key, value, self.rows, self.columns, axes, self.border)
         y = merge_heads(out, like=batched)
         return y if x.ndim == 4 else y.squeeze(0)
+
+    def attention_weights(self, x: Tensor, queries: Tensor | None = None) -> Tensor:
+        """The weights that :meth:`forward` mixes the values with: (B, N, *out, span, span), span = block + 2 * halo.
+
+        With ``queries`` (Q, 2), the index of each along both axes of the output, those alone: (B, N, Q, span, span).
+        """
+        query, key, _ = self._project(self._batched(x))
+        relative = [table.expand(self.num_heads, -1, -1) for table in (self.rows, self.columns)]
+        return _weights_in_blocks(queries, query, key, self.window_on(key.shape[2:-1]), relative, self.scale)
+
+    def window_on(self, size: Sequence[int]) -> BlockWindow:
+        """The memory block, the same on a map of any size."""
+        return BlockWindow(self.block_size, self.halo_size, self.stride, self.border)
+
+    def tables_on(self, size: Sequence[int]) -> Tables:
+        """The position tables, ``(None, relative)``: one vector per row and per column offset, shared by the heads."""
+        return None, [self.rows[None], self.columns[None]]
+
+    def _batched(self, x: Tensor) -> Tensor:
+        if x.ndim not in (3, 4) or x.shape[-3] != self.in_channels:
+            takes = f"(B, {self.in_channels}, H, W) or ({self.in_channels}, H, W)"
+            raise ShapeError(f"HaloSelfAttention2d takes {takes}; received {tuple(x.shape)}")
+        return x if x.ndim == 4 else x.unsqueeze(0)
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        weight, bias, width = self.qkv.weight, self.qkv.bias, self.width
+        query_bias, pair_bias = (None, None) if bias is None else (bias[:width], bias[width:])
+        query = F.conv2d(x[..., :: self.stride, :: self.stride], weight[:width], query_bias)
+        key, value = F.conv2d(x, weight[width:], pair_bias).split([width, self.out_channels], 1)
+        query, key, value = (split_heads(tensor, self.num_heads) for tensor in (query, key, value))
+        return query, key, value
 
     def extra_repr(self) -> str:
         parts = [
@@ -536,6 +634,8 @@ class AttentionStem2d(nn.Module):
         torch.Size([2, 64, 56, 56])
     """
 
+    rank = 2
+
     def __init__(
         self,
         in_channels: int = 3,
@@ -571,8 +671,7 @@ class AttentionStem2d(nn.Module):
             nn.init.normal_(projection.weight, std=in_channels**-0.5)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.ndim != 4 or x.shape[1] != self.in_channels:
-            raise ShapeError(f"AttentionStem2d takes (B, {self.in_channels}, H, W); received {tuple(x.shape)}")
+        self._check(x)
         query_key_value = torch.cat([self.qk(x), self._values(x)], 1)
         rows = [
             torch.cat([self._attend(tile) for tile in _tiles(strip, 3, self.kernel_size)], 3)
@@ -580,10 +679,33 @@ class AttentionStem2d(nn.Module):
         ]
         return F.max_pool2d(self.norm(torch.cat(rows, 2)), self.kernel_size, ceil_mode=True)
 
+    def attention_weights(self, x: Tensor, queries: Tensor | None = None) -> Tensor:
+        """The weights before the max-pool, of every pixel over those of its block: (B, N, H, W, kernel_size, kernel_size).
+
+        With ``queries`` (Q, 2), row and column of each, those alone: (B, N, Q, kernel_size, kernel_size).
+        """
+        self._check(x)
+        query, key = (split_heads(tensor, self.num_heads) for tensor in self.qk(x).chunk(2, 1))
+        window = self.window_on(x.shape[2:])
+        return _weights_in_blocks(queries, query, key, window, self.tables_on(x.shape[2:])[1], self.scale)
+
+    def window_on(self, size: Sequence[int]) -> BlockWindow:
+        """The memory block, the same on an image of any size."""
+        return BlockWindow(self.kernel_size)
+
+    def tables_on(self, size: Sequence[int]) -> Tables:
+        """The position tables, ``(None, relative)``."""
+        block = (self.kernel_size,) * 2
+        return self.position.tables(Window.everywhere(block), block)
+
     def mixing(self) -> Tensor:
         """p: how much of each value matrix a place of the block uses, (mixtures, kernel_size, kernel_size)."""
         places = self.row[:, None] + self.column
         return torch.einsum("y x d, m d -> m y x", places, self.mixture).softmax(0)
+
+    def _check(self, x: Tensor) -> None:
+        if x.ndim != 4 or x.shape[1] != self.in_channels:
+            raise ShapeError(f"AttentionStem2d takes (B, {self.in_channels}, H, W); received {tuple(x.shape)}")
 
     def _values(self, x: Tensor) -> Tensor:
         rows, columns = (torch.arange(size, device=x.device) % self.kernel_size for size in x.shape[2:])
@@ -603,6 +725,57 @@ class AttentionStem2d(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, num_heads={self.num_heads}"
+
+
+def _weights_in_blocks(
+    queries: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    window: BlockWindow,
+    relative: Sequence[Tensor] | None,
+    scale: float | None,
+) -> Tensor:
+    """The weights of all queries, (B, N, *out, *span), or of those chosen, (B, N, Q, *span)."""
+    out = query.shape[2:-1]
+    chosen = torch.cartesian_prod(*[torch.arange(n) for n in out]) if queries is None else queries
+    weights = weights_of(chosen, query, key, window.axes(2), relative=relative, scale=scale)
+    return weights.unflatten(2, out) if queries is None else weights
+
+
+def split_parts(joined: Tensor, width: int) -> tuple[Tensor, ...]:
+    """The parts of a fused projection, of ``width`` channels each.
+
+    ``joined.split(width, 1)``, but its gradient is not copied together where it lies in memory as a whole already, as the
+    native kernel leaves it: up to a tenth of a layer's time.
+    """
+    transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    if transformed or not (joined.requires_grad and torch.is_grad_enabled()):
+        return joined.split(width, 1)
+    return _Parts.apply(joined, width)  # pyright: ignore[reportReturnType]
+
+
+class _Parts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, joined, width):
+        return joined.split(width, 1)
+
+    @staticmethod
+    def backward(ctx, *grads):  # pyright: ignore[reportIncompatibleMethodOverride]
+        whole = None if torch.is_grad_enabled() else _whole(grads)  # a gradient of gradients needs the copy's history
+        return torch.cat(grads, 1) if whole is None else whole, None
+
+
+def _whole(parts: Sequence[Tensor]) -> Tensor | None:
+    """The tensor of which these are the parts along axis 1, if there is one in memory."""
+    first = parts[0]
+    step = first.shape[1] * first.stride(1)
+    for index, part in enumerate(parts):
+        same_memory = part.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        in_place = part.storage_offset() == first.storage_offset() + index * step
+        if not (same_memory and in_place and part.shape == first.shape and part.stride() == first.stride()):
+            return None
+    channels = len(parts) * first.shape[1]
+    return first.as_strided((first.shape[0], channels, *first.shape[2:]), first.stride())
 
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:

@@ -46,7 +46,7 @@ def attend(
     bias: Tensor | None,
     relative: Sequence[Tensor] | None,
     scale: float,
-) -> Tensor:
+) -> tuple[Tensor, Tensor | None]:
     dtype = problem.compute_dtype
     block = BLOCK[problem.rank] if torch.compiler.is_compiling() else _block_size(problem)
     axes = [_cut(axis, n, query.device, block) for axis, n in zip(problem.axes, problem.in_size, strict=True)]
@@ -59,15 +59,18 @@ def attend(
     biases = [None] * parts if bias is None else bias.split(heads)
     tables = [()] * parts if not relative else list(zip(*(table.split(heads) for table in relative), strict=True))
 
-    def attend_images(*tensors: Tensor) -> Tensor:
+    def attend_images(*tensors: Tensor) -> list[Tensor]:
         # Rows of head_dim numbers are gathered below: let them be rows in memory.
         rows = (tensor.to(dtype).contiguous().flatten(2, -2).split(heads, 1) for tensor in tensors)
         slices = zip(*rows, biases, tables, strict=True)
-        return torch.cat([_attend_blocks(q, k, v, axes, places, b, r, scale) for q, k, v, b, r in slices], 1)
+        found = [_attend_blocks(q, k, v, axes, places, b, r, scale, problem.lse) for q, k, v, b, r in slices]
+        return [torch.cat(part, 1) for part in zip(*found, strict=True)]
 
     # split, not slices: its backward writes every gradient once.
     tensors = zip(query.split(images), key.split(images), value.split(images), strict=True)
-    return torch.cat([attend_images(*part) for part in tensors]).to(query.dtype)
+    found = [attend_images(*part) for part in tensors]
+    out, *lse = (torch.cat(part) for part in zip(*found, strict=True))
+    return out.to(query.dtype), lse[0] if lse else None
 
 
 def _slice_sizes(problem: Problem, axes: list[AxisBlocks]) -> tuple[int, int]:
@@ -209,7 +212,8 @@ def _attend_blocks(
     bias: Tensor | None,
     relative: Sequence[Tensor],
     scale: float,
-) -> Tensor:
+    with_lse: bool,
+) -> list[Tensor]:
     # A hidden pair gets weight 0, but 0 * inf is NaN and would reach queries that do not see the cell. A value that is not
     # finite is therefore carried by its key, whose score is masked where it is not seen, and taken out of the value.
     key = key + (value.detach() * 0).sum(-1, keepdim=True)
@@ -223,9 +227,13 @@ def _attend_blocks(
         logits = logits + _relative_logits(query, table, axes, axis)
     if bias is not None:
         logits = logits + bias
-    weights = logits.masked_fill(places.hidden, float("-inf")).softmax(-1)
-    out = (weights @ value).flatten(2, -2)
-    return out.index_select(2, places.out).unflatten(2, [cut.out.shape[0] for cut in axes])
+    logits = logits.masked_fill(places.hidden, float("-inf"))
+    found = [logits.softmax(-1) @ value]
+    if with_lse:
+        found.append(logits.logsumexp(-1, keepdim=True))
+    size = [cut.out.shape[0] for cut in axes]
+    out, *lse = (tensor.flatten(2, -2).index_select(2, places.out).unflatten(2, size) for tensor in found)
+    return [out, *(one.squeeze(-1) for one in lse)]
 
 
 def _gather(tensor: Tensor, index: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .once import first_order
 from .problem import Problem
 
 name = "dense"
@@ -22,10 +23,14 @@ def unavailable() -> str | None:
 
 
 def why_not(problem: Problem) -> str | None:
+    if problem.exporting:
+        return "whether the block covers the map depends on its size, which an exported program leaves open"
     if not problem.covers:
         return "the block does not cover the map, and a dense score matrix would hold every pair of cells"
     if problem.forward_ad:
         return "the fused scaled_dot_product_attention has no forward-mode derivative"
+    if problem.lse:
+        return "scaled_dot_product_attention keeps the log-sum-exp to itself"
     return None
 
 
@@ -37,13 +42,13 @@ def attend(
     bias: Tensor | None,
     relative: Sequence[Tensor] | None,
     scale: float,
-) -> Tensor:
+) -> tuple[Tensor, None]:
     mask = position_logits(query, problem, bias, relative, scale)
     # The mask must have the dtype of the rest, and logits are never held in half precision.
     dtype = problem.dtype if mask is None else problem.compute_dtype
-    flat = [tensor.flatten(2, -2).to(dtype) for tensor in (query, key, value)]
+    flat = [tensor.flatten(2, -2).to(dtype) for tensor in first_order(name, query, key, value)]
     out = F.scaled_dot_product_attention(*flat, attn_mask=mask, scale=scale)
-    return out.unflatten(2, problem.out_size).to(problem.dtype)
+    return out.unflatten(2, problem.out_size).to(problem.dtype), None
 
 
 def position_logits(

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import BackendError
@@ -56,7 +57,9 @@ def why_not(problem: Problem) -> str | None:
     return None if torch.compiler.is_compiling() else _refusal(problem)
 
 
-def slower_on(problem: Problem) -> str | None:
+def second_best(problem: Problem) -> str | None:
+    if problem.exporting:
+        return "an exported program of PyTorch's own operators runs without nearsight"
     # Measured on AVX-512: 0.6 of dense's time for head_dim 8 and with tables, up to twice its time otherwise.
     if problem.covers and problem.head_dim >= 16 and not (problem.bias or problem.relative):
         return "where the block covers the map, plain matrix products are faster"
@@ -71,7 +74,7 @@ def attend(
     bias: Tensor | None,
     relative: Sequence[Tensor] | None,
     scale: float,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     geometry = (
         [axis.kernel_size for axis in problem.axes],
         [axis.stride for axis in problem.axes],
@@ -84,10 +87,9 @@ def attend(
     bias = None if bias is None else bias.float()
     relative = [table.float() for table in relative or ()]
     if torch.compiler.is_compiling():
-        out, _ = _attend(query, key, value, bias, relative, *geometry)
-    else:  # what the operator would do, sooner, and for torch.func's derivatives too
-        out, _ = _attend_above_autograd(query, key, value, bias, relative, *geometry)
-    return out
+        return _attend(query, key, value, bias, relative, *geometry)
+    # What the operator would do, sooner, and for torch.func's derivatives too.
+    return _attend_above_autograd(query, key, value, bias, relative, *geometry)
 
 
 # ----------------------------------------------------------------------------------------------------- instruction sets
@@ -451,21 +453,38 @@ class _Attend(torch.autograd.Function):
     def setup_context(ctx, inputs, output):
         query, key, value, bias, ctx.geometry, *relative = inputs
         out, lse = output
-        ctx.mark_non_differentiable(lse)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(query, key, value, bias, out, lse, *relative)
 
     @staticmethod
-    def backward(ctx, grad, _):
-        if grad is None:
+    def backward(ctx, grad, grad_lse):
+        if grad is None and grad_lse is None:
             return (None,) * len(ctx.needs_input_grad)
         *needs, _ = ctx.needs_input_grad[:5]
         wanted = (*needs, any(ctx.needs_input_grad[5:]))
         query, key, value, bias, out, lse, *relative = ctx.saved_tensors
+        grad = torch.zeros_like(out) if grad is None else grad
         tensors = (grad, query, key, value, bias, relative, out, lse)
+        if grad_lse is not None:
+            tensors = _with_lse(grad_lse, *tensors)
         found = _attend_backward_above_autograd(*tensors, wanted, *ctx.geometry)
-        *maps_and_bias, for_relative = _sorted(found, query, wanted)
-        return (*maps_and_bias, None, *(for_relative or [None] * len(relative)))
+        *maps, for_value, for_bias, for_relative = _sorted(found, query, wanted)
+        if grad_lse is not None:
+            maps = [None if one is None else one.to(query.dtype) for one in maps]
+            for_value = None if for_value is None else for_value[..., :-1].to(query.dtype)
+        return (*maps, for_value, for_bias, None, *(for_relative or [None] * len(relative)))
+
+
+def _with_lse(grad_lse, grad, query, key, value, bias, relative, out, lse):
+    """What the kernel's backward takes, with the gradient of the log-sum-exp in one more channel of value and out.
+
+    The gradient of a logit is w * (grad . v - grad . out + grad_lse). A channel that holds 0 in the value, 1 in the gradient
+    and -grad_lse in the output adds just that. It needs float32: half precision would round grad_lse.
+    """
+    one = torch.ones_like(grad_lse)[..., None]
+    grad, query, key, value, out = (tensor.float() for tensor in (grad, query, key, value, out))
+    wider = [torch.cat([grad, one], -1), query, key, F.pad(value, (0, 1)), bias, relative]
+    return [*wider, torch.cat([out, -grad_lse[..., None]], -1), lse]
 
 
 class _AttendBackward(torch.autograd.Function):

@@ -23,7 +23,7 @@ class Problem:
     in_size: tuple[int, ...]
     out_size: tuple[int, ...]
     batch: int
-    num_heads: int
+    num_heads: int  # of key and value
     head_dim: int
     value_dim: int
     dtype: torch.dtype
@@ -32,6 +32,10 @@ class Problem:
     relative: bool = False
     needs_grad: bool = False
     forward_ad: bool = False
+    transformed: bool = False  # inside torch.func's grad, vmap or jvp
+    exporting: bool = False  # inside torch.export: sizes are symbols, and the program has to run without nearsight
+    groups: int = 1  # query heads for each of those of key and value
+    lse: bool = False  # whether the log-sum-exp of the logits is asked for
 
     @property
     def rank(self) -> int:
@@ -64,6 +68,7 @@ def describe(
     window: Window,
     bias: Tensor | None,
     relative: Sequence[Tensor] | None,
+    lse: bool = False,
 ) -> Problem:
     """Check every argument of an attention call once, and describe the problem.
 
@@ -85,7 +90,7 @@ def describe(
         in_size=in_size,
         out_size=out_size,
         batch=query.shape[0],
-        num_heads=query.shape[1],
+        num_heads=key.shape[1],
         head_dim=query.shape[-1],
         value_dim=value.shape[-1],
         dtype=query.dtype,
@@ -94,7 +99,16 @@ def describe(
         relative=relative is not None,
         needs_grad=torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors),
         forward_ad=_in_forward_ad(tensors),
+        transformed=not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active(),
+        exporting=_exporting(),
+        groups=query.shape[1] // key.shape[1] if key.shape[1] else 1,
+        lse=lse,
     )
+
+
+def _exporting() -> bool:
+    # torch.compiler.is_exporting came with PyTorch 2.7.
+    return torch.compiler.is_compiling() and getattr(torch.compiler, "is_exporting", lambda: False)()
 
 
 def _in_forward_ad(tensors: list[Tensor]) -> bool:
@@ -131,8 +145,12 @@ def _check_sizes(query: Tensor, key: Tensor, value: Tensor, window: Window) -> N
     shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
     if not query.ndim == key.ndim == value.ndim:
         raise ShapeError(f"query, key and value must have the same number of axes; received {shapes}")
-    if not query.shape[:2] == key.shape[:2] == value.shape[:2]:
-        raise ShapeError(f"query, key and value must share batch and heads; received {shapes}")
+    heads, groups = query.shape[1], key.shape[1]
+    if not query.shape[0] == key.shape[0] == value.shape[0] or groups != value.shape[1] or heads % max(groups, 1):
+        raise ShapeError(
+            "query, key and value must share batch and heads, or key and value have fewer heads, "
+            f"a divisor of the query's; received {shapes}"
+        )
     if query.shape[-1] != key.shape[-1]:
         raise ShapeError(f"query and key must share head_dim; received {shapes}")
     if key.shape[2:-1] != value.shape[2:-1]:

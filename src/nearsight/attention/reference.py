@@ -38,14 +38,15 @@ def attend(
     bias: Tensor | None,
     relative: Sequence[Tensor] | None,
     scale: float,
-) -> Tensor:
+) -> tuple[Tensor, Tensor | None]:
     out, cells = _letters(problem)
-    weights = attention_weights(query, key, problem, bias, relative, scale)
+    scores = attention_scores(query, key, problem, bias, relative, scale)
     values = windows(value.to(problem.compute_dtype), problem)
-    return einsum(weights, values, f"b n {out} {cells}, b n {out} {cells} d -> b n {out} d").to(query.dtype)
+    y = einsum(softmax(scores, problem.rank), values, f"b n {out} {cells}, b n {out} {cells} d -> b n {out} d")
+    return y.to(query.dtype), scores.flatten(-problem.rank).logsumexp(-1) if problem.lse else None
 
 
-def attention_weights(
+def attention_scores(
     query: Tensor,
     key: Tensor,
     problem: Problem,
@@ -53,7 +54,7 @@ def attention_weights(
     relative: Sequence[Tensor] | None,
     scale: float,
 ) -> Tensor:
-    """The softmax over every query's window: (B, N, *out, *kernel_size), zero where a cell takes no part."""
+    """The logits of every query's window: (B, N, *out, *kernel_size), -inf where a cell takes no part."""
     out, cells = _letters(problem)
     query, key = query.to(problem.compute_dtype), key.to(problem.compute_dtype)
     logits = scale * einsum(query, windows(key, problem), f"b n {out} d, b n {out} {cells} d -> b n {out} {cells}")
@@ -61,8 +62,12 @@ def attention_weights(
         logits = logits + scale * relative_logits(query, table.to(query.dtype), problem, axis)
     if bias is not None:
         logits = logits + bias_logits(bias.to(query.dtype), problem)
-    logits = logits.masked_fill(~takes_part(problem, query.device), float("-inf"))
-    return logits.flatten(-problem.rank).softmax(-1).view(logits.shape)
+    return logits.masked_fill(~takes_part(problem, query.device), float("-inf"))
+
+
+def softmax(scores: Tensor, rank: int) -> Tensor:
+    """The weights, (B, N, *out, *kernel_size), zero where a cell takes no part."""
+    return scores.flatten(-rank).softmax(-1).view(scores.shape)
 
 
 def windows(tensor: Tensor, problem: Problem) -> Tensor:

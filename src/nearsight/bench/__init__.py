@@ -11,7 +11,7 @@ import torch
 
 from ..errors import OptionError
 from . import core, layers, models
-from .timing import setting
+from .timing import setting, using_threads
 
 BENCHES = {"core": core.measure, "layers": layers.measure, "models": models.measure}
 
@@ -29,17 +29,11 @@ def run(bench: str, *, threads: int | None = None, quick: bool = False, json_fil
     """
     if bench not in BENCHES:
         raise OptionError(f"there is no bench {bench!r}; there are {', '.join(BENCHES)}")
-    if threads is not None and threads < 1:
-        raise OptionError(f"threads must be at least 1; received {threads}")
-    before = torch.get_num_threads()
     report: dict[str, Any] = {"bench": bench, "quick": quick, "runs": []}
-    try:
-        for count in sorted({1, before} if threads is None else {threads}):
-            torch.set_num_threads(count)
+    for count in sorted({1, torch.get_num_threads()} if threads is None else {threads}):
+        with using_threads(count):
             facts = setting()
             print("\n" + ", ".join(f"{name} {value}" for name, value in facts.items()))
             report["runs"].append({**facts, "rows": BENCHES[bench](quick)})
-    finally:
-        torch.set_num_threads(before)
     if json_file is not None:
         Path(json_file).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

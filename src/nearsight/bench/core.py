@@ -21,7 +21,7 @@ from torch import Tensor
 from ..attention import backends, local_attention, native
 from ..attention.problem import describe
 from ..window import Window
-from .timing import Times, passes, race
+from .timing import copy_rate, matrix_rate, passes, race
 
 KERNEL_SIZE = 7
 # Matrix products over every pair of a query and a cell that it sees: the backward's least number is five, one of them a
@@ -71,8 +71,8 @@ LARGE = Shape(1, 4, 32, 512)
 def measure(quick: bool) -> list[dict[str, Any]]:
     rounds, seconds = (3, 0.5) if quick else (9, 5.0)
     window = Window(KERNEL_SIZE)
-    bandwidth = _bandwidth()
-    matrix = _matrix_product(rounds)
+    bandwidth = copy_rate()
+    matrix = matrix_rate(rounds)
     print(
         f"matrix product {matrix:.0f} GFLOP/s, copy {bandwidth:.1f} GB/s; k = {KERNEL_SIZE}, border 'mask', no tables"
     )
@@ -266,20 +266,3 @@ def _convolution(shape: Shape):
     layer = torch.nn.Conv2d(channels, channels, 3, padding=1, bias=False).to(memory_format=torch.channels_last)
     x = torch.randn(shape.batch, channels, shape.size, shape.size).to(memory_format=torch.channels_last)
     return layer, [x]
-
-
-def _matrix_product(rounds: int) -> float:
-    """GFLOP/s of the convolution that is a large matrix product in oneDNN's hands."""
-    x = torch.randn(16, 512, 28, 28).to(memory_format=torch.channels_last)
-    layer = torch.nn.Conv2d(512, 512, 1, bias=False).to(memory_format=torch.channels_last)
-    step = passes(layer, [x])["forward"]
-    times: Times = race({"product": step}, max(rounds, 5), 5.0)["product"]
-    return 2 * 16 * 28 * 28 * 512 * 512 / min(times.ms) / 1e6
-
-
-def _bandwidth() -> float:
-    """GB/s of a copy that no cache holds, both ways counted."""
-    source = torch.randn(1 << 25)
-    target = torch.empty_like(source)
-    times = race({"copy": lambda: target.copy_(source)}, 5, 5.0)["copy"]
-    return 2 * source.numel() * 4 / min(times.ms) / 1e6

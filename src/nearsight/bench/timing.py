@@ -6,7 +6,8 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..attention import native
+from ..errors import OptionError
 
 SHORTEST = 2e-3  # seconds: what is faster is repeated within a round
 
@@ -77,6 +79,39 @@ def passes(
         torch.autograd.grad(out, [*leaves, *parameters], out.detach())
 
     return {"forward": forward, "forward+backward": both}
+
+
+def matrix_rate(rounds: int = 5) -> float:
+    """GFLOP/s of the convolution that is a large matrix product in oneDNN's hands: what this processor reaches at best."""
+    x = torch.randn(16, 512, 28, 28).to(memory_format=torch.channels_last)
+    layer = torch.nn.Conv2d(512, 512, 1, bias=False).to(memory_format=torch.channels_last)
+    times = race({"product": passes(layer, [x])["forward"]}, max(rounds, 5), 5.0)["product"]
+    return 2 * 16 * 28 * 28 * 512 * 512 / min(times.ms) / 1e6
+
+
+def copy_rate() -> float:
+    """GB/s of a copy that no cache holds, both ways counted."""
+    source = torch.randn(1 << 25)
+    target = torch.empty_like(source)
+    times = race({"copy": lambda: target.copy_(source)}, 5, 5.0)["copy"]
+    return 2 * source.numel() * 4 / min(times.ms) / 1e6
+
+
+@contextmanager
+def using_threads(count: int | None) -> Iterator[None]:
+    """Give PyTorch so many threads for a while; None leaves it those it has.
+
+    Raises:
+        OptionError: fewer than one.
+    """
+    if count is not None and count < 1:
+        raise OptionError(f"threads must be at least 1; received {count}")
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(before if count is None else count)
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def setting() -> dict[str, Any]:

@@ -1,7 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
 """Looking at what a network does: where it attends, and which symmetries it keeps."""
 
-from .equivariance import equivariance_error
-from .maps import AttentionMap, attention_maps
+from .equivariance import LayerError, draw_equivariance, equivariance_by_layer, equivariance_error
+from .explore import Exploration, explore
+from .maps import AttentionMap, attention_layers, attention_maps
+from .rollout import attention_rollout
+from .statistics import LayerStatistics, attention_statistics
+from .transforms import Permutation, Reflection, Rotation90, Scaling, Transform, Translation
 
-__all__ = ["AttentionMap", "attention_maps", "equivariance_error"]
+__all__ = [
+    "AttentionMap",
+    "Exploration",
+    "LayerError",
+    "LayerStatistics",
+    "Permutation",
+    "Reflection",
+    "Rotation90",
+    "Scaling",
+    "Transform",
+    "Translation",
+    "attention_layers",
+    "attention_maps",
+    "attention_rollout",
+    "attention_statistics",
+    "draw_equivariance",
+    "equivariance_by_layer",
+    "equivariance_error",
+    "explore",
+]

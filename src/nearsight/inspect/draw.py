@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import TYPE_CHECKING, Any, ParamSpec, Protocol
 
@@ -58,25 +58,6 @@ class BlockMap(Protocol):
     def memory_block(self, pixel: tuple[int, int], image_index: int = 0) -> np.ndarray:
         """Weights (heads, H, W) that the query covering ``pixel`` gave to each cell."""
         ...
-
-
-@_in_style
-def learning_curve(rows: Sequence[Mapping[str, float]]) -> Figure:
-    """Loss and accuracy, in training and in validation, over the epochs."""
-    figure = _figure(7.2, 2.7)
-    epochs = [row["epoch"] for row in rows]
-    for place, (what, unit) in enumerate((("loss", 1), ("accuracy", 100)), start=1):
-        axes = figure.add_subplot(1, 2, place)
-        marker = "o" if len(rows) == 1 else None
-        for part, label, colour, dashes in (("train", "training", BLUE, "--"), ("val", "validation", ORANGE, "-")):
-            values = [unit * row[f"{part}_{what}"] for row in rows]
-            axes.plot(epochs, values, dashes, color=colour, label=label, marker=marker, linewidth=1.8)
-        axes.set_xlabel("epoch")
-        axes.locator_params(axis="x", integer=True)
-        axes.set_title("accuracy, %" if what == "accuracy" else "loss", loc="left")
-        axes.grid(alpha=0.2, color=INK)
-        axes.legend()
-    return figure
 
 
 @_in_style

@@ -3,16 +3,22 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..errors import OptionError, ShapeError
-from ..layers import SelfAttention
+from ..layers import AttentionLayer, BlockWindow
 from ..window import Window
+
+KEPT = 2**28  # weights of all layers together: 1 GB in float32
+GATHERED = 2**20  # weights; above, a layer's queries are asked for in turns, so that its gathered keys stay small
 
 
 @dataclass(frozen=True)
@@ -20,21 +26,56 @@ class AttentionMap:
     """The weights of one layer on a batch of images.
 
     layer       the module's name in the model
-    weights     (B, N, *out, *kernel_size), each query's weights over the places of its memory block
+    weights     (B, N, *out, *kernel_size), each query's weights over the places of its memory block; or
+                (B, N, Q, *kernel_size) where only some queries were asked for
     window      the memory block
     map_size    cells of the layer's input
     image_size  pixels of the image
+    queries     those in ``weights``, an index per axis of the output each; None for all of them
     """
 
     layer: str
     weights: Tensor
-    window: Window
+    window: Window | BlockWindow
     map_size: tuple[int, ...]
     image_size: tuple[int, ...]
+    queries: tuple[tuple[int, ...], ...] | None = None
 
     @property
     def num_heads(self) -> int:
         return self.weights.shape[1]
+
+    @property
+    def out_size(self) -> tuple[int, ...]:
+        """Queries per axis, whether they were asked for or not."""
+        return self.window.output_size(self.map_size)
+
+    @property
+    def cell_size(self) -> tuple[float, ...]:
+        """Pixels of the image per cell of the layer's input, per axis."""
+        return tuple(pixels / cells for pixels, cells in zip(self.image_size, self.map_size, strict=True))
+
+    @cached_property
+    def cells(self) -> list[np.ndarray]:
+        """Per axis the cell in each place of each query's memory block, (queries, kernel_size).
+
+        -1 where the place lies outside and takes no part, -2 where it lies outside and votes as a zero.
+        """
+        axes = self.window.axes(len(self.map_size))
+        return [np.array(axis.neighbours(n))[..., 0] for axis, n in zip(axes, self.map_size, strict=True)]
+
+    @property
+    def query_centres(self) -> list[np.ndarray]:
+        """Per axis the centre of every query's own cell in pixels of the image, (queries,)."""
+        return [_centres(cells, size) for cells, size in zip(self._own_cells, self.cell_size, strict=True)]
+
+    @property
+    def key_centres(self) -> list[np.ndarray]:
+        """Per axis the centre of the cell in each place in pixels of the image, (queries, kernel_size); NaN outside."""
+        return [
+            np.where(cells < 0, np.nan, _centres(cells, size))
+            for cells, size in zip(self.cells, self.cell_size, strict=True)
+        ]
 
     def query(self, pixel: Sequence[int]) -> tuple[int, ...]:
         """The query whose cell covers an image pixel (row, column).
@@ -57,60 +98,174 @@ class AttentionMap:
 
         Cells outside the memory block are zero. With border ``"zeros"`` what went to cells off the map is missing, so the
         sum can be below one.
+
+        Raises:
+            ShapeError: the pixel is not in the image, or its query was not asked for.
         """
         query = self.query(pixel)
-        weights = self.weights[(image_index, slice(None), *query)].numpy()
-        axes = self.window.axes(len(query))
+        weights = self.weights[(image_index, slice(None), *self._place(query))].numpy()
         block = np.zeros((self.num_heads, *self.map_size), dtype=weights.dtype)
-        cells = [
-            np.array([cell for cell, _ in axis.neighbours(n)[q]])
-            for axis, n, q in zip(axes, self.map_size, query, strict=True)
-        ]
+        cells = [table[q] for table, q in zip(self.cells, query, strict=True)]
         inside = np.ix_(*[place >= 0 for place in cells])
         index = np.ix_(np.arange(self.num_heads), *[place[place >= 0] for place in cells])
         # A torus smaller than the window shows a cell more than once: its weights add up.
         np.add.at(block, index, weights[(slice(None), *inside)])
         return block
 
+    def distances(self) -> Tensor:
+        """Pixels of the image between the centres of query and key, (*out, *kernel_size) or (Q, *kernel_size).
 
-def attention_maps(model: nn.Module, images: Tensor) -> list[AttentionMap]:
+        On a torus the shortest way counts. NaN at places outside the map.
+        """
+        axes = zip(self.query_centres, self.key_centres, self.image_size, strict=True)
+        square = torch.zeros(())
+        for axis, (query, key, pixels) in enumerate(axes):
+            apart = np.abs(key - query[:, None])
+            if self.window.border == "wrap":
+                apart = np.minimum(apart, pixels - apart)
+            square = square + self._spread(apart**2, axis)
+        return square.sqrt().float()
+
+    def key_cells(self) -> Tensor:
+        """The flat index of the cell in every place, (*out, *kernel_size) or (Q, *kernel_size); -1 outside the map."""
+        flat, outside = torch.zeros((), dtype=torch.long), torch.zeros((), dtype=torch.bool)
+        for axis, (cells, count) in enumerate(zip(self.cells, self.map_size, strict=True)):
+            spread = self._spread(cells, axis)
+            flat, outside = flat * count + spread, outside | (spread < 0)
+        return flat.masked_fill(outside, -1)
+
+    def takes_part(self) -> Tensor:
+        """Which places are in the softmax, (*out, *kernel_size) or (Q, *kernel_size)."""
+        part = torch.ones((), dtype=torch.bool)
+        for axis, cells in enumerate(self.cells):
+            part = part & self._spread(cells != -1, axis)
+        return part
+
+    @property
+    def _own_cells(self) -> list[np.ndarray]:
+        axes = self.window.axes(len(self.map_size))
+        return [axis.stride * np.arange(n) for axis, n in zip(axes, self.out_size, strict=True)]
+
+    def _place(self, query: tuple[int, ...]) -> tuple[int, ...]:
+        """Where a query's weights are."""
+        if self.queries is None:
+            return query
+        if query not in self.queries:
+            raise ShapeError(f"query {query} of layer {self.layer} was not asked for; these were: {self.queries}")
+        return (self.queries.index(query),)
+
+    def _spread(self, table: np.ndarray, axis: int) -> Tensor:
+        """A (queries, places) table of one axis, in the shape of the weights of one head."""
+        values, rank = torch.from_numpy(table), len(self.map_size)
+        places = [1] * rank
+        places[axis] = table.shape[1]
+        if self.queries is not None:
+            chosen = torch.tensor(self.queries, dtype=torch.long).view(-1, rank)
+            return values[chosen[:, axis]].view(-1, *places)
+        queries = [1] * rank
+        queries[axis] = table.shape[0]
+        return values.view(*queries, *places)
+
+
+def attention_maps(
+    model: nn.Module, images: Tensor, *, queries: Sequence[Sequence[int]] | None = None
+) -> list[AttentionMap]:
     """What every attention layer of a model looked at, in the order in which the layers ran.
 
     Args:
         model: any module that holds nearsight's attention layers; it is run once, in evaluation mode, and left as it was.
+            A layer is known by what it offers, :class:`nearsight.layers.AttentionLayer`.
         images: (B, C, H, W), or one image (C, H, W).
+        queries: pixels (row, column) of the image; of every layer only the queries that cover them are computed, whose
+            memory does not grow with the image. None is all of them.
 
     Raises:
-        OptionError: the model has no such layer.
+        OptionError: the model has no such layer; or the weights of all queries would not fit in 1 GB, so that ``queries``
+            have to be named.
+        ShapeError: a pixel that is not in the image.
 
     Example:
         >>> maps = attention_maps(create_model("sasa_nano"), torch.randn(1, 3, 32, 32))
         >>> maps[0].memory_block((16, 16)).shape
         (4, 32, 32)
+        >>> few = attention_maps(create_model("sasa_nano"), torch.randn(1, 3, 256, 256), queries=[(16, 16), (200, 31)])
+        >>> few[0].weights.shape
+        torch.Size([1, 4, 2, 5, 5])
     """
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, SelfAttention)}
-    if not layers:
-        kinds = sorted({type(module).__name__ for module in model.modules()})
-        raise OptionError(f"the model has no attention layer of nearsight; it is made of {', '.join(kinds)}")
+    layers = attention_layers(model)
     batch = images if images.ndim == next(iter(layers.values())).rank + 2 else images[None]
     maps: list[AttentionMap] = []
 
-    def record(name: str, layer: SelfAttention, x: Tensor) -> None:
-        size = tuple(x.shape[2:])
-        maps.append(
-            AttentionMap(name, layer.attention_weights(x).cpu(), layer.window_on(size), size, tuple(batch.shape[2:]))
-        )
-
     def hook(name: str):
-        return lambda layer, inputs: record(name, layer, inputs[0])
+        def record(layer, inputs):
+            room = KEPT - sum(found.weights.numel() for found in maps)
+            maps.append(_look(name, layer, inputs[0], tuple(batch.shape[2:]), queries, room))
 
-    handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]
-    was_training = model.training
+        return record
+
+    handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]  # pyright: ignore
+    training = {module: module.training for module in model.modules()}
     try:
         with torch.no_grad():
             model.eval()(batch)
     finally:
-        model.train(was_training)
+        for module, was_training in training.items():
+            module.training = was_training
         for handle in handles:
             handle.remove()
     return maps
+
+
+def attention_layers(model: nn.Module) -> dict[str, AttentionLayer]:
+    """The layers of a model that can be looked at, by name.
+
+    Raises:
+        OptionError: it has none; the message says what it is made of.
+    """
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, AttentionLayer)}
+    if not layers:
+        leaves = (module for module in model.modules() if next(module.children(), None) is None)
+        kinds = Counter(type(module).__name__ for module in leaves).most_common(5)
+        made_of = ", ".join(f"{name} ({count})" for name, count in kinds)
+        raise OptionError(
+            f"the model has no attention layer of nearsight; it is made of {made_of}. "
+            "nearsight.convert(model), or `nearsight convert`, puts attention in the place of its convolutions"
+        )
+    return layers
+
+
+def _look(
+    name: str,
+    layer: AttentionLayer,
+    x: Tensor,
+    image_size: tuple[int, ...],
+    pixels: Sequence[Sequence[int]] | None,
+    room: int,
+) -> AttentionMap:
+    size = tuple(x.shape[1:-1] if getattr(layer, "channels_last", False) else x.shape[2:])
+    blank = AttentionMap(name, x.new_zeros(0, 0), layer.window_on(size), size, image_size)
+    chosen = None if pixels is None else tuple(dict.fromkeys(blank.query(pixel) for pixel in pixels))
+    asked = math.prod(blank.out_size) if chosen is None else len(chosen)
+    count = len(x) * layer.num_heads * asked * math.prod(table.shape[1] for table in blank.cells)
+    if count > room:
+        raise OptionError(
+            f"the weights of all queries up to layer {name} take {(KEPT - room + count) * 4 / 2**30:.1f} GB, more than the 1 GB "
+            "that is kept: name the queries wanted, attention_maps(model, images, queries=[(row, column), ...])"
+        )
+    weights = _weights(layer, x, blank.out_size, chosen, count)
+    return AttentionMap(name, weights.cpu(), blank.window, size, image_size, chosen)
+
+
+def _weights(
+    layer: AttentionLayer, x: Tensor, out: tuple[int, ...], chosen: Sequence[tuple[int, ...]] | None, count: int
+) -> Tensor:
+    if chosen is not None:
+        return layer.attention_weights(x, torch.tensor(chosen, dtype=torch.long).view(-1, len(out)))
+    if count <= GATHERED:
+        return layer.attention_weights(x)
+    everywhere = torch.tensor(list(np.ndindex(*out)))
+    return layer.attention_weights(x, everywhere).unflatten(2, out)
+
+
+def _centres(cells: np.ndarray, cell_size: float) -> np.ndarray:
+    return (cells + 0.5) * cell_size

@@ -3,17 +3,19 @@
 
 from __future__ import annotations
 
+import re
 from difflib import get_close_matches
 from typing import Any
 
 import timm
+import yaml
 from torch import nn
 
 from ..errors import OptionError
-from . import halonet, nat, sasa
+from . import halonet, nat, sasa, twins  # twins registers what is held against them  # noqa: F401
 from .flops import count_flops
 
-__all__ = ["count_flops", "create_model", "list_models"]
+__all__ = ["count_flops", "create_model", "list_models", "parse_spec"]
 
 _FAMILIES = (halonet, nat, sasa)
 
@@ -28,21 +30,52 @@ def list_models() -> list[str]:
     return sorted(name for family in _FAMILIES for name in family.__all__ if timm.is_model(name))
 
 
+def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
+    """Read ``NAME,option=value,option=value``, the way in which a network is written where only text fits.
+
+    Values are YAML: numbers, ``true``, ``none`` (the word; ``null`` is Python's None), lists as ``[3, 5, 7]``.
+
+    Raises:
+        OptionError: what follows the name is not a list of options.
+
+    Example:
+        >>> parse_spec("sasa_micro,kernel_size=[3, 5, 7],position=none")
+        ('sasa_micro', {'kernel_size': [3, 5, 7], 'position': 'none'})
+    """
+    name, separator, options = spec.partition(",")
+    if not separator:
+        return name, {}
+    try:
+        values = yaml.safe_load("{" + re.sub(r"(\w+)\s*=", r"\1: ", options) + "}")
+        complete = all(
+            isinstance(option, str) and re.search(rf"\b{re.escape(option)}\s*=", options) for option in values
+        )
+    except yaml.YAMLError:
+        complete = False
+    if not complete:
+        raise OptionError(f"a model is written NAME,option=value,option=value; received {spec!r}")
+    return name.strip(), {option: _number(value) for option, value in values.items()}
+
+
 def create_model(name: str, **kwargs: Any) -> nn.Module:
     """A network by name: one of :func:`list_models`, or any that timm knows.
 
     Args:
-        name: of the network, or ``"hf-hub:repository"`` or ``"local-dir:folder"`` of one that timm saved.
+        name: of the network, or ``"hf-hub:repository"`` or ``"local-dir:folder"`` of one that timm saved; options may
+            follow it, as :func:`parse_spec` reads them.
         kwargs: passed to ``timm.create_model``: ``num_classes``, ``in_chans``, ``features_only``, ``checkpoint_path`` …,
             and what the network itself takes.
 
     Raises:
-        OptionError: no such network; the message names the nearest.
+        OptionError: no such network, and the message names the nearest; or an option in ``name`` that it does not take.
 
     Example:
         >>> create_model("sasa_nano", num_classes=10, in_chans=1)(torch.randn(2, 1, 28, 28)).shape
         torch.Size([2, 10])
+        >>> create_model("sasa_nano,kernel_size=3,position=none", num_classes=10)(torch.randn(2, 3, 28, 28)).shape
+        torch.Size([2, 10])
     """
+    name, options = parse_spec(name)
     is_saved = name.startswith(("hf-hub:", "local-dir:"))
     if not is_saved and not timm.is_model(timm.models.split_model_name_tag(name)[0]):
         near = get_close_matches(name, [*list_models(), *timm.list_models()], n=3)
@@ -50,4 +83,19 @@ def create_model(name: str, **kwargs: Any) -> nn.Module:
             f"did you mean {', '.join(near)}?" if near else "`nearsight models` lists ours, timm.list_models() theirs"
         )
         raise OptionError(f"there is no model {name!r}; {advice}")
-    return timm.create_model(name, **kwargs)
+    twice = sorted(options.keys() & kwargs.keys())
+    if twice:
+        raise OptionError(f"{', '.join(twice)} of model {name!r} is set by what creates it; leave it out of the name")
+    try:
+        return timm.create_model(name, **options, **kwargs)
+    except TypeError as error:
+        unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+        if unknown and unknown[1] in options:
+            raise OptionError(f"model {name!r} has no option {unknown[1]!r}; received {options}") from error
+        raise
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 reads 1e-3, which has no point, as text."""
+    is_number = isinstance(value, str) and re.fullmatch(r"[-+]?\d+[eE][-+]?\d+", value)
+    return float(value) if is_number else value

@@ -145,7 +145,9 @@ class Bottleneck(nn.Module):
         drop_path: float = 0.0,
     ) -> None:
         super().__init__()
-        self.down = nn.Sequential(nn.Conv2d(in_channels, width, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
+        self.down = nn.Sequential(
+            nn.Conv2d(in_channels, width, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True)
+        )
         self.spatial = spatial
         # ceil_mode and the count keep odd sizes in step with the shortcut.
         pools = pool and stride > 1
@@ -161,8 +163,9 @@ class Bottleneck(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.pool(self.spatial(self.down(x)))
-        y = self.up(F.relu(self.norm(y)))
-        return F.relu(self.drop_path(y) + self.shortcut(x))
+        y = self.drop_path(self.up(F.relu(self.norm(y), inplace=True)))
+        y += self.shortcut(x)
+        return F.relu(y, inplace=True)
 
 
 class BottleneckNet(Backbone):
@@ -258,7 +261,7 @@ def build_stem(name: str, in_chans: int, channels: int, stride: int) -> nn.Modul
             f"stem must be 'attention' (stem_stride from 2), 'conv' (stem_stride up to 4) or 'pixel' (stem_stride 1); "
             f"received {name!r} with stem_stride={stride}"
         )
-    return nn.Sequential(conv, nn.BatchNorm2d(channels), nn.ReLU(), pool)
+    return nn.Sequential(conv, nn.BatchNorm2d(channels), nn.ReLU(inplace=True), pool)
 
 
 def take_indices(count: int, indices: int | Sequence[int] | None) -> list[int]:
@@ -280,13 +283,13 @@ def drop_path_rates(last: float, depths: Sequence[int]) -> list[list[float]]:
     return [list(islice(rates, depth)) for depth in depths]
 
 
-def one_per_stage(name: str, value: int | Sequence[int], stages: int) -> list[int]:
-    """Spread one number over all stages, or check that there is one for each.
+def one_per_stage(name: str, value: Any, stages: int) -> list[Any]:
+    """Spread one number (or word) over all stages, or check that there is one for each.
 
     Raises:
         OptionError: another number of them.
     """
-    values = [value] * stages if isinstance(value, int) else list(value)
+    values = [value] * stages if isinstance(value, (int, str)) else list(value)
     if len(values) != stages:
         raise OptionError(f"{name} must be one number or {stages}, one per stage; received {value}")
     return values

@@ -15,7 +15,13 @@ from typing import Any
 import torch
 from torch import nn
 from torch._subclasses import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
+from torch.utils.flop_counter import (
+    FlopCounterMode,
+    flop_registry,
+    register_flop_formula,
+    sdpa_backward_flop_count,
+    sdpa_flop_count,
+)
 
 from ..attention import native  # defines the operators  # noqa: F401
 
@@ -70,6 +76,19 @@ def attend_backward_flops(
     return 2 * _pairs(query, key, kernel_size, border) * (3 * logits + 2 * mix)
 
 
+if torch.ops.aten._scaled_dot_product_flash_attention_for_cpu not in flop_registry:  # PyTorch counts it on GPUs only
+
+    @register_flop_formula(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu)
+    def dense_flops(query: Shape, key: Shape, value: Shape, *_: Any, **__: Any) -> int:
+        """Global attention of the 'dense' backend, and of timm's transformers."""
+        return sdpa_flop_count(query, key, value)
+
+    @register_flop_formula(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward)
+    def dense_backward_flops(grad: Shape, query: Shape, key: Shape, value: Shape, *_: Any, **__: Any) -> int:
+        """The same backwards."""
+        return sdpa_backward_flop_count(grad, query, key, value)
+
+
 def _per_pair(query: Shape, value: Shape, relative: Sequence[Any]) -> tuple[int, int]:
     return query[-1] * (2 if len(relative) else 1), value[-1]
 
@@ -92,6 +111,7 @@ def count_flops(model: nn.Module, input_size: Sequence[int]) -> int:
         >>> count_flops(create_model("resnet18").eval(), (3, 224, 224)) // 10**6
         3628
     """
+    like = next(model.parameters(), torch.empty(0))
     with FakeTensorMode(allow_non_fake_inputs=True), FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(torch.empty(1, *input_size))
+        model(torch.empty(1, *input_size, dtype=like.dtype, device=like.device))
     return counter.get_total_flops()

@@ -16,8 +16,10 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..attention import local_attention
+from ..attention import attention_weights, local_attention
+from ..attention.chosen import weights_of
 from ..errors import OptionError, ShapeError
+from ..positions import Tables
 from ..window import Window
 from .backbone import Backbone, build, config, drop_path_rates, take_indices
 
@@ -236,6 +238,9 @@ class NeighbourhoodAttention(nn.Module):
     ``position="bias"`` computes the same from channels-first maps, under its own names.
     """
 
+    rank = 2
+    channels_last = True
+
     def __init__(self, dim: int, num_heads: int, window: Window) -> None:
         super().__init__()
         if dim % num_heads:
@@ -247,10 +252,28 @@ class NeighbourhoodAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        # (B, H, W, 3, N, D) -> three views (B, N, H, W, D)
-        query, key, value = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(3, 0, 4, 1, 2, 5)
+        query, key, value = self._project(x)
         out = local_attention(query, key, value, self.window, bias=self.rpb)
         return self.proj(out.permute(0, 2, 3, 1, 4).flatten(-2))
+
+    def attention_weights(self, x: Tensor, queries: Tensor | None = None) -> Tensor:
+        """The weights of every query, (B, N, H, W, k, k), or of those in ``queries`` (Q, 2) alone, (B, N, Q, k, k)."""
+        query, key, _ = self._project(x)
+        if queries is None:
+            return attention_weights(query, key, self.window, bias=self.rpb)
+        return weights_of(queries, query, key, self.window.axes(2), bias=self.rpb)
+
+    def window_on(self, size: Sequence[int]) -> Window:
+        """The memory block, the same on a map of any size."""
+        return self.window
+
+    def tables_on(self, size: Sequence[int]) -> Tables:
+        """The position tables, ``(bias, None)``."""
+        return self.rpb, None
+
+    def _project(self, x: Tensor) -> tuple[Tensor, ...]:
+        """(B, H, W, C) -> query, key and value, three views (B, N, H, W, D)."""
+        return self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(3, 0, 4, 1, 2, 5).unbind()
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, kernel_size={self.window.kernel_size}, dilation={self.window.dilation}"

@@ -8,14 +8,13 @@ arXiv:1906.05909.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
 from ..errors import OptionError
-from ..layers import LocalSelfAttention2d
+from ..layers import GlobalSelfAttention2d, LocalSelfAttention2d, SelfAttention
 from ..positions import Position
 from .backbone import Bottleneck, BottleneckNet, build, build_stem, config, one_per_stage
 
@@ -30,6 +29,9 @@ __all__ = [
 ]
 
 EXPANSION = 4
+SMALL = {"depths": (1, 2, 1), "stem_width": 32, "stem_stride": 1, "num_heads": 4, "img_size": 32}
+NANO = {**SMALL, "widths": (16, 32, 48), "kernel_size": 5}
+MICRO = {**SMALL, "widths": (32, 64, 128)}
 
 
 class SasaResNet(BottleneckNet):
@@ -61,15 +63,19 @@ class SasaResNet(BottleneckNet):
         stem_stride: pixels per cell after the stem, in each direction.
         attention_stages: stages (from 1) with attention; the others keep 3 x 3 convolutions. ``()`` gives the
             convolutional twin.
-        kernel_size: side of the memory block, one or one per stage.
+        kernel_size: side of the memory block, one or one per stage; ``"global"`` lets every cell see the whole map.
         num_heads, position, scale: of every attention layer.
         content: False leaves out q.k, and with it the key's projection (Table 6).
+        img_size: side, or height and width, of the pictures that learned positions are made for, and of the largest that
+            the relative tables of global attention serve.
         num_classes, in_chans, global_pool, drop_rate, drop_path_rate: as everywhere in timm.
 
     Shapes: (B, in_chans, H, W) of any H and W -> (B, num_classes).
 
     Raises:
-        OptionError: a stage that is not there, an unknown stem, widths or kernel sizes for another number of stages.
+        OptionError: a stage that is not there, an unknown stem, widths or kernel sizes for another number of stages,
+            ``content=False`` with global attention.
+        ShapeError: pictures larger than ``img_size`` for global attention with tables.
 
     Example:
         >>> SasaResNet((1, 1), (16, 32), stem_stride=1, num_heads=4)(torch.randn(2, 3, 16, 16)).shape
@@ -85,11 +91,12 @@ class SasaResNet(BottleneckNet):
         stem_width: int = 64,
         stem_stride: int = 4,
         attention_stages: Sequence[int] | None = None,
-        kernel_size: int | Sequence[int] = 7,
+        kernel_size: int | str | Sequence[int | str] = 7,
         num_heads: int = 8,
         position: str | Position = "relative",
         content: bool = True,
         scale: float | None = None,
+        img_size: int | Sequence[int] = 224,
         num_classes: int = 1000,
         in_chans: int = 3,
         global_pool: str = "avg",
@@ -104,12 +111,24 @@ class SasaResNet(BottleneckNet):
         kernel_sizes = one_per_stage("kernel_size", kernel_size, len(depths))
         if stem is None:
             stem = "conv" if not attending else "pixel" if stem_stride == 1 else "attention"
-        attention = partial(LocalSelfAttention2d, num_heads=num_heads, position=position, content=content, scale=scale)
+        if "global" in kernel_sizes and not content:
+            raise OptionError('content=False needs local attention; received kernel_size="global"')
+        sides = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+        shared = {"num_heads": num_heads, "position": position, "scale": scale}
+
+        def attention(stage: int, width: int, stride: int) -> SelfAttention:
+            # The map that it looks at: a block that halves it does so after its attention.
+            reduction = stem_stride * 2 ** (stage - 1) // stride
+            map_size = tuple(-(-side // reduction) for side in sides)
+            size = kernel_sizes[stage - 1]
+            if size == "global":
+                return GlobalSelfAttention2d(width, map_size=map_size, **shared)
+            return LocalSelfAttention2d(width, kernel_size=size, map_size=map_size, content=content, **shared)
 
         def block(stage: int, in_channels: int, stride: int, drop_path: float) -> Bottleneck:
             width = widths[stage - 1]
             if stage in attending:
-                spatial = attention(width, kernel_size=kernel_sizes[stage - 1])
+                spatial = attention(stage, width, stride)
             else:
                 spatial = nn.Conv2d(width, width, 3, stride, padding=1, bias=False)
             channels = (in_channels, width, width, EXPANSION * width)
@@ -148,15 +167,13 @@ def _create(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
 @register_model
 def sasa_nano(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """A network for images of 8 to 64 pixels with no spatial convolution in it: about 0.08 M parameters."""
-    small = {"depths": (1, 2, 1), "widths": (16, 32, 48), "stem_width": 32, "stem_stride": 1, "num_heads": 4}
-    return _create("sasa_nano", pretrained, **{"kernel_size": 5, **small, **kwargs})
+    return _create("sasa_nano", pretrained, **{**NANO, **kwargs})
 
 
 @register_model
 def sasa_micro(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """A network for images of 28 to 64 pixels with no spatial convolution in it: about 0.4 M parameters."""
-    small = {"depths": (1, 2, 1), "widths": (32, 64, 128), "stem_width": 32, "stem_stride": 1, "num_heads": 4}
-    return _create("sasa_micro", pretrained, **{**small, **kwargs})
+    return _create("sasa_micro", pretrained, **{**MICRO, **kwargs})
 
 
 @register_model
@@ -165,7 +182,7 @@ def sasa_resnet26_small(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 
     ``stem_stride=2`` adds a 2 x 2 max-pool, for the larger ones.
     """
-    small = {"depths": (1, 2, 4, 1), "stem": "conv", "stem_stride": 1}
+    small = {"depths": (1, 2, 4, 1), "stem": "conv", "stem_stride": 1, "img_size": 32}
     return _create("sasa_resnet26_small", pretrained, **{**small, **kwargs})
 
 

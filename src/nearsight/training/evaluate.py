@@ -12,13 +12,21 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
+from ..errors import DataError
+from .data import IGNORED, warn_of_broken
+
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a model said of every picture of a split, in order."""
+    """What a model said of every picture of a split that could be read, in order.
+
+    Attributes:
+        labels: (n,). logits: (n, classes). places: (n,), the index in the split of each.
+    """
 
     labels: Tensor
     logits: Tensor
+    places: Tensor
 
     @property
     def predictions(self) -> Tensor:
@@ -57,4 +65,9 @@ def evaluate(model: nn.Module, batches: DataLoader) -> Evaluation:
             logits.append(model(images.to(device)).float().cpu())
             labels.append(truth)
     model.train(training)
-    return Evaluation(torch.cat(labels), torch.cat(logits))
+    warn_of_broken(batches.dataset)
+    everything = torch.cat(labels)
+    (places,) = (everything != IGNORED).nonzero(as_tuple=True)
+    if not len(places):
+        raise DataError(f"none of the {len(everything)} images can be read")
+    return Evaluation(everything[places], torch.cat(logits)[places], places)

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from ..errors import TrainingError
 
+UNFINISHED = ".part"  # what a temporary file's name ends with
+
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Put ``content`` at ``path`` in one step: after a crash at any moment the old file or the new one is there.
@@ -17,7 +19,7 @@ def write_bytes(path: Path, content: bytes) -> None:
         TrainingError: the folder cannot be written to, or the disk is full.
     """
     try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=UNFINISHED)
         try:
             with os.fdopen(handle, "wb") as file:
                 file.write(content)
@@ -36,6 +38,12 @@ def write_bytes(path: Path, content: bytes) -> None:
 def write_text(path: Path, content: str) -> None:
     """:func:`write_bytes` for text, in UTF-8."""
     write_bytes(path, content.encode())
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete the temporary files of a process that was killed in the midst of writing."""
+    for file in folder.glob(f".*{UNFINISHED}"):
+        file.unlink(missing_ok=True)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -6,50 +6,99 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from ..errors import DataError, OptionError
 
 
-def _option(default: Any, kind: type, help: str) -> Any:
-    return field(default=default, metadata={"kind": kind, "help": help})
+def _option(default: Any, kind: Any, help: str, common: Any = None) -> Any:
+    return field(default=default, metadata={"kind": kind, "help": help, "common": common})
+
+
+def _open(kind: type, help: str, common: Any = None) -> Any:
+    """A setting that a data set may have its own default for; ``common`` is that of the data sets which have none."""
+    return _option(None, kind, help, common)
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A run's settings. A value of None stands for the data set's own default: see :meth:`filled`.
+    """A run's settings. A value of None stands for the data set's own default, or the common one: see :meth:`filled`.
+
+    ``batch_size`` is that of a whole step, over all processes and accumulated parts: more of them change how a step is
+    computed, not what it computes.
 
     Raises:
         OptionError: a value outside its range; the message names the rule and the value.
     """
 
-    model: str = _option("sasa_nano", str, "a name from `nearsight models`, or any model of timm")
-    data: str = _option("digits", str, "digits, mnist, fashion-mnist, cifar10, cifar100 or folder:PATH")
+    model: str = _option("sasa_nano", str, "a name from `nearsight models` or timm; options follow: NAME,option=value")
+    data: str = _option(
+        "digits", str, "digits, mnist, fashion-mnist, cifar10, cifar100, folder:PATH, hf:NAME or wds:PATH"
+    )
     data_root: str | None = _option(None, str, "folder that holds the data; else the usual places are searched")
-    epochs: int | None = _option(None, int, "passes over the training images")
-    batch_size: int | None = _option(None, int, "images per step, over all devices")
-    lr: float | None = _option(None, float, "peak learning rate")
+    epochs: int | None = _open(int, "passes over the training images")
+    batch_size: int | None = _open(int, "images per step, over all devices")
+    lr: float | None = _open(float, "peak learning rate")
+    opt: str | None = _open(str, "optimiser, by timm's name; sgd is Nesterov's with momentum 0.9", "adamw")
+    weight_decay: float | None = _open(float, "of all weights but norms, biases and positions", 0.05)
+    warmup_share: float | None = _open(float, "share of all steps in which the learning rate rises", 0.1)
+    clip_grad: float | None = _open(float, "largest norm of the gradient; 0: any", 1.0)
+    label_smoothing: float | None = _open(float, "share of the target spread over all classes", 0.1)
+    mixup: float | None = _open(float, "alpha of mixup; 0: off", 0.0)
+    cutmix: float | None = _open(float, "alpha of cutmix; 0: off", 0.0)
+    random_erasing: float | None = _open(float, "chance that a rectangle of an image is erased", 0.0)
+    drop_path: float | None = _open(float, "chance that the last block is skipped, rising from 0 in the first", 0.0)
+    ema_decay: float | None = _open(float, "of the mean weights, which are then validated and saved; 0: off", 0.0)
     seed: int = _option(0, int, "the same seed gives the same run")
-    devices: int = _option(1, int, "processes to train with")
+    precision: str = _option("32", int | str, "32, or bf16 for bfloat16 autocast")
+    compile: bool = _option(False, bool, "compile the network with torch.compile")
+    accumulate: int = _option(1, int, "parts that a step's images are computed in, to save memory")
+    devices: int = _option(1, int, "processes to train with, on each host")
+    nodes: int = _option(1, int, "hosts to train on; start one process per device on each with torchrun")
+    strategy: str = _option("ddp", str, "of several processes: ddp, or fsdp on GPUs to split the weights as well")
+    workers: int | None = _open(int, "processes that load images, for each device")
+    max_broken: int = _option(10, int, "unreadable images to name and skip before giving up")
+    tensorboard: bool = _option(False, bool, "write TensorBoard logs into OUTPUT/tensorboard too")
 
     def __post_init__(self) -> None:
-        _at_least("epochs", self.epochs, 1)
-        _at_least("batch-size", self.batch_size, 1)
-        _at_least("seed", self.seed, 0)
-        _at_least("devices", self.devices, 1)
+        object.__setattr__(self, "precision", str(self.precision))  # YAML reads 32 as a number
+        for name in ("epochs", "batch_size", "accumulate", "devices", "nodes"):
+            _within(name, getattr(self, name), 1)
+        for name in ("seed", "weight_decay", "clip_grad", "mixup", "cutmix", "workers", "max_broken"):
+            _within(name, getattr(self, name), 0)
+        for name in ("warmup_share", "label_smoothing", "random_erasing", "drop_path", "ema_decay"):
+            _within(name, getattr(self, name), 0, 1)
+        _among("precision", self.precision, ("32", "bf16"))
+        _among("strategy", self.strategy, ("ddp", "fsdp"))
         if self.seed >= 2**32:
             raise OptionError(f"seed must be below 2**32; received {self.seed}")
         if self.lr is not None and not (math.isfinite(self.lr) and self.lr > 0):
             raise OptionError(f"lr must be a positive number; received {self.lr:g}")
-        if self.batch_size is not None and self.batch_size % self.devices:
+        if self.opt is not None:
+            _check_optimiser(self.opt)
+        parts = self.devices * self.nodes * self.accumulate
+        if self.batch_size is not None and self.batch_size % parts:
             raise OptionError(
-                f"batch-size must be a multiple of devices; received {self.batch_size} for {self.devices} devices"
+                f"batch-size must be a multiple of devices x nodes x accumulate; received {self.batch_size} for "
+                f"{self.devices} x {self.nodes} x {self.accumulate}"
+            )
+        if self.ema_decay and self.strategy == "fsdp" and self.processes > 1:
+            raise OptionError(
+                f"ema-decay must be 0 with strategy fsdp, which has no whole weights; received {self.ema_decay:g}"
             )
 
+    @property
+    def processes(self) -> int:
+        """Over all hosts."""
+        return self.devices * self.nodes
+
     def filled(self, defaults: Mapping[str, Any]) -> Recipe:
-        """The same recipe with ``defaults`` in the place of what was left open."""
-        return replace(self, **{name: value for name, value in defaults.items() if getattr(self, name) is None})
+        """The same recipe with ``defaults``, then the common ones, in the place of what was left open."""
+        common = {field.name: field.metadata["common"] for field in fields(self)}
+        values = {name: value for name, value in {**common, **defaults}.items() if getattr(self, name) is None}
+        return replace(self, **values)
 
     def to_yaml(self) -> str:
         """Text that ``nearsight train --config`` reads back."""
@@ -83,9 +132,25 @@ def read_recipe(path: Path) -> Recipe:
         raise DataError(f"{path} holds a value of the wrong type: {error}") from error
 
 
-def _at_least(name: str, value: int | None, least: int) -> None:
-    if value is not None and value < least:
-        raise OptionError(f"{name} must be at least {least}; received {value}")
+def _within(name: str, value: float | None, least: float, below: float = math.inf) -> None:
+    """A count from ``least`` on, or a share below one; nan is neither."""
+    if value is not None and not least <= value < below:
+        range = f"at least {least}" + (f" and below {below}" if below < math.inf else "")
+        raise OptionError(f"{name.replace('_', '-')} must be {range}; received {value}")
+
+
+def _among(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise OptionError(f"{name} must be {' or '.join(known)}; received {value!r}")
+
+
+def _check_optimiser(name: str) -> None:
+    from timm.optim import list_optimizers
+
+    if name not in list_optimizers():
+        near = get_close_matches(name, list_optimizers(), n=3)
+        advice = f"did you mean {', '.join(near)}?" if near else "adamw and sgd are usual"
+        raise OptionError(f"opt must be an optimiser of timm; received {name!r}; {advice}")
 
 
 def _first_line(error: Exception) -> str:

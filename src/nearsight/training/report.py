@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from ..inspect import draw
+from ..inspect import draw, plots
 from ..inspect.maps import AttentionMap, attention_maps
 from ..layers import SelfAttention
 from .data import View
@@ -53,10 +53,8 @@ def write_report(
         evaluation: of the test split.
         test: the split itself, as the model sees it, for the pictures of what it attended to.
     """
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(loader=PackageLoader("nearsight.training"), autoescape=True, undefined=StrictUndefined)
-    page = environment.get_template("report.html.jinja").render(
+    page = render(
+        "report.html.jinja",
         version=version("nearsight"),
         recipe=recipe,
         config=recipe.to_yaml(),
@@ -70,6 +68,14 @@ def write_report(
         attention=_attention(model, blueprint, evaluation, test),
     )
     write_text(path, page)
+
+
+def render(template: str, **values: Any) -> str:
+    """Fill in one of the pages in ``templates``; a value that it wants and does not get is an error."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(loader=PackageLoader("nearsight.training"), autoescape=True, undefined=StrictUndefined)
+    return environment.get_template(template).render(**values)
 
 
 def _interval(evaluation: Evaluation) -> tuple[float, float]:
@@ -86,7 +92,13 @@ def _curve(rows: Sequence[Mapping[str, float]]) -> Picture:
         f"Over {len(rows)} epochs the training loss goes from {first['train_loss']:.2f} to {last['train_loss']:.2f} and "
         f"the validation accuracy from {first['val_accuracy']:.1%} to {last['val_accuracy']:.1%}."
     )
-    return Picture(draw.to_svg(draw.learning_curve(rows), f"Learning curve. {text}"), text)
+    epochs = [row["epoch"] for row in rows]
+    charts = []
+    for what, name, unit in (("loss", "loss", 1), ("accuracy", "accuracy, %", 100)):
+        parts = (("training", "train"), ("validation", "val"))
+        series = [plots.Series(label, epochs, [unit * row[f"{part}_{what}"] for row in rows]) for label, part in parts]
+        charts.append(plots.Chart("epoch", name, {"": series}))
+    return Picture(draw.to_svg(plots.draw(charts), f"Learning curve. {text}"), text)
 
 
 def _confusion(evaluation: Evaluation, classes: Sequence[str]) -> Picture:
@@ -110,7 +122,9 @@ def _attention(model: nn.Module, blueprint: Blueprint, evaluation: Evaluation, t
     if not any(isinstance(module, SelfAttention) for module in model.modules()):
         return []
     chosen = _choose(evaluation)
-    images = torch.stack([test[index][0] for index in chosen]).to(next(model.parameters()).device)
+    images = torch.stack([test[int(evaluation.places[index])][0] for index in chosen]).to(
+        next(model.parameters()).device
+    )
     model.eval()
     maps = _spread(attention_maps(model, images), SHOWN_LAYERS)
     pictures = []

@@ -1,74 +1,129 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What Lightning's Trainer trains: the task, its data, and the two places where a run is kept."""
+"""What Lightning's Trainer trains: the task, and the batches that it is given."""
 
 from __future__ import annotations
 
-import csv
-import io
-import math
-from pathlib import Path
+import random
+from collections.abc import Callable
 from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.plugins.io import CheckpointIO
-from timm.loss.cross_entropy import LabelSmoothingCrossEntropy
-from timm.optim import create_optimizer_v2
-from timm.scheduler.cosine_lr import CosineLRScheduler
+import torch.nn.functional as F
+from timm.data.mixup import Mixup
+from timm.data.random_erasing import RandomErasing
+from timm.loss.cross_entropy import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader
+from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
-from ..errors import TrainingError
-from .data import Pictures, View, loader
-from .files import write_bytes, write_text
+from ..errors import DataError, TrainingError
+from .data import IGNORED, Dealer, Pictures, RandomAffine, View, loader
+from .data.pictures import Split
+from .data.stored import seed_all
+from .optimizer import make_optimizer, make_schedule
 from .recipe import Recipe
-from .weights import CHECKPOINT_FILE, KEY, Blueprint, read_checkpoint
-
-LABEL_SMOOTHING = 0.1
-WEIGHT_DECAY = 0.05
-GRADIENT_CLIP = 1.0
-WARMUP_SHARE = 0.1  # of all steps
-FINAL_LR_SHARE = 0.01  # of the peak
-METRICS_FILE = "metrics.csv"
+from .weights import KEY, Blueprint
 
 
 class Classifier(L.LightningModule):
-    """A network learning to name pictures: AdamW, linear warm-up and cosine, label smoothing."""
+    """A network learning to name pictures.
+
+    Every step's random draws follow from the seed, the step's number and an image's place in the step alone: no state has to
+    be kept to resume, and it is the same how a step is dealt out among processes and parts. Mixup, cutmix and the network's
+    own dropout are the exception: they are drawn by each process for the images that it has.
+    """
 
     def __init__(self, model: nn.Module, augment: nn.Module, blueprint: Blueprint, recipe: Recipe) -> None:
         super().__init__()
+        assert recipe.label_smoothing is not None
         self.model = model
         self.augment = augment
         self.blueprint = blueprint
         self.recipe = recipe
-        self.train_loss = LabelSmoothingCrossEntropy(LABEL_SMOOTHING)
-        self.loss = nn.CrossEntropyLoss()
-        self.train_accuracy = MulticlassAccuracy(len(blueprint.classes), average="micro")
-        self.accuracy = MulticlassAccuracy(len(blueprint.classes), average="micro")
+        classes = len(blueprint.classes)
+        self.erase = RandomErasing(recipe.random_erasing, device="cpu") if recipe.random_erasing else None
+        self.mix = None
+        self.train_loss: nn.Module = LabelSmoothingCrossEntropy(recipe.label_smoothing)
+        if recipe.mixup or recipe.cutmix:
+            self.mix = Mixup(recipe.mixup, recipe.cutmix, label_smoothing=recipe.label_smoothing, num_classes=classes)
+            self.train_loss = SoftTargetCrossEntropy()
+        self.train_accuracy = MulticlassAccuracy(classes, average="micro")
+        self.val_loss = MeanMetric()
+        self.val_accuracy = MulticlassAccuracy(classes, average="micro")
+        self.ema = None
+        if recipe.ema_decay:
+            # The decay rises as that of a plain mean until it is reached: the untrained weights do not linger.
+            self.ema = ModelEmaV3(model, recipe.ema_decay, use_warmup=True, warmup_power=1.0)
+            self.ema.requires_grad_(False)
+        self.answer: Callable[[Tensor], Tensor] = torch.compile(model.forward) if recipe.compile else model.__call__
 
-    def on_train_batch_start(self, batch: Any, index: int) -> None:
-        # Every step's draws follow from the seed and its number alone, so a resumed run makes the same ones.
-        torch.manual_seed(self.recipe.seed + 1_000_003 * (self.global_step + 1) + self.global_rank)
+    @property
+    def best(self) -> nn.Module:
+        """The network that is validated and saved: the mean of the weights where there is one."""
+        return self.model if self.ema is None else self.ema.module
 
     def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
         images, labels = batch
-        logits = self.model(self.augment(images))
-        loss = self.train_loss(logits, labels)
+        part = index % self.recipe.accumulate
+        images = self._changed(images, part)
+        assert self.trainer is not None
+        seed_all(self.recipe.seed, self.global_step, part * self.trainer.world_size + self.global_rank)
+        targets = labels
+        if self.mix is not None:
+            even = len(images) // 2 * 2
+            labels = labels[:even]
+            images, targets = self.mix(images[:even], labels)
+        logits = self.answer(images)
+        loss = self.train_loss(logits, targets)
         self._check_finite(loss, f"step {index + 1}")
         self.train_accuracy(logits, labels)
         self.log("train_loss", loss, on_epoch=True, on_step=False, prog_bar=True, sync_dist=True)
         self.log("train_accuracy", self.train_accuracy, on_epoch=True, on_step=False)
         return loss
 
+    def _changed(self, images: Tensor, part: int) -> Tensor:
+        """The augmentation of a whole step, applied to those of its images that are here."""
+        assert self.trainer is not None
+        assert self.recipe.batch_size is not None
+        world = self.trainer.world_size
+        size = self.recipe.batch_size // (world * self.recipe.accumulate)
+        rows = self.global_rank + world * (part * size + torch.arange(len(images), device=images.device))
+        torch.manual_seed(self.recipe.seed + 1_000_003 * (self.global_step + 1))
+        if isinstance(self.augment, RandomAffine):
+            images = self.augment(images, rows, self.recipe.batch_size)
+        if self.erase is not None:
+            for row, image in zip(rows.tolist(), images, strict=True):
+                random.seed(f"{self.recipe.seed} {self.global_step} {row}")
+                self.erase(image)
+        return images
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        if self.ema is not None:
+            self.ema.update(self.model, step=self.global_step)
+
+    def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
+        if self.recipe.clip_grad:
+            assert self.trainer is not None
+            if self.recipe.strategy == "fsdp" and self.trainer.world_size > 1:
+                self.trainer.model.clip_grad_norm_(self.recipe.clip_grad)  # pyright: ignore
+            else:
+                self.clip_gradients(optimizer, self.recipe.clip_grad, "norm")
+
     def validation_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
         images, labels = batch
-        logits = self.model(images)
-        loss = self.loss(logits, labels)
-        self._check_finite(loss, "validation")
-        self.accuracy(logits, labels)
-        self.log("val_loss", loss, on_epoch=True, sync_dist=True)
-        self.log("val_accuracy", self.accuracy, on_epoch=True, prog_bar=True)
+        counts = labels != IGNORED
+        logits, labels = self.best(images)[counts], labels[counts]
+        losses = F.cross_entropy(logits.float(), labels, reduction="none")
+        self._check_finite(losses.sum(), "validation")
+        self.val_loss(losses)
+        if len(labels):
+            self.val_accuracy(logits, labels)
+        self.log("val_loss", self.val_loss, on_epoch=True)
+        self.log("val_accuracy", self.val_accuracy, on_epoch=True, prog_bar=True)
 
     def _check_finite(self, loss: Tensor, place: str) -> None:
         if not torch.isfinite(loss):
@@ -78,17 +133,11 @@ class Classifier(L.LightningModule):
             )
 
     def configure_optimizers(self) -> Any:
-        optimizer = create_optimizer_v2(self.model, opt="adamw", lr=self.recipe.lr, weight_decay=WEIGHT_DECAY)
-        steps = int(self.trainer.estimated_stepping_batches)
-        scheduler = CosineLRScheduler(
-            optimizer,
-            t_initial=steps,
-            warmup_t=math.ceil(WARMUP_SHARE * steps),
-            warmup_lr_init=FINAL_LR_SHARE * optimizer.defaults["lr"],
-            lr_min=FINAL_LR_SHARE * optimizer.defaults["lr"],
-            t_in_epochs=False,
-        )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        assert self.trainer is not None
+        assert self.recipe.warmup_share is not None
+        optimizer = make_optimizer(self.model, self.recipe)
+        schedule = make_schedule(optimizer, int(self.trainer.estimated_stepping_batches), self.recipe.warmup_share)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
         scheduler.step_update(self.global_step)  # timm's schedules count updates themselves
@@ -105,70 +154,21 @@ class Batches(L.LightningDataModule):
         self.pictures, self.view, self.recipe = pictures, view, recipe
 
     def train_dataloader(self) -> DataLoader:
-        data = self.pictures.train.seen(self.view, training=True)
-        return self._loader(data, self.pictures.train.workers, shuffle=True)
+        assert self.recipe.batch_size is not None
+        split, parts = self.pictures.train, self.recipe.processes * self.recipe.accumulate
+        # A ragged last batch would weigh more than the others, and upset the batch norms.
+        step = min(self.recipe.batch_size, len(split) // parts * parts)
+        if step == 0:
+            raise DataError(f"{len(split)} training images cannot be dealt out in {parts} parts")
+        return self._loader(split, step // parts, training=True, step=step)
 
     def val_dataloader(self) -> DataLoader:
-        data = self.pictures.validation.seen(self.view, training=False)
-        return self._loader(data, self.pictures.validation.workers, shuffle=False)
-
-    def _loader(self, data: Any, workers: int, shuffle: bool) -> DataLoader:
-        trainer = self.trainer
-        assert trainer is not None
         assert self.recipe.batch_size is not None
-        # Its order follows from seed and epoch, which Lightning tells it; with one process it is a plain shuffle.
-        sampler = DistributedSampler(
-            data, trainer.world_size, trainer.global_rank, shuffle=shuffle, seed=self.recipe.seed
-        )
-        size = self.recipe.batch_size // trainer.world_size
-        # A ragged last batch of training images would weigh more than the others, and upset the batch norms.
-        return loader(data, size, workers, sampler, drop_last=shuffle and len(sampler) >= size)
+        return self._loader(self.pictures.validation, self.recipe.batch_size // self.recipe.processes, training=False)
 
-
-class Journal(L.Callback):
-    """After every epoch: one more row in ``metrics.csv``, then ``last.ckpt``.
-
-    The rows travel in the checkpoint, so that a resumed run's table has no gap and no epoch twice.
-    """
-
-    def __init__(self, output: Path) -> None:
-        self.output = output
-        self.rows: list[dict[str, float]] = []
-
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        lr = trainer.optimizers[0].param_groups[0]["lr"]
-        names = ("train_loss", "train_accuracy", "val_loss", "val_accuracy")
-        values = {name: trainer.callback_metrics[name].item() for name in names}
-        self.rows.append({"epoch": trainer.current_epoch + 1, "lr": lr, **values})
-        if trainer.is_global_zero:
-            write_text(self.output / METRICS_FILE, _csv(self.rows))
-        trainer.save_checkpoint(self.output / CHECKPOINT_FILE)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"rows": self.rows}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.rows = list(state_dict["rows"])
-
-
-class WholeFiles(CheckpointIO):
-    """Checkpoints that are whole or not there, and that cannot run code when they are read."""
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        buffer = io.BytesIO()
-        torch.save(checkpoint, buffer)
-        write_bytes(Path(path), buffer.getvalue())
-
-    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: Any = None) -> dict[str, Any]:
-        return read_checkpoint(Path(path))
-
-    def remove_checkpoint(self, path: Any) -> None:
-        Path(path).unlink(missing_ok=True)
-
-
-def _csv(rows: list[dict[str, float]]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
+    def _loader(self, split: Split, batch_size: int, training: bool, step: int | None = None) -> DataLoader:
+        assert self.trainer is not None
+        seed, rank, world = self.recipe.seed, self.trainer.global_rank, self.trainer.world_size
+        data = split.seen(self.view, training, seed, self.recipe.max_broken)
+        workers = split.workers if self.recipe.workers is None else self.recipe.workers
+        return loader(data, batch_size, workers, Dealer(split, rank, world, step=step, seed=seed))

@@ -7,31 +7,38 @@ import logging
 import os
 import re
 import signal
+import sys
 import time
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.callbacks import LearningRateMonitor, RichProgressBar
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from torch import nn
 
-from ..attention import backends
 from ..errors import DataError, OptionError, TrainingError
-from .data import Pictures, View, load_pictures, loader
+from .announce import announcement, conclusion
+from .batchnorm import synced_batch_norms
+from .callbacks import Forecast, Journal, StopTogether, WholeFiles
+from .data import load_pictures, loader
 from .evaluate import Evaluation, evaluate
-from .files import write_text
+from .files import remove_leftovers, write_text
 from .recipe import Recipe, read_recipe
 from .report import REPORT_FILE, write_report
-from .task import GRADIENT_CLIP, Batches, Classifier, Journal, WholeFiles
+from .task import Batches, Classifier
 from .weights import CHECKPOINT_FILE, WEIGHTS_FILE, Blueprint, input_size, read_checkpoint, save_model
 
 CONFIG_FILE = "config.yaml"
-MOVABLE = ("data_root", "devices")  # what may change when a run is resumed: where it runs, not what it computes
+TENSORBOARD_FOLDER = "tensorboard"
+# What may change when a run is resumed: where it runs and what it tells, not what it computes.
+MOVABLE = ("data_root", "devices", "nodes", "strategy", "workers", "max_broken", "tensorboard")
 
 
 @dataclass(frozen=True)
@@ -49,7 +56,7 @@ class Interrupted(TrainingError):
 
 
 def train(recipe: Recipe, output: Path | None = None, *, download: bool = False) -> Run:
-    """Train as the recipe says; leave config, checkpoint, weights, metrics and report in a folder.
+    """Train as the recipe says; leave config, checkpoint, weights, metrics, timing and report in a folder.
 
     Every file is written whole or not at all. The same recipe gives the same metrics on the same CPU.
 
@@ -108,46 +115,66 @@ def _run(recipe: Recipe, output: Path, checkpoint: Path | None, download: bool) 
     pictures = load_pictures(recipe.data, recipe.data_root, download)
     recipe = recipe.filled(pictures.defaults)
     assert recipe.batch_size is not None
+    assert recipe.drop_path is not None
     view = pictures.view(input_size(recipe.model))
     blueprint = Blueprint(recipe.model, pictures.classes, view, recipe.data)
     L.seed_everything(recipe.seed, workers=True, verbose=False)
-    model = blueprint.build()
+    model = blueprint.build(recipe.drop_path)
+    task = Classifier(model, pictures.augment, blueprint, recipe)
     if _is_main_process():
         _make_folder(output)
+        remove_leftovers(output)
         write_text(output / CONFIG_FILE, recipe.to_yaml())
-        print(_announcement(recipe, pictures, view, model, output), flush=True)
+        print(announcement(recipe, pictures, view, model, output), flush=True)
 
     start = time.perf_counter()
     journal = Journal(output)
-    task = Classifier(model, pictures.augment, blueprint, recipe)
-    with _quiet():
-        _fit(_trainer(recipe, journal), task, Batches(pictures, view, recipe), checkpoint, output)
+    synced = synced_batch_norms(model) if recipe.processes > 1 and not torch.cuda.is_available() else nullcontext()
+    with _quiet(), synced:
+        trainer = _trainer(recipe, journal, output)
+        _fit(trainer, task, Batches(pictures, view, recipe), checkpoint, output)
     seconds = time.perf_counter() - start
 
-    test = pictures.test.seen(view, training=False)
-    evaluation = evaluate(model, loader(test, recipe.batch_size, pictures.test.workers))
+    best = task.best.to(trainer.strategy.root_device)  # Lightning has moved it to the CPU
+    test = pictures.test.seen(view, training=False, max_broken=recipe.max_broken)
+    evaluation = evaluate(best, loader(test, recipe.batch_size, pictures.test.workers))
     if _is_main_process():
-        save_model(output / WEIGHTS_FILE, model, blueprint)
-        write_report(output / REPORT_FILE, recipe, blueprint, model, journal.rows, evaluation, test)
-        print(_conclusion(evaluation, output, seconds), flush=True)
-    return Run(recipe, output, model, evaluation)
+        save_model(output / WEIGHTS_FILE, best, blueprint)
+        write_report(output / REPORT_FILE, recipe, blueprint, best, journal.rows, evaluation, test)
+        print(conclusion(evaluation, output / REPORT_FILE, seconds), flush=True)
+    return Run(recipe, output, best, evaluation)
 
 
-def _trainer(recipe: Recipe, journal: Journal) -> L.Trainer:
+def _trainer(recipe: Recipe, journal: Journal, output: Path) -> L.Trainer:
+    callbacks = [journal, Forecast(), StopTogether(), RichProgressBar(leave=False)]
+    if recipe.tensorboard:
+        callbacks.append(LearningRateMonitor("step"))
     return L.Trainer(
         max_epochs=recipe.epochs,
         devices=recipe.devices,
+        num_nodes=recipe.nodes,
         accelerator="auto",
-        strategy="ddp" if recipe.devices > 1 else "auto",
-        callbacks=[journal, RichProgressBar(leave=False)],
+        strategy=_strategy(recipe),
+        precision="bf16-mixed" if recipe.precision == "bf16" else "32-true",
+        accumulate_grad_batches=recipe.accumulate,
+        sync_batchnorm=recipe.processes > 1 and torch.cuda.is_available(),
+        callbacks=callbacks,
         plugins=[WholeFiles()],
-        gradient_clip_val=GRADIENT_CLIP,
         use_distributed_sampler=False,  # Batches deals out the samples itself
         enable_checkpointing=False,  # Journal writes the checkpoint, after the row that belongs to it
         enable_model_summary=False,
         num_sanity_val_steps=0,
-        logger=False,
+        log_every_n_steps=1,
+        logger=TensorBoardLogger(output, name=TENSORBOARD_FOLDER, version="") if recipe.tensorboard else False,
     )
+
+
+def _strategy(recipe: Recipe) -> Any:
+    if recipe.processes == 1:
+        return "auto"
+    if recipe.strategy == "fsdp" and not torch.cuda.is_available():
+        raise OptionError("strategy fsdp needs GPUs, and this machine has none that PyTorch can use: take ddp")
+    return recipe.strategy
 
 
 def _fit(trainer: L.Trainer, task: Classifier, data: Batches, checkpoint: Path | None, output: Path) -> None:
@@ -163,6 +190,10 @@ def _fit(trainer: L.Trainer, task: Classifier, data: Batches, checkpoint: Path |
         raise Interrupted(f"stopped in epoch {trainer.current_epoch + 1}; {advice} {output}") from stop
     except DataError as error:  # from a worker process it comes with that process's traceback around it
         raise DataError(str(error).strip().rsplit("DataError: ", 1)[-1]) from error
+    finally:
+        launcher = trainer.strategy.launcher
+        if sys.exc_info()[0] is not None and isinstance(launcher, _SubprocessScriptLauncher):
+            launcher.kill(signal.SIGKILL)  # they would wait for this process
 
 
 def _make_folder(output: Path) -> None:
@@ -174,27 +205,11 @@ def _make_folder(output: Path) -> None:
 
 
 def _is_main_process() -> bool:
-    return int(os.environ.get("LOCAL_RANK", 0)) == 0 and int(os.environ.get("NODE_RANK", 0)) == 0
-
-
-def _announcement(recipe: Recipe, pictures: Pictures, view: View, model: nn.Module, output: Path) -> str:
-    sizes = f"{len(pictures.train)} training, {len(pictures.validation)} validation, {len(pictures.test)} test images"
-    device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    able = [name for name, reason in backends().items() if reason is None]
-    return "\n".join(
-        (
-            f"model    {recipe.model}, {sum(p.numel() for p in model.parameters()):,} parameters",
-            f"data     {recipe.data}: {sizes}, {view.size}x{view.size}x{view.channels}",
-            f"recipe   {recipe.epochs} epochs, batch {recipe.batch_size}, lr {recipe.lr:g}, seed {recipe.seed}",
-            f"device   {device} x {recipe.devices}, {torch.get_num_threads()} threads; attention by {', '.join(able)}",
-            f"output   {output}",
-        )
-    )
-
-
-def _conclusion(evaluation: Evaluation, output: Path, seconds: float) -> str:
-    score = f"{evaluation.accuracy:.2%} ({evaluation.correct} of {evaluation.count})"
-    return f"test     accuracy {score} after {seconds:.0f} s\nreport   {output / REPORT_FILE}"
+    """Before Lightning knows: under torchrun RANK tells, in processes that Lightning started LOCAL_RANK and NODE_RANK."""
+    environment = os.environ
+    if "RANK" in environment:
+        return int(environment["RANK"]) == 0
+    return int(environment.get("LOCAL_RANK", 0)) == 0 and int(environment.get("NODE_RANK", 0)) == 0
 
 
 @contextmanager

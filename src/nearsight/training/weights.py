@@ -15,8 +15,9 @@ from safetensors.torch import save
 from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
 
+from ..convert import convert
 from ..errors import DataError, NearsightError, OptionError
-from ..models import create_model
+from ..models import create_model, parse_spec
 from .data import View
 from .files import write_bytes
 
@@ -24,6 +25,7 @@ WEIGHTS_FILE = "model.safetensors"
 CHECKPOINT_FILE = "last.ckpt"
 KEY = "nearsight"  # of the blueprint, in a safetensors header and in a checkpoint
 PREFIX = "model."  # of the network's weights in a checkpoint
+EMA = "ema.module."  # of their mean, where there is one
 
 
 @dataclass(frozen=True)
@@ -34,9 +36,13 @@ class Blueprint:
     classes: tuple[str, ...]
     view: View
     data: str
+    converted: dict[str, Any] | None = None  # how, as keyword arguments of nearsight.convert
 
-    def build(self) -> nn.Module:
+    def build(self, drop_path: float = 0.0) -> nn.Module:
         """The network, freshly initialised.
+
+        Args:
+            drop_path: chance in training that the network's last block is skipped for an image.
 
         Raises:
             OptionError: no such model, or one that cannot take pictures of this size; the message says why.
@@ -44,13 +50,19 @@ class Blueprint:
         kwargs: dict[str, Any] = {"num_classes": len(self.classes), "in_chans": self.view.channels}
         if _pretrained_value(self.model, "fixed_input_size"):
             kwargs["img_size"] = self.view.size
+        if drop_path:
+            kwargs["drop_path_rate"] = drop_path
         size = self.view.size
         try:
             model = create_model(self.model, **kwargs)
+            if self.converted is not None:
+                convert(model, **self.converted)
             _try_on(model, (2, self.view.channels, size, size), len(self.classes))
         except NearsightError:
             raise
         except Exception as error:  # timm's models raise what they like, assertions included
+            if "unexpected keyword argument 'drop_path_rate'" in str(error):
+                raise OptionError(f"model {self.model!r} has no paths to drop: leave --drop-path at 0") from error
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise OptionError(f"model {self.model!r} cannot take {size}x{size} images: {reason}") from error
         return model
@@ -135,12 +147,13 @@ def _read_safetensors(path: Path) -> tuple[str, Mapping[str, Tensor]]:
 def _read_checkpoint_weights(path: Path) -> tuple[str, Mapping[str, Tensor]]:
     checkpoint = read_checkpoint(path)
     state = checkpoint["state_dict"]
-    return checkpoint[KEY], {name.removeprefix(PREFIX): t for name, t in state.items() if name.startswith(PREFIX)}
+    prefix = EMA if any(name.startswith(EMA) for name in state) else PREFIX
+    return checkpoint[KEY], {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
 
 
 def _pretrained_value(model: str, name: str) -> Any:
     """What timm knows of a model before it is built; None for a model without such an entry."""
-    return getattr(get_pretrained_cfg(model), name, None)
+    return getattr(get_pretrained_cfg(parse_spec(model)[0]), name, None)
 
 
 @torch.no_grad()

@@ -1,0 +1,290 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How time and memory of attention grow with the image: by the number of cells when local, by its square when global.
+
+With h x w cells, a window of k x k and N heads of D channels, q.k and weights.v take
+
+    local: 4 N D (h w) k^2 FLOPs,   global: 4 N D (h w)^2,
+
+and so many weights, N (h w) k^2 and N (h w)^2, are kept by code that makes them before it uses them. Global attention takes
+more from h w = k^2 on.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from math import exp, log
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..attention import global_attention, local_attention
+from ..errors import OptionError
+from ..inspect.draw import BLUE, INK, ORANGE, _figure, _in_style
+from ..models.flops import attend_flops
+from ..window import Window
+from .timing import matrix_rate, race, setting
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from rich.table import Table
+
+LOCAL, GLOBAL, TEXTBOOK = "local", "global", "global, weights kept"
+KEPT = 2**30  # bytes of weights; a textbook that would keep more is left out
+SECONDS = 3.0  # for one measured point
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Maps of one image, and the window of local attention."""
+
+    size: int
+    kernel_size: int = 7
+    head_dim: int = 32
+    num_heads: int = 4
+
+    def maps(self) -> list[Tensor]:
+        """query, key and value, heads last, as a channels_last projection leaves them."""
+        memory = (1, self.size, self.size, self.num_heads, self.head_dim)
+        return [torch.randn(memory).movedim(-2, 1) for _ in range(3)]
+
+    def window(self, attention: str) -> Window:
+        return Window(self.kernel_size) if attention == LOCAL else Window.everywhere((self.size, self.size))
+
+    def flops(self, attention: str) -> int:
+        """As ``count_flops`` counts them: places outside the map included."""
+        shape = (1, self.num_heads, self.size, self.size, self.head_dim)
+        window = self.window(attention)
+        kernel = [axis.kernel_size for axis in window.axes(2)]
+        return attend_flops(shape, shape, shape, None, (), kernel, (1, 1), (1, 1), (False, False), window.border)
+
+    def weights(self, attention: str) -> int:
+        """Bytes of all weights in float32."""
+        return self.flops(attention) // self.head_dim  # 4 D FLOPs for every weight of 4 bytes
+
+    def attend(self, attention: str) -> Callable[[], Tensor]:
+        """Attention of these maps, one call after the other on the same."""
+        query, key, value = self.maps()
+        if attention == LOCAL:
+            return lambda: local_attention(query, key, value, self.window(LOCAL))
+        if attention == GLOBAL:
+            return lambda: global_attention(query, key, value)
+        return lambda: textbook(query, key, value)
+
+
+def textbook(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Global attention as it is written down: all weights first, then their use."""
+    q, k, v = (tensor.flatten(2, 3) for tensor in (query, key, value))
+    weights = (q * q.shape[-1] ** -0.5 @ k.mT).softmax(-1)
+    return (weights @ v).view(query.shape)
+
+
+@dataclass(frozen=True)
+class Point:
+    """One attention on a map of size x size cells.
+
+    flops            of q.k and weights.v, two per multiply-add
+    predicted_ms     FLOPs at the rate of a large matrix product
+    measured_ms      median wall-clock time without gradients; None where it was left out
+    predicted_bytes  of all weights in float32
+    measured_bytes   by how much one call raises the peak of a fresh process, its output included; None where it was left
+                     out or is too little to be seen
+    """
+
+    attention: str
+    size: int
+    cells: int
+    flops: int
+    predicted_ms: float
+    measured_ms: float | None
+    predicted_bytes: int
+    measured_bytes: int | None
+
+
+@dataclass(frozen=True)
+class Growth:
+    """The points, and what they were measured with; see :class:`nearsight.bench.profile.Profile`."""
+
+    points: list[Point]
+    kernel_size: int
+    head_dim: int
+    num_heads: int
+    gflops: float
+    setting: dict[str, Any]
+
+    def of(self, attention: str) -> list[Point]:
+        return [point for point in self.points if point.attention == attention]
+
+    def overtaken(self, field: str) -> float | None:
+        """The size from which on global attention takes more than local attention, between the sizes tried.
+
+        None if it takes less at the largest, 0.0 if it takes more at all of them.
+
+        Args:
+            field: of :class:`Point`.
+        """
+        pairs = [(one, other) for one in self.of(LOCAL) for other in self.of(GLOBAL) if one.size == other.size]
+        values = [(one.size, getattr(one, field), getattr(other, field)) for one, other in pairs]
+        return crossing([(size, small, large) for size, small, large in values if small and large])
+
+
+def crossing(points: Sequence[tuple[float, float, float]]) -> float | None:
+    """Where the second of two curves passes the first for good, on straight lines between logarithms.
+
+    Example:
+        >>> crossing([(2, 8.0, 2.0), (4, 16.0, 8.0), (8, 32.0, 32.0), (16, 64.0, 128.0)])
+        8.0
+    """
+    gaps = [(log(size), log(other / one)) for size, one, other in points]
+    if not gaps or gaps[-1][1] < 0:
+        return None
+    for (before, below), (after, above) in reversed(list(zip(gaps, gaps[1:], strict=False))):
+        if below < 0:
+            return round(exp(before + (after - before) * -below / (above - below)), 9)
+    return 0.0
+
+
+def growth(
+    sizes: Sequence[int] = (8, 16, 32, 64, 128),
+    *,
+    kernel_size: int = 7,
+    head_dim: int = 32,
+    num_heads: int = 4,
+    rounds: int = 5,
+) -> Growth:
+    """Measure local attention, global attention, and global attention that keeps its weights, on maps of several sizes.
+
+    Maps are square and of one image, without position tables; memory is measured in a process of its own for each point.
+
+    Raises:
+        OptionError: a value below one.
+
+    Example:
+        >>> found = growth([4, 8], kernel_size=3, rounds=1)
+        >>> [point.flops // point.cells for point in found.of("local")]
+        [4608, 4608]
+    """
+    for name, value in (("kernel_size", kernel_size), ("head_dim", head_dim), ("num_heads", num_heads)):
+        if value < 1:
+            raise OptionError(f"{name} must be at least 1; received {value}")
+    if not sizes or min(sizes) < 1:
+        raise OptionError(f"sizes must be one or more, each at least 1; received {list(sizes)}")
+    gflops = matrix_rate()
+    points = []
+    for size in sorted(set(sizes)):
+        problem = Problem(size, kernel_size, head_dim, num_heads)
+        points += [_point(problem, attention, gflops, rounds) for attention in (LOCAL, GLOBAL, TEXTBOOK)]
+    return Growth(points, kernel_size, head_dim, num_heads, gflops, setting())
+
+
+def _point(problem: Problem, attention: str, gflops: float, rounds: int) -> Point:
+    flops, weights = problem.flops(attention), problem.weights(attention)
+    ms = extra = None
+    if attention != TEXTBOOK or weights <= KEPT:
+        with torch.no_grad():
+            ms = race({attention: problem.attend(attention)}, rounds, SECONDS)[attention].median
+        extra = _extra_memory(problem, attention)
+    return Point(attention, problem.size, problem.size**2, flops, flops / gflops / 1e6, ms, weights, extra)
+
+
+# ------------------------------------------------------------------------------------------------------------- memory
+
+
+def _extra_memory(problem: Problem, attention: str) -> int | None:
+    """Bytes that a call adds to the peak of a fresh process; None below those of its output, which it has to make."""
+    task = json.dumps([asdict(problem), attention, torch.get_num_threads()])
+    program = f"from nearsight.bench.growth import tell_extra_memory; tell_extra_memory(*{json.loads(task)!r})"
+    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    extra = int(done.stdout.split()[-1])
+    output = 4 * problem.num_heads * problem.head_dim * problem.size**2
+    return extra if extra >= output else None
+
+
+def tell_extra_memory(problem: dict[str, int], attention: str, threads: int) -> None:
+    """Print it; to be run in a process that has done nothing else."""
+    torch.set_num_threads(threads)
+    with torch.no_grad():
+        Problem(**{**problem, "size": 4}).attend(attention)()  # sets up what is set up once
+        call = Problem(**problem).attend(attention)
+        before = _peak()
+        call()
+        print(_peak() - before)
+
+
+def _peak() -> int:
+    """The largest resident set of this process so far, in bytes."""
+    if sys.platform == "linux":  # where getrusage begins with the peak of the process that started this one
+        with open("/proc/self/status", encoding="ascii") as status:
+            return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+# --------------------------------------------------------------------------------------------------------------- shown
+
+
+def table(found: Growth) -> Table:
+    """For a terminal."""
+    from rich.table import Table
+
+    what = f"k = {found.kernel_size}, {found.num_heads} heads x {found.head_dim}, {found.setting['threads']} thread(s)"
+    shown = Table(
+        title=f"attention on one image of n x n cells, {what}", caption=_verdict(found), box=None, pad_edge=False
+    )
+    shown.add_column("attention")
+    for name in ("n", "MFLOP", "ms predicted", "measured", "MB predicted", "measured"):
+        shown.add_column(name, justify="right")
+    for point in found.points:
+        ms = "" if point.measured_ms is None else f"{point.measured_ms:,.3f}"
+        extra = "" if point.measured_bytes is None else f"{point.measured_bytes / 1e6:,.1f}"
+        predicted = f"{point.predicted_ms:,.3f}", f"{point.predicted_bytes / 1e6:,.1f}"
+        flops = f"{point.flops / 1e6:,.1f}"
+        shown.add_row(point.attention, str(point.size), flops, predicted[0], ms, predicted[1], extra)
+    return shown
+
+
+def _verdict(found: Growth) -> str:
+    measured = found.overtaken("measured_ms")
+    if measured is None:
+        seen = "measured: it is still faster at the largest size"
+    else:
+        seen = "measured: already at the smallest" if measured == 0 else f"measured: at n = {measured:.1f}"
+    return f"global attention takes longer than local: predicted from n = k = {found.kernel_size}, {seen}"
+
+
+@_in_style
+def draw_growth(found: Growth) -> Figure:
+    """Time and memory over the size of the map, both axes logarithmic: lines are predicted, marks are measured."""
+    figure = _figure(7.2, 3.6)
+    what = (("ms", "milliseconds", 1), ("bytes", "megabytes", 1e-6))
+    for place, (field, unit, factor) in enumerate(what, start=1):
+        axes = figure.add_subplot(1, 2, place)
+        for attention, colour, dashes, formula in (
+            (LOCAL, BLUE, "-", "(h·w)·k²"),
+            (GLOBAL, ORANGE, "--", "(h·w)²"),
+        ):
+            line = [(point.size, factor * getattr(point, f"predicted_{field}")) for point in found.of(attention)]
+            label = f"{formula}, predicted" if place == 1 else None
+            axes.plot(*zip(*line, strict=True), dashes, color=colour, linewidth=1.5, label=label)
+        for attention, colour, marker in ((LOCAL, BLUE, "o"), (GLOBAL, ORANGE, "s"), (TEXTBOOK, INK, "x")):
+            seen = [(point.size, getattr(point, f"measured_{field}")) for point in found.of(attention)]
+            marks = [(size, factor * value) for size, value in seen if value is not None]
+            if marks:
+                label = f"{attention}, measured" if place == 1 else None
+                axes.plot(*zip(*marks, strict=True), marker, color=colour, markersize=5, label=label)
+        if field == "ms":
+            axes.axvline(found.kernel_size, color=INK, linewidth=0.8, linestyle=":", label="h = w = k")
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_xticks([point.size for point in found.of(LOCAL)], [str(point.size) for point in found.of(LOCAL)])
+        axes.set_xlabel("cells per axis")
+        axes.set_title("time" if field == "ms" else "memory beside the inputs", loc="left")
+        axes.set_ylabel(unit)
+        axes.grid(alpha=0.2, color=INK)
+    figure.legend(loc="outside lower center", ncols=3, fontsize=8)
+    return figure

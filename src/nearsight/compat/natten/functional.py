@@ -1,0 +1,419 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``natten.functional``: the fused calls of NATTEN 0.20 and later, the split ones of 0.14 to 0.17, and their older names.
+
+The window is NATTEN's: shifted inside the map so that every query sees ``kernel_size`` cells per axis, on the query's
+dilation phase; a causal axis is masked instead. Differs from NATTEN on a map smaller than the window, which it refuses: a
+query sees the cells there are, as everywhere in nearsight. Whatever chooses a kernel (``backend``, tile shapes, schedules)
+is taken and not used: :func:`nearsight.local_attention` chooses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from ...attention import local_attention
+from ...attention import merge_attentions as merge
+from ...attention.problem import describe
+from ...errors import OptionError, ShapeError
+from ...window import Window
+from . import grouped, split
+from .traced import AV, FUSED, QK, as_one_node
+from .windows import cells_of, neighborhoods, without_autocast
+
+__all__ = ["attention", "merge_attentions", "na1d", "na2d", "na3d", "neighborhood_attention_generic"]
+__all__ += [f"na{rank}d_{part}" for rank in (1, 2, 3) for part in ("qk", "av", "qk_with_bias")]
+__all__ += [f"natten{rank}d{part}" for rank in (1, 2, 3) for part in ("qk", "qkrpb", "av")]
+__all__ += [f"NATTEN{rank}D{part}Function" for rank in (1, 2, 3) for part in ("QKRPB", "AV")]
+
+Sizes = int | Sequence[int]
+Causal = bool | Sequence[bool] | None
+F = TypeVar("F", bound=Callable)
+
+
+def _named(function: F, name: str) -> F:
+    function.__name__ = function.__qualname__ = name
+    return function
+
+
+def _check_rank(name: str, tensor: Any, rank: int, layout: str) -> None:
+    if not isinstance(tensor, Tensor) or tensor.ndim != rank + 3:
+        received = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise ShapeError(f"{name} must be a tensor {layout} with {rank} map axes; received {received}")
+
+
+# --------------------------------------------------------------------------------------------------------- fused calls
+
+
+def neighborhood_attention_generic(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kernel_size: Sizes,
+    *positional: Any,
+    stride: Sizes = 1,
+    dilation: Sizes = 1,
+    is_causal: Causal = False,
+    scale: float | None = None,
+    additional_keys: Tensor | None = None,
+    additional_values: Tensor | None = None,
+    attention_kwargs: dict | None = None,
+    rpb: Tensor | None = None,
+    backend: str | None = None,
+    q_tile_shape: Any = None,
+    kv_tile_shape: Any = None,
+    backward_q_tile_shape: Any = None,
+    backward_kv_tile_shape: Any = None,
+    backward_kv_splits: Any = None,
+    backward_use_pt_reduction: bool = False,
+    run_persistent_kernel: bool = True,
+    kernel_schedule: Any = None,
+    torch_compile: bool = False,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Neighbourhood attention over one, two or three axes, heads last.
+
+        y[p] = sum_{c in N(p)} softmax_c( scale * q[p].k[c] + rpb[c - p] ) v[c]
+
+    Source: Hassani et al. 2023 (NAT, arXiv:2204.07143); Hassani and Shi 2022 (DiNAT, arXiv:2209.15001); for ``stride``
+    Hassani et al. 2025 (generalized neighborhood attention, arXiv:2504.16922).
+
+    Shapes:
+        query               (B, *map, N, D)
+        key                 (B, *map, M, D), with M dividing N: each serves N / M neighbouring query heads
+        value               (B, *map, M, E)
+        additional_keys     (B, any, M, D), seen by every query besides its window
+        additional_values   (B, any, M, E)
+        rpb                 (N, *(2 * kernel_size - 1)): entry ``key - query + kernel_size - 1`` per axis
+        returns             (B, *map, N, E); with ``return_lse`` also the log-sum-exp (B, *map, N)
+
+    Args:
+        kernel_size: cells per axis.
+        stride: neighbouring queries that share the window of the one in their middle (of two, the right one; on a causal
+            axis the last). The output keeps its size. 1 slides, ``kernel_size`` is Swin's blocks.
+        dilation: distance in cells between neighbouring cells of the window.
+        is_causal: hide what lies behind the query, for all axes or one value per axis.
+        scale: factor of q.k, not of ``rpb``; None means ``D ** -0.5``.
+        rpb: the relative positional bias of NATTEN up to 0.17.5.
+        return_lse: also return the log of the sum of the exponentials, additional keys included.
+        attention_kwargs, backend, q_tile_shape, kv_tile_shape, backward_q_tile_shape, backward_kv_tile_shape,
+        backward_kv_splits, backward_use_pt_reduction, run_persistent_kernel, kernel_schedule, torch_compile: not used.
+
+    Every value for an axis is one for all or a tuple. The fifth argument has to be named: it was the dilation up to 0.17.5
+    and is the stride from 0.20 on.
+
+    Raises:
+        ShapeError: shapes that do not fit together.
+        OptionError: an unnamed fifth argument, ``stride`` above ``kernel_size``, ``rpb`` together with ``stride``.
+
+    Example:
+        >>> q = k = v = torch.randn(2, 14, 14, 4, 16)
+        >>> neighborhood_attention_generic(q, k, v, 7, dilation=2).shape
+        torch.Size([2, 14, 14, 4, 16])
+    """
+    if positional:
+        raise OptionError(
+            "name the arguments after kernel_size: the fifth was the dilation up to NATTEN 0.17.5 and is the stride from "
+            f"0.20 on; received {positional}"
+        )
+    rank = query.ndim - 3
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        _check_rank(name, tensor, rank, "(batch, *map, heads, head_dim)")
+    axes = neighborhoods(rank, kernel_size, stride, dilation, is_causal)
+    if rpb is not None and any(axis.stride > 1 for axis in axes):
+        raise OptionError("rpb and stride never met in one NATTEN: rpb is up to 0.17.5, stride from 0.20 on")
+    if (additional_keys is None) != (additional_values is None):
+        raise ShapeError("additional_keys and additional_values go together; received one of them")
+
+    def call(query: Tensor, key: Tensor, value: Tensor, rpb: Tensor | None, *additional: Tensor) -> Any:
+        return _attend(query, key, value, axes, rpb, scale, additional, return_lse)
+
+    additional = () if additional_keys is None else (additional_keys, additional_values)
+    cells = cells_of(axes) + (0 if additional_keys is None else additional_keys.shape[1])
+    return as_one_node(FUSED[rank], cells, call, query, key, value, rpb, *additional)
+
+
+def _attend(query, key, value, axes: split.Axes, rpb, scale, additional, return_lse: bool) -> Any:
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    maps = [tensor.movedim(-2, 1) for tensor in (query, key, value)]
+    wants_lse = return_lse or bool(additional)
+    if any(axis.stride > 1 for axis in axes):
+        found = _grouped(*maps, axes, scale)
+    else:
+        kernel_size, _, dilation, causal = zip(*axes, strict=True)
+        window = Window(kernel_size, dilation=dilation, border="shift", causal=causal)
+        found = local_attention(*maps, window, bias=rpb, scale=scale, return_lse=wants_lse)
+    if isinstance(found, Tensor):
+        return found.movedim(1, -2)
+    out, lse = found[0].movedim(1, -2), found[1].movedim(1, -1)
+    if additional:
+        rank = len(axes)
+        others = attention(query.flatten(1, rank), *additional, scale=scale, return_lse=True)
+        outs, lses = zip((out, lse), (tensor.unflatten(1, query.shape[1 : 1 + rank]) for tensor in others), strict=True)
+        out, lse = merge(outs, lses)
+    return (out, lse) if return_lse else out
+
+
+def _grouped(query: Tensor, key: Tensor, value: Tensor, axes: split.Axes, scale: float) -> tuple[Tensor, Tensor]:
+    groups = describe(query, key, value, Window(1), None, None).groups
+    return grouped.attend(query, key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1), axes, scale)
+
+
+def _fused(rank: int) -> Callable:
+    def na(query: Tensor, key: Tensor, value: Tensor, kernel_size: Sizes, *positional: Any, **options: Any) -> Any:
+        _check_rank("query", query, rank, "(batch, *map, heads, head_dim)")
+        return neighborhood_attention_generic(query, key, value, kernel_size, *positional, **options)
+
+    na.__doc__ = f"""Neighbourhood attention over {rank} map axes: :func:`neighborhood_attention_generic`."""
+    return _named(na, f"na{rank}d")
+
+
+na1d, na2d, na3d = map(_fused, (1, 2, 3))
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    is_causal: bool = False,
+    scale: float | None = None,
+    *,
+    backend: str | None = None,
+    q_tile_size: int | None = None,
+    kv_tile_size: int | None = None,
+    backward_q_tile_size: int | None = None,
+    backward_kv_tile_size: int | None = None,
+    backward_kv_splits: int | None = None,
+    backward_use_pt_reduction: bool = False,
+    run_persistent_kernel: bool = True,
+    kernel_schedule: Any = None,
+    torch_compile: bool = False,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention of every query to every key, heads last: NATTEN's ``attention`` without variable lengths.
+
+    Shapes: query (B, L, N, D), key (B, S, M, D), value (B, S, M, E) with M dividing N -> (B, L, N, E), and with
+    ``return_lse`` the log-sum-exp (B, L, N). ``is_causal`` hides key s from query l where s > l. It holds the L x S weights.
+    Arguments that choose a kernel are not used.
+
+    Raises:
+        ShapeError: shapes that do not fit together.
+
+    Example:
+        >>> q = k = v = torch.randn(2, 10, 4, 16)
+        >>> attention(q, k, v, is_causal=True).shape
+        torch.Size([2, 10, 4, 16])
+    """
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        _check_rank(name, tensor, 1, "(batch, length, heads, head_dim)")
+    shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
+    shared, rest = divmod(query.shape[2], key.shape[2])
+    if rest or key.shape[:3] != value.shape[:3] or (query.shape[0], query.shape[-1]) != (key.shape[0], key.shape[-1]):
+        raise ShapeError(
+            "key and value must share batch, length and heads, query and key batch and head_dim, and the heads of key must "
+            f"divide those of query; received {shapes}"
+        )
+    wide = torch.promote_types(query.dtype, torch.float32)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    with without_autocast(query):
+        q, k, v = (tensor.to(wide).transpose(1, 2) for tensor in (query, key, value))
+        logits = scale * q.unflatten(1, (-1, shared)) @ k.unsqueeze(2).mT
+        if is_causal:
+            behind = torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device).triu(1)
+            logits = logits.masked_fill(behind, float("-inf"))
+        out = (logits.softmax(-1) @ v.unsqueeze(2)).flatten(1, 2).transpose(1, 2).to(query.dtype)
+    return (out, logits.logsumexp(-1).flatten(1, 2).transpose(1, 2)) if return_lse else out
+
+
+def merge_attentions(
+    outputs: Sequence[Tensor],
+    lse_tensors: Sequence[Tensor],
+    torch_compile: bool = True,
+    use_autograd_fix: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """:func:`nearsight.merge_attentions`, whose gradients need no fix. The two switches are not used.
+
+    Example:
+        >>> out, lse = torch.randn(2, 10, 4, 16), torch.zeros(2, 10, 4)
+        >>> merge_attentions([out, out], [lse, lse])[0].shape
+        torch.Size([2, 10, 4, 16])
+    """
+    return merge(outputs, lse_tensors)
+
+
+# --------------------------------------------------------------------------------------------------------- split calls
+
+
+def _qk(rank: int) -> Callable:
+    def qk(
+        query: Tensor,
+        key: Tensor,
+        kernel_size: Sizes,
+        dilation: Sizes = 1,
+        additional_keys: Tensor | None = None,
+        is_causal: Causal = False,
+        rpb: Tensor | None = None,
+    ) -> Tensor:
+        axes = neighborhoods(rank, kernel_size, 1, dilation, is_causal)
+        _check_rank("query", query, rank, "(batch, heads, *map, head_dim)")
+        if not isinstance(key, Tensor) or key.shape != query.shape:
+            received = tuple(key.shape) if isinstance(key, Tensor) else type(key).__name__
+            raise ShapeError(f"key must have the shape of query, {tuple(query.shape)}; received {received}")
+        describe(query, key, key, Window(kernel_size, border="shift"), rpb, None)
+
+        def call(query: Tensor, key: Tensor, rpb: Tensor | None, additional_keys: Tensor | None) -> Tensor:
+            logits = split.qk(query, key, axes, rpb)
+            if additional_keys is None:
+                return logits
+            with without_autocast(query):
+                others = query.flatten(2, -2) @ additional_keys.to(query.dtype).mT
+            return torch.cat([logits, others.unflatten(2, query.shape[2:-1])], -1)
+
+        return as_one_node(QK[rank], cells_of(axes), call, query, key, rpb, additional_keys)
+
+    qk.__doc__ = f"""The logits of neighbourhood attention over {rank} map axes, before scale and softmax, heads first.
+
+        logits[p, j] = q[p].k[n_j(p)] + rpb[n_j(p) - p]        n_j(p): the j-th cell that p sees, in row-major order
+
+    Shapes: query and key (B, N, *map, D), additional_keys (B, N, any, D), rpb (N, *(2 * kernel_size - 1)) ->
+    (B, N, *map, K + any), K = the product of kernel_size; the additional keys stand last. Places that hold no cell, on a
+    causal axis or a map smaller than the window, stand after those that do, with the logit -inf.
+
+    A call keeps its inputs for the backward, and has derivatives of every order. There is no scale in it.
+
+    Raises:
+        ShapeError: shapes that do not fit together.
+    """
+    return _named(qk, f"na{rank}d_qk")
+
+
+def _av(rank: int) -> Callable:
+    def av(
+        attn: Tensor,
+        value: Tensor,
+        kernel_size: Sizes,
+        dilation: Sizes = 1,
+        additional_values: Tensor | None = None,
+        is_causal: Causal = False,
+    ) -> Tensor:
+        axes = neighborhoods(rank, kernel_size, 1, dilation, is_causal)
+        _check_rank("attn", attn, rank, "(batch, heads, *map, weights)")
+        _check_rank("value", value, rank, "(batch, heads, *map, head_dim)")
+        cells = cells_of(axes)
+        others = 0 if additional_values is None else additional_values.shape[-2]
+        if attn.shape != (*value.shape[:-1], cells + others):
+            raise ShapeError(
+                f"attn must hold a weight per place, {(*value.shape[:-1], cells + others)} for value {tuple(value.shape)}, "
+                f"kernel_size {kernel_size} and {others} additional values; received {tuple(attn.shape)}"
+            )
+
+        def call(attn: Tensor, value: Tensor, additional_values: Tensor | None) -> Tensor:
+            out = split.av(attn[..., :cells], value, axes)
+            if additional_values is None:
+                return out
+            with without_autocast(value):
+                weights = attn[..., cells:].to(value.dtype).flatten(2, -2)
+                return out + (weights @ additional_values.to(value.dtype)).unflatten(2, value.shape[2:-1])
+
+        return as_one_node(AV[rank], cells, call, attn, value, additional_values)
+
+    av.__doc__ = f"""The values that each query sees, weighted, over {rank} map axes, heads first.
+
+        y[p] = sum_j attn[p, j] v[n_j(p)]
+
+    ``attn`` need not come from a softmax. It is converted to the dtype of ``value``.
+
+    Shapes: attn (B, N, *map, K + any) as :func:`na{rank}d_qk` returns, value (B, N, *map, E), additional_values
+    (B, N, any, E) -> (B, N, *map, E). Weights of places that hold no cell are not looked at.
+
+    A call keeps its inputs for the backward, and has derivatives of every order.
+
+    Raises:
+        ShapeError: shapes that do not fit together.
+    """
+    return _named(av, f"na{rank}d_av")
+
+
+na1d_qk, na2d_qk, na3d_qk = map(_qk, (1, 2, 3))
+na1d_av, na2d_av, na3d_av = map(_av, (1, 2, 3))
+
+
+# --------------------------------------------------------------------------------------------------------- older names
+
+
+def na1d_qk_with_bias(query, key, bias, kernel_size, dilation=1, additional_keys=None):
+    """:func:`na1d_qk`, by its name and order of arguments in 0.15 and 0.16."""
+    return na1d_qk(query, key, kernel_size, dilation, additional_keys, rpb=bias)
+
+
+def na2d_qk_with_bias(query, key, bias, kernel_size, dilation=1, additional_keys=None):
+    """:func:`na2d_qk`, by its name and order of arguments in 0.15 and 0.16."""
+    return na2d_qk(query, key, kernel_size, dilation, additional_keys, rpb=bias)
+
+
+def na3d_qk_with_bias(query, key, bias, kernel_size_d, kernel_size, dilation_d, dilation, additional_keys=None):
+    """:func:`na3d_qk`, by its name and order of arguments in 0.15 and 0.16."""
+    sizes, dilations = (kernel_size_d, kernel_size, kernel_size), (dilation_d, dilation, dilation)
+    return na3d_qk(query, key, sizes, dilations, additional_keys, rpb=bias)
+
+
+def natten1dqkrpb(query, key, rpb, kernel_size, dilation=1):
+    """:func:`na1d_qk`, by its name up to 0.17.4."""
+    return na1d_qk(query, key, kernel_size, dilation, rpb=rpb)
+
+
+def natten1dqk(query, key, kernel_size, dilation=1):
+    """:func:`na1d_qk`, by its name up to 0.17.4."""
+    return na1d_qk(query, key, kernel_size, dilation)
+
+
+def natten1dav(attn, value, kernel_size, dilation=1):
+    """:func:`na1d_av`, by its name up to 0.17.4."""
+    return na1d_av(attn, value, kernel_size, dilation)
+
+
+def natten2dqkrpb(query, key, rpb, kernel_size, dilation=1):
+    """:func:`na2d_qk`, by its name up to 0.17.4."""
+    return na2d_qk(query, key, kernel_size, dilation, rpb=rpb)
+
+
+def natten2dqk(query, key, kernel_size, dilation=1):
+    """:func:`na2d_qk`, by its name up to 0.17.4."""
+    return na2d_qk(query, key, kernel_size, dilation)
+
+
+def natten2dav(attn, value, kernel_size, dilation=1):
+    """:func:`na2d_av`, by its name up to 0.17.4."""
+    return na2d_av(attn, value, kernel_size, dilation)
+
+
+def natten3dqkrpb(query, key, rpb, kernel_size_d, kernel_size, dilation_d=1, dilation=1):
+    """:func:`na3d_qk`, by its name up to 0.17.4, where depth has arguments of its own."""
+    return na3d_qk_with_bias(query, key, rpb, kernel_size_d, kernel_size, dilation_d, dilation)
+
+
+def natten3dqk(query, key, kernel_size_d, kernel_size, dilation_d=1, dilation=1):
+    """:func:`na3d_qk`, by its name up to 0.17.4, where depth has arguments of its own."""
+    return na3d_qk_with_bias(query, key, None, kernel_size_d, kernel_size, dilation_d, dilation)
+
+
+def natten3dav(attn, value, kernel_size_d, kernel_size, dilation_d=1, dilation=1):
+    """:func:`na3d_av`, by its name up to 0.17.4, where depth has arguments of its own."""
+    return na3d_av(attn, value, (kernel_size_d, kernel_size, kernel_size), (dilation_d, dilation, dilation))
+
+
+def _function(name: str, call: Callable) -> type:
+    """What clients of 0.14 import: a class with ``apply``, whose gradients are those of the call in it."""
+    doc = f"""``apply`` is :func:`{call.__name__}`, as in NATTEN up to 0.14.6."""
+    return type(name, (), {"__doc__": doc, "apply": staticmethod(call)})
+
+
+NATTEN1DQKRPBFunction = _function("NATTEN1DQKRPBFunction", natten1dqkrpb)
+NATTEN1DAVFunction = _function("NATTEN1DAVFunction", natten1dav)
+NATTEN2DQKRPBFunction = _function("NATTEN2DQKRPBFunction", natten2dqkrpb)
+NATTEN2DAVFunction = _function("NATTEN2DAVFunction", natten2dav)
+NATTEN3DQKRPBFunction = _function("NATTEN3DQKRPBFunction", natten3dqkrpb)
+NATTEN3DAVFunction = _function("NATTEN3DAVFunction", natten3dav)

@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``natten.modules``: the layers, with the arguments and the parameters of all their versions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+from torch.nn.init import trunc_normal_
+
+from ...errors import OptionError, ShapeError
+from .context import NattenContext
+from .functional import na1d_av, na1d_qk, na2d_av, na2d_qk, na3d_av, na3d_qk, neighborhood_attention_generic
+from .windows import neighborhoods
+
+__all__ = [
+    "NeighborhoodAttention1D",
+    "NeighborhoodAttention2D",
+    "NeighborhoodAttention3D",
+    "NeighborhoodAttentionGeneric",
+]
+
+SPLIT = {1: (na1d_qk, na1d_av), 2: (na2d_qk, na2d_av), 3: (na3d_qk, na3d_av)}
+
+
+class NeighborhoodAttentionGeneric(nn.Module):
+    """Project to query, key and value, attend to the neighbourhood, project again.
+
+        q, k, v = W x;   y[p] = W' sum_{c in N(p)} softmax_c( scale * q[p].k[c] + rpb[c - p] ) v[c]      in each head
+
+    Source: Hassani et al. 2023 (NAT, arXiv:2204.07143); Hassani and Shi 2022 (DiNAT, arXiv:2209.15001).
+
+    Shapes: (B, *map, embed_dim) -> the same. As in NATTEN up to 0.14.6, a map smaller than ``kernel_size * dilation`` is
+    padded to that with cells of zeros at its end, which vote, and the result is cut back.
+
+    Parameters: 4 * embed_dim * (embed_dim + 1), without ``qkv_bias`` 3 * embed_dim fewer, and with ``rel_pos_bias``
+    num_heads * product of (2 * kernel_size - 1) more.
+
+    state_dict: NATTEN's: ``qkv.weight``, ``qkv.bias``, ``rpb``, ``proj.weight``, ``proj.bias``.
+
+    It attends in one call, except with attention dropout in training and after ``use_fused_na(False)``: then the weights
+    are held between two calls.
+
+    Args:
+        na_dim: map axes, 1 to 3.
+        embed_dim: channels; ``dim`` up to 0.17.5.
+        num_heads: heads split the channels.
+        kernel_size, stride, dilation, is_causal: see :func:`nearsight.compat.natten.functional.na2d`.
+        kernel_size_d, dilation_d: those of the first of three axes, as in 0.15 and 0.16.
+        rel_pos_bias: a bias per head and offset; ``bias`` in 0.14 to 0.16. None means the default, see
+            :func:`nearsight.compat.natten.install`.
+        qkv_bias: add a bias to the first projection.
+        qk_scale: factor of q.k; None means head_dim ** -0.5.
+        attn_drop, proj_drop: rates of dropout on the weights and on the result.
+        use_experimental_ops: not used.
+
+    Raises:
+        OptionError: what has no default is missing, two names with different values, or unnamed arguments after
+            ``kernel_size``, which are others in every version.
+        ShapeError: heads that do not divide the channels, an input of another shape.
+    """
+
+    def __init__(
+        self,
+        na_dim: int,
+        embed_dim: int | None = None,
+        num_heads: int | None = None,
+        kernel_size: Any = None,
+        *positional: Any,
+        dim: int | None = None,
+        stride: Any = 1,
+        dilation: Any = 1,
+        is_causal: Any = False,
+        kernel_size_d: int | None = None,
+        dilation_d: int | None = None,
+        rel_pos_bias: bool | None = None,
+        bias: bool | None = None,
+        qkv_bias: bool = True,
+        qk_scale: float | None = None,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        use_experimental_ops: bool = False,
+    ) -> None:
+        super().__init__()
+        if positional:
+            raise OptionError(
+                "name the arguments after kernel_size: their order is another in every version of NATTEN; "
+                f"received {positional}"
+            )
+        embed_dim = _one_of("embed_dim", embed_dim, "dim", dim)
+        rel_pos_bias = _one_of("rel_pos_bias", rel_pos_bias, "bias", bias, NattenContext.rel_pos_bias)
+        needed = {"embed_dim": embed_dim, "num_heads": num_heads, "kernel_size": kernel_size}
+        missing = [name for name, value in needed.items() if value is None]
+        if missing or embed_dim is None or num_heads is None:
+            raise OptionError(f"NeighborhoodAttention{na_dim}D needs {' and '.join(missing)}")
+        if embed_dim % num_heads:
+            raise ShapeError(f"num_heads must divide embed_dim; received num_heads={num_heads}, embed_dim={embed_dim}")
+        kernel_size = _with_depth(kernel_size, kernel_size_d)
+        axes = neighborhoods(na_dim, kernel_size, stride, _with_depth(dilation or 1, dilation_d), is_causal)
+        self.na_dim = na_dim
+        self.embed_dim = embed_dim
+        self.num_heads = num_heads
+        self.head_dim = embed_dim // num_heads
+        self.scale = self.head_dim**-0.5 if qk_scale is None else qk_scale
+        self.kernel_size, self.stride, self.dilation, self.is_causal = zip(*axes, strict=True)
+        self.qkv = nn.Linear(embed_dim, 3 * embed_dim, bias=qkv_bias)
+        self.rpb = (
+            nn.Parameter(torch.zeros(num_heads, *(2 * k - 1 for k in self.kernel_size))) if rel_pos_bias else None
+        )
+        if self.rpb is not None:
+            trunc_normal_(self.rpb, std=0.02)
+        self.attn_drop = nn.Dropout(attn_drop)
+        self.proj = nn.Linear(embed_dim, embed_dim)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.ndim != self.na_dim + 2 or x.shape[-1] != self.embed_dim:
+            raise ShapeError(
+                f"NeighborhoodAttention{self.na_dim}D takes (batch, *map, {self.embed_dim}) with {self.na_dim} map axes; "
+                f"received {tuple(x.shape)}"
+            )
+        size = x.shape[1:-1]
+        x = self._padded(x)
+        query, key, value = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(-3)
+        holds_weights = not NattenContext.is_fused_na_enabled or (self.training and self.attn_drop.p > 0)
+        out = (self._in_two_calls if holds_weights else self._in_one_call)(query, key, value)
+        out = out.flatten(-2)[(slice(None), *map(slice, size))]
+        return self.proj_drop(self.proj(out))
+
+    def _padded(self, x: Tensor) -> Tensor:
+        windows = [k * d for k, d in zip(self.kernel_size, self.dilation, strict=True)]
+        missing = [max(0, window - cells) for window, cells in zip(windows, x.shape[1:-1], strict=True)]
+        if not any(missing):
+            return x
+        return pad(x, [0, 0, *(amount for cells in reversed(missing) for amount in (0, cells))])
+
+    def _in_one_call(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        geometry = {"stride": self.stride, "dilation": self.dilation, "is_causal": self.is_causal}
+        maps = (query, key, value, self.kernel_size)
+        out = neighborhood_attention_generic(*maps, **geometry, scale=self.scale, rpb=self.rpb)
+        assert isinstance(out, Tensor)
+        return out
+
+    def _in_two_calls(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        if max(self.stride) > 1:
+            raise OptionError(
+                "a stride needs fused attention without dropout of the weights: NATTEN has no split call for it"
+            )
+        qk, av = SPLIT[self.na_dim]
+        geometry = {"kernel_size": self.kernel_size, "dilation": self.dilation, "is_causal": self.is_causal}
+        query, key, value = (tensor.movedim(-2, 1) for tensor in (query, key, value))
+        weights = qk(query * self.scale, key, **geometry, rpb=self.rpb).softmax(-1)
+        return av(self.attn_drop(weights), value, **geometry).movedim(1, -2)
+
+    def extra_repr(self) -> str:
+        names = ("head_dim", "num_heads", "kernel_size", "stride", "dilation", "is_causal")
+        return ", ".join([*(f"{name}={getattr(self, name)}" for name in names), f"rel_pos_bias={self.rpb is not None}"])
+
+
+class NeighborhoodAttention1D(NeighborhoodAttentionGeneric):
+    """Neighbourhood attention over a sequence, (B, L, C): :class:`NeighborhoodAttentionGeneric`.
+
+    Example:
+        >>> NeighborhoodAttention1D(dim=32, num_heads=4, kernel_size=7)(torch.randn(2, 20, 32)).shape
+        torch.Size([2, 20, 32])
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(1, *args, **kwargs)
+
+
+class NeighborhoodAttention2D(NeighborhoodAttentionGeneric):
+    """Neighbourhood attention over an image, (B, H, W, C): :class:`NeighborhoodAttentionGeneric`.
+
+    Example:
+        >>> NeighborhoodAttention2D(embed_dim=32, num_heads=4, kernel_size=7, dilation=2)(torch.randn(2, 20, 20, 32)).shape
+        torch.Size([2, 20, 20, 32])
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(2, *args, **kwargs)
+
+
+class NeighborhoodAttention3D(NeighborhoodAttentionGeneric):
+    """Neighbourhood attention over a volume or a video, (B, D, H, W, C): :class:`NeighborhoodAttentionGeneric`.
+
+    Example:
+        >>> NeighborhoodAttention3D(32, 4, (2, 5, 5), is_causal=(True, False, False))(torch.randn(1, 6, 8, 8, 32)).shape
+        torch.Size([1, 6, 8, 8, 32])
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(3, *args, **kwargs)
+
+
+def _one_of(name: str, value: Any, older: str, older_value: Any, default: Any = None) -> Any:
+    """One argument with two names."""
+    given = {name: value, older: older_value}
+    values = {value for value in given.values() if value is not None}
+    if len(values) > 1:
+        raise OptionError(f"{name} and {older} are two names of one argument; received {given}")
+    return values.pop() if values else default
+
+
+def _with_depth(value: Any, depth: int | None) -> Any:
+    """In 0.15 and 0.16 the first of three axes had an argument of its own."""
+    return value if depth is None else (depth, value, value)

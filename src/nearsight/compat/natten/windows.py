@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""NATTEN's windows in tensors: which cells a query sees, with its window stride, cut into blocks of queries.
+
+Neighbouring queries see almost the same cells, so a block of b queries per axis meets a *span* of cells in one dense
+product, and from the b x span scores each query takes its own window. Queries of one dilation phase see cells of that phase
+only; a phase is a smaller map with undilated windows, and no block crosses from one to the next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from math import prod
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...errors import OptionError
+from ...window import Window
+
+# A slice of blocks is as large as its scores may be: what a call needs besides its result stays near the cache.
+SLICE_SCORES = 1 << 20
+
+
+def without_autocast(tensor: Tensor) -> Any:
+    """Products of the operation are not narrowed: it has the dtype of its inputs, as a kernel has."""
+    kind = tensor.device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+
+
+class Neighborhood(NamedTuple):
+    """The window along one axis. ``stride`` is NATTEN's: that many queries share one window."""
+
+    kernel_size: int
+    stride: int
+    dilation: int
+    causal: bool
+
+
+def neighborhoods(rank: int, kernel_size: Any, stride: Any, dilation: Any, is_causal: Any) -> tuple[Neighborhood, ...]:
+    """One :class:`Neighborhood` per axis, from one value for all axes or one per axis.
+
+    Raises:
+        ShapeError: another number of values than of axes.
+        OptionError: a size below 1, or a stride that would leave cells unseen between two windows.
+    """
+    causal = False if is_causal is None else is_causal
+    window = Window(kernel_size, stride=stride, dilation=dilation, border="shift", causal=causal)
+    axes = window.axes(rank)
+    if any(axis.stride > axis.kernel_size for axis in axes):
+        raise OptionError(f"stride must be at most kernel_size; received stride={stride}, kernel_size={kernel_size}")
+    return tuple(Neighborhood(axis.kernel_size, axis.stride, axis.dilation, axis.causal) for axis in axes)
+
+
+def cells_of(axes: Sequence[Neighborhood]) -> int:
+    """How many cells a window holds."""
+    return prod(axis.kernel_size for axis in axes)
+
+
+def window_of(axis: Neighborhood, step: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
+    """The first and the last step that the query at ``step`` sees, on its dilation phase of ``steps`` cells.
+
+    Queries ``g * stride .. g * stride + stride - 1`` are a group and see the window of their leader: the query in the middle,
+    the right one of two, or the last that there is. The window is shifted inside; an even one has one more cell to the left.
+    On a causal axis the leader is the group's last query, whose window ends at it, and of it a query sees what is not
+    behind it. (NATTEN's documentation of the ``stride`` of generalized neighborhood attention, 0.20.)
+    """
+    group = step // axis.stride * axis.stride
+    if axis.causal:
+        leader = torch.minimum(group + axis.stride - 1, steps - 1)
+        return (leader - axis.kernel_size + 1).clamp(min=0), step
+    leader = torch.minimum(group + axis.stride // 2, steps - 1)
+    first = torch.minimum(leader - axis.kernel_size // 2, steps - axis.kernel_size).clamp(min=0)
+    return first, torch.minimum(first + axis.kernel_size, steps) - 1
+
+
+def places(axis: Neighborhood, cells: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Which of a query's places hold no cell, and every place's index into a table of 2 * kernel_size - 1 biases.
+
+    Both are (cells, kernel_size). The cells of a window stand first, in order; what is missing is missing at the end.
+    """
+    cell = torch.arange(cells, device=device)[:, None]
+    step = cell // axis.dilation
+    first, last = window_of(axis, step, (cells - cell % axis.dilation + axis.dilation - 1) // axis.dilation)
+    seen = first + torch.arange(axis.kernel_size, device=device)
+    entries = (seen - step + axis.kernel_size - 1).clamp(0, 2 * axis.kernel_size - 2)
+    return seen > last, entries
+
+
+class Blocks(NamedTuple):
+    """One axis cut into G blocks of b queries, each with its span of S cells."""
+
+    queries: Tensor  # (G, b) the cell of the query in each place; places past the end repeat the last one
+    padding: Tensor  # (G, b) places past the end
+    cells: Tensor  # (G, S) the cell in each place of the span
+    place: Tensor  # (G, b, S) the place of a cell in the query's window; kernel_size where it is in none
+    column: Tensor  # (G, b, kernel_size) where a place of the window is found in the span
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        return self.place.shape[0], self.place.shape[1], self.place.shape[2]
+
+
+def cut(axis: Neighborhood, cells: int, device: torch.device) -> Blocks:
+    """Cut the queries of every dilation phase into blocks that hold whole groups."""
+    k, stride, dilation, _ = axis
+    longest = -(-cells // dilation)
+    block = min(-(-max(4, k // 2) // stride), -(-longest // stride)) * stride
+    blocks = -(-longest // block)
+    span = min(block - stride + k, longest)
+    phase = torch.arange(min(dilation, cells), device=device)[:, None, None]
+    steps = (cells - phase + dilation - 1) // dilation
+    nth = torch.arange(blocks * block, device=device).view(1, blocks, block)
+    step = torch.minimum(nth, steps - 1)
+    padding = nth >= steps
+    first, last = window_of(axis, step, steps)
+    start = torch.minimum(first[..., :1], steps - span).clamp(min=0)
+    seen = (start + torch.arange(span, device=device))[..., None, :]
+    inside = (seen >= first[..., None]) & (seen <= last[..., None]) & ~padding[..., None]
+    place = torch.where(inside, seen - first[..., None], k)
+    column = (first - start)[..., None] + torch.arange(k, device=device)
+    cell = phase + seen[..., 0, :] * dilation
+    tables = (phase + step * dilation, padding, cell.clamp(max=cells - 1), place, column.clamp(max=span - 1))
+    return Blocks(*(table.flatten(0, 1) for table in tables))
+
+
+def slices(axes: Sequence[Blocks], rows: int) -> Iterator[list[Blocks]]:
+    """All axes, a few blocks of the first axis at a time. ``rows`` counts the maps that are worked on at once."""
+    first, *others = axes
+    per_block = max(1, rows * prod(first.sizes[1:]) * prod(prod(axis.sizes) for axis in others))
+    at_once = max(1, SLICE_SCORES // per_block)
+    for part in zip(*(table.split(at_once) for table in first), strict=True):
+        yield [Blocks(*part), *others]
+
+
+def gather_queries(tensor: Tensor, axes: Sequence[Blocks]) -> Tensor:
+    """(B, N, *map, D) -> (B, N, *G, product of b, D)."""
+    return _gather(tensor, [axis.queries for axis in axes])
+
+
+def gather_spans(tensor: Tensor, axes: Sequence[Blocks]) -> Tensor:
+    """(B, N, *map, D) -> (B, N, *G, product of S, D)."""
+    return _gather(tensor, [axis.cells for axis in axes])
+
+
+def _gather(tensor: Tensor, tables: Sequence[Tensor]) -> Tensor:
+    index = flat_index(tables, tensor.shape[2:-1])
+    return tensor.flatten(2, -2).index_select(2, index.flatten()).unflatten(2, index.shape)
+
+
+def flat_index(tables: Sequence[Tensor], size: Sequence[int]) -> Tensor:
+    """Where the cells of every block are in the flattened map: (G, x) of every axis -> (*G, product of x)."""
+    rank = len(tables)
+    return _row_major([align(table, rank, axis) for axis, table in enumerate(tables)], size).flatten(rank)
+
+
+def ungather(blocked: Tensor, axes: Sequence[Neighborhood], blocks: Sequence[Blocks], size: Sequence[int]) -> Tensor:
+    """The results of all blocks, (B, N, product of G and b, D) -> (B, N, *map, D)."""
+    rank, grid, place = len(axes), [], []
+    for axis, (neighborhood, block, cells) in enumerate(zip(axes, blocks, size, strict=True)):
+        groups, queries, _ = block.sizes
+        per_phase = groups * queries // min(neighborhood.dilation, cells)
+        cell = torch.arange(cells, device=blocked.device)
+        found = cell % neighborhood.dilation * per_phase + cell // neighborhood.dilation
+        grid.append(align(found // queries, rank, axis))
+        place.append(align(found % queries, rank, axis))
+    counts = [block.sizes[0] for block in blocks] + [block.sizes[1] for block in blocks]
+    return blocked.index_select(2, _row_major([*grid, *place], counts).flatten()).unflatten(2, tuple(size))
+
+
+def _row_major(indices: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
+    flat = indices[0]
+    for index, size in zip(indices[1:], sizes[1:], strict=True):
+        flat = flat * size + index
+    return flat
+
+
+def align(table: Tensor, rank: int, axis: int) -> Tensor:
+    """Lay a (G, x, ...) table of one axis out as (*G, *x, ...), with ones along the other axes."""
+    shape = [1] * (table.ndim * rank)
+    shape[axis::rank] = table.shape
+    return table.view(shape)

@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Charts whose numbers can be had as well: what is drawn and what stands in the CSV come from one object.
+
+Series differ in colour (six of Okabe and Ito's, which people with any colour vision can tell apart on light and on dark),
+in marker and in dashes, so that no chart needs its colours to be read.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .draw import BLUE, INK, ORANGE, SKY, STYLE, _figure, _in_style
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+COLOURS = (BLUE, ORANGE, "#009e73", "#cc79a7", "#d55e00", SKY)
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")  # seven to six colours, so that no pair comes twice within 42 series
+DASHES = ("-", "--", "-.", ":")
+BAND = 0.18  # opacity of a band
+PANEL_SIZE = (3.6, 2.7)
+
+
+@dataclass(frozen=True)
+class Series:
+    """Points of one contender.
+
+    Args:
+        label: its name in the legend.
+        x, y: as many as there are points.
+        sd: standard deviation of every y: a band along a line, a bar at a single point; None for none.
+    """
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+    sd: Sequence[float] | None = None
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Panels side by side, with one name for each axis.
+
+    Args:
+        x, y: what the axes show, with its unit.
+        panels: title -> the series in it, "" for a panel that its y names well enough. A series of one point is drawn as
+            a marker, a longer one as a line.
+    """
+
+    x: str
+    y: str
+    panels: Mapping[str, Sequence[Series]]
+
+    def to_csv(self) -> str:
+        """Every point that is drawn: panel, series, x, y and the standard deviation of y, which may be empty."""
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(["panel", "series", self.x, self.y, "standard deviation"])
+        for title, series in self.panels.items():
+            for one in series:
+                spread = [""] * len(one.x) if one.sd is None else one.sd
+                writer.writerows([title, one.label, *point] for point in zip(one.x, one.y, spread, strict=True))
+        return text.getvalue()
+
+
+@_in_style
+def draw(charts: Sequence[Chart], columns: int = 3, legend_below: bool = False) -> Figure:
+    """All panels of one or more charts, ``columns`` to a row, each with its legend.
+
+    Args:
+        legend_below: put each panel's legend under it: many names would hide what is drawn.
+
+    Example:
+        >>> chart = Chart("epoch", "loss", {"": [Series("training", [1, 2, 3], [2.0, 1.0, 0.5])]})
+        >>> figure = draw([chart])
+        >>> chart.to_csv().splitlines()[1]
+        ',training,1,2.0,'
+    """
+    panels = [(chart, title, series) for chart in charts for title, series in chart.panels.items()]
+    columns = min(columns, len(panels))
+    rows = -(-len(panels) // columns)
+    lines = max(len(series) for _, _, series in panels) if legend_below else 0
+    figure = _figure(PANEL_SIZE[0] * columns, (PANEL_SIZE[1] + 0.18 * lines) * rows)
+    for place, (chart, title, series) in enumerate(panels, start=1):
+        axes = figure.add_subplot(rows, columns, place)
+        for number, one in enumerate(series):
+            _draw_series(axes, one, number)
+        _dress(axes, chart, title)
+        if legend_below:
+            axes.legend(loc="upper left", bbox_to_anchor=(0, -0.22), borderaxespad=0, fontsize=8)
+        else:
+            axes.legend()
+    return figure
+
+
+def to_png(figure: Figure) -> bytes:
+    """A picture for slides and readers that take no SVG: 200 dots per inch, on white."""
+    return _saved(figure, "png", dpi=200)
+
+
+def to_svg_file(figure: Figure) -> bytes:
+    """An SVG that stands alone, on white; a page takes :func:`nearsight.inspect.draw.to_svg`."""
+    return _saved(figure, "svg")
+
+
+def _saved(figure: Figure, format: str, **options: Any) -> bytes:
+    from matplotlib import rc_context
+
+    buffer = io.BytesIO()
+    nothing = {"Date": None, "Creator": None} if format == "svg" else {"Software": None}
+    with rc_context(STYLE):
+        figure.savefig(buffer, format=format, facecolor="white", metadata=nothing, **options)
+    return buffer.getvalue()
+
+
+def _draw_series(axes: Axes, series: Series, number: int) -> None:
+    colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
+    dashes = DASHES[number % len(DASHES)]
+    x, y = np.asarray(series.x, float), np.asarray(series.y, float)
+    sd = None if series.sd is None else np.asarray(series.sd, float)
+    if len(x) == 1:
+        axes.errorbar(x, y, sd, fmt=marker, color=colour, label=series.label, capsize=3, markersize=6)
+        return
+    axes.plot(x, y, dashes, color=colour, label=series.label, linewidth=1.8)
+    if sd is not None:
+        axes.fill_between(x, y - sd, y + sd, color=colour, alpha=BAND, linewidth=0)
+
+
+def _dress(axes: Axes, chart: Chart, title: str) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axes.set(xlabel=chart.x, ylabel=chart.y if title else "")
+    axes.set_title(title or chart.y, loc="left")
+    axes.grid(alpha=0.2, color=INK)
+    if chart.x == "epoch":
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))

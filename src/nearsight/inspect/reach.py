@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a layer sees of its input, and which cells are far enough from the edge not to notice it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import inf, lcm
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..layers import AttentionLayer, BlockWindow
+from ..window import Window
+
+
+class Reach(NamedTuple):
+    """What a layer sees of its input, per axis, around the cell that an output sits at."""
+
+    low: tuple[float, ...]  # so many cells before it
+    high: tuple[float, ...]  # and behind it
+    is_cut: bool  # whether the edge of the map cuts off what hangs over it
+    period: tuple[int, ...]  # shifts by multiples of it take outputs to outputs
+
+
+def reach_of(module: nn.Module, size: Sequence[int], out_size: Sequence[int]) -> Reach:
+    """Of attention by its window, of convolutions and pools by their kernel; all else is taken to work cell by cell."""
+    if isinstance(module, AttentionLayer):
+        window = module.window_on(size)
+        return _block_reach(window, size, out_size) if isinstance(window, BlockWindow) else _window_reach(window, size)
+    if isinstance(module, (nn.Conv2d, nn.AvgPool2d, nn.MaxPool2d)):
+        return _kernel_reach(module, size, out_size)
+    cells = 0.0 if tuple(size) == tuple(out_size) else inf
+    return Reach((cells,) * len(size), (cells,) * len(size), cells > 0, (1,) * len(size))
+
+
+def _window_reach(window: Window, size: Sequence[int]) -> Reach:
+    axes = window.axes(len(size))
+    period = tuple(axis.stride for axis in axes)
+    if window.covers(size):  # no block is cut: from everywhere the whole map is seen
+        return Reach((inf,) * len(size), (inf,) * len(size), False, period)
+    low = tuple(float(axis.left * axis.dilation) for axis in axes)
+    high = tuple(float((axis.kernel_size - 1 - axis.left) * axis.dilation) for axis in axes)
+    return Reach(low, high, window.border != "wrap", period)
+
+
+def _block_reach(window: BlockWindow, size: Sequence[int], out_size: Sequence[int]) -> Reach:
+    strides = [int(stride) for stride in strides_of(size, out_size)]
+    before = [0 if stride % window.block_size == 0 else window.block_size - 1 for stride in strides]
+    low = tuple(float(window.halo_size + cells) for cells in before)
+    high = (float(window.halo_size + window.block_size - 1),) * len(size)
+    return Reach(low, high, True, tuple(lcm(window.block_size, stride) for stride in strides))
+
+
+def _kernel_reach(
+    module: nn.Conv2d | nn.AvgPool2d | nn.MaxPool2d, size: Sequence[int], out_size: Sequence[int]
+) -> Reach:
+    kernel, stride = _pair(module.kernel_size), _pair(module.stride)
+    dilation: Any = getattr(module, "dilation", 1)
+    span = [d * (k - 1) for k, d in zip(kernel, _pair(dilation), strict=True)]
+    padding = {"same": [n // 2 for n in span], "valid": [0, 0]}.get(str(module.padding)) or _pair(module.padding)
+    low, high = [], []
+    for n, p, over, pad, step in zip(size, out_size, span, padding, stride, strict=True):
+        declared = p <= -(-(n + 2 * pad - over - 1) // step) + 1
+        low.append(float(pad if declared else over))  # what pads by itself may do so on either side
+        high.append(float(over - pad if declared else over))
+    return Reach(tuple(low), tuple(high), getattr(module, "padding_mode", "zeros") != "circular", stride)
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else tuple(value)
+
+
+def inside_of(size: Sequence[int], out_size: Sequence[int], low: Sequence[float], high: Sequence[float]) -> Tensor:
+    """(1, 1, *out) of bool: the outputs for which nothing hangs over the edge."""
+    inside = everywhere(out_size)
+    for axis, (n, p, before, behind) in enumerate(zip(size, out_size, low, high, strict=True)):
+        cells = torch.arange(p) * strides_of([n], [p])[0]
+        along = (cells >= before) & (cells + behind <= n - 1)
+        inside = inside & along.view(-1, *(1,) * (len(out_size) - 1 - axis))
+    return inside
+
+
+def everywhere(out_size: Sequence[int]) -> Tensor:
+    return torch.ones((1, 1, *out_size), dtype=torch.bool)
+
+
+def closes(size: Sequence[int], out_size: Sequence[int], period: Sequence[int]) -> bool:
+    """Whether the output is a torus if the input is: what leaves at one edge comes back whole at the other."""
+    evenly = all(p * s == n for n, p, s in zip(size, out_size, strides_of(size, out_size), strict=True))
+    return evenly and all(n % cells == 0 for n, cells in zip(size, period, strict=True))
+
+
+def strides_of(size: Sequence[int], out_size: Sequence[int]) -> tuple[float, ...]:
+    """Cells of the input per cell of the output: a whole number, or one over it; maps need not divide evenly."""
+    pairs = zip(size, out_size, strict=True)
+    return tuple(float(max(1, round(n / p))) if p <= n else 1 / round(p / n) for n, p in pairs)

@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows of numbers as CSV: what is drawn can be had as numbers too."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
+
+
+def to_csv(rows: Sequence[Any]) -> str:
+    """Dataclasses of one kind, their fields as columns; None is empty, sizes are written 14x14.
+
+    Example:
+        >>> print(to_csv([Axis(3, border="wrap")]), end="")
+        kernel_size,stride,dilation,border,causal
+        3,1,1,wrap,False
+    """
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    names = [field.name for field in fields(rows[0])]
+    writer.writerow(names)
+    writer.writerows([_cell(getattr(row, name)) for name in names] for row in rows)
+    return text.getvalue()
+
+
+def _cell(value: Any) -> Any:
+    return "x".join(map(str, value)) if isinstance(value, tuple) else value

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the small networks of attention are held against: the same network of convolutions, and a transformer of patches.
+
+They are registered with timm and can be named wherever a model is; ``nearsight models`` lists attention alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from .backbone import build, config
+from .sasa import MICRO, NANO, SasaResNet
+
+__all__ = ["conv_micro", "conv_nano", "vit_micro"]
+
+default_cfgs = generate_default_cfgs(
+    {
+        "conv_nano.untrained": config(32, 10),
+        "conv_micro.untrained": config(32, 10),
+        "vit_micro.untrained": config(32, 10, classifier="head", fixed_input_size=True),
+    }
+)
+
+
+@register_model
+def conv_nano(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """The twin of ``sasa_nano``: 3 x 3 convolutions in the place of attention, in the stem too, and all else the same."""
+    return _create_twin("conv_nano", pretrained, {**NANO, **kwargs})
+
+
+@register_model
+def conv_micro(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """The twin of ``sasa_micro``: 3 x 3 convolutions in the place of attention, in the stem too, and all else the same."""
+    return _create_twin("conv_micro", pretrained, {**MICRO, **kwargs})
+
+
+@register_model
+def vit_micro(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """timm's Vision Transformer with as many parameters as ``sasa_micro``, within a hundredth, on patches of 4 x 4 pixels.
+
+    Dosovitskiy et al. 2021, arXiv:2010.11929. It takes images of one size, ``img_size``, 32 unless given.
+    """
+    size = {"patch_size": 4, "embed_dim": 92, "depth": 4, "num_heads": 4}
+    features = {"feature_cls": "getter", "out_indices": 3}
+    return build_model_with_cfg(VisionTransformer, "vit_micro", pretrained, feature_cfg=features, **{**size, **kwargs})
+
+
+def _create_twin(variant: str, pretrained: bool, arguments: dict[str, Any]) -> nn.Module:
+    return build(SasaResNet, variant, pretrained, 1 + len(arguments["depths"]), attention_stages=(), **arguments)

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run says before it starts and when it has ended."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ..attention import BACKENDS
+from ..models import count_flops
+from .data import Pictures, View
+from .evaluate import Evaluation
+from .recipe import Recipe
+
+
+def announcement(recipe: Recipe, pictures: Pictures, view: View, model: nn.Module, output: Path) -> str:
+    """Model, data, recipe, device, and where the results will be."""
+    assert recipe.batch_size is not None
+    assert recipe.epochs is not None
+    shape = (view.channels, view.size, view.size)
+    sizes = f"{len(pictures.train)} training, {len(pictures.validation)} validation, {len(pictures.test)} test images"
+    device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    processes = f"{recipe.devices} processes" + (f" on each of {recipe.nodes} hosts" if recipe.nodes > 1 else "")
+    steps = max(1, len(pictures.train) // recipe.batch_size)
+    used = ", ".join(backends_used(model, torch.zeros(2, *shape))) or "none of ours"
+    return "\n".join(
+        (
+            f"model    {recipe.model}, {sum(p.numel() for p in model.parameters()):,} parameters{_flops(model, shape)}",
+            f"data     {recipe.data}: {sizes}, {view.size}x{view.size}x{view.channels}, {len(pictures.classes)} classes",
+            f"recipe   {recipe.epochs} epochs of {steps} steps, batch {recipe.batch_size}, {recipe.opt}, "
+            f"lr {recipe.lr:g}, seed {recipe.seed}, {_extras(recipe)}",
+            f"device   {device}, {'one process' if recipe.processes == 1 else processes}, "
+            f"{torch.get_num_threads()} threads; attention by {used}",
+            f"output   {output}",
+        )
+    )
+
+
+def conclusion(evaluation: Evaluation, report: Path, seconds: float) -> str:
+    """The accuracy, and where to read more."""
+    score = f"{evaluation.accuracy:.2%} ({evaluation.correct} of {evaluation.count})"
+    return f"test     accuracy {score} after {seconds:.0f} s\nreport   {report}"
+
+
+def backends_used(model: nn.Module, images: torch.Tensor) -> list[str]:
+    """The backends that a training step of the network calls, in their order; found by trying one without a loss."""
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    training = model.training
+    with _heard() as names:
+        model.train()(images)
+    model.train(training)
+    model.load_state_dict(state)  # the batch norms have seen the images
+    return [backend.name for backend in BACKENDS if backend.name in names]
+
+
+@contextmanager
+def _heard() -> Iterator[set[str]]:
+    """The names of the backends that are called meanwhile."""
+    names: set[str] = set()
+    originals = [backend.attend for backend in BACKENDS]
+
+    def listening(backend, attend):
+        def call(*args, **kwargs):
+            names.add(backend.name)
+            return attend(*args, **kwargs)
+
+        return call
+
+    try:
+        for backend, attend in zip(BACKENDS, originals, strict=True):
+            backend.attend = listening(backend, attend)
+        yield names
+    finally:
+        for backend, attend in zip(BACKENDS, originals, strict=True):
+            backend.attend = attend
+
+
+def _flops(model: nn.Module, shape: tuple[int, ...]) -> str:
+    training = model.training
+    try:
+        return f", {count_flops(model.eval(), shape) / 1e6:,.1f} MFLOPs per image"
+    except Exception:  # a network that the counter cannot follow trains all the same
+        return ""
+    finally:
+        model.train(training)
+
+
+def _extras(recipe: Recipe) -> str:
+    """What is on beyond the plainest training, by the recipe's names."""
+    names = (
+        "weight_decay",
+        "clip_grad",
+        "label_smoothing",
+        "mixup",
+        "cutmix",
+        "random_erasing",
+        "drop_path",
+        "ema_decay",
+    )
+    values = [f"{name.replace('_', '-')} {getattr(recipe, name):g}" for name in names if getattr(recipe, name)]
+    if recipe.precision != "32":
+        values.append(recipe.precision)
+    if recipe.compile:
+        values.append("compiled")
+    return ", ".join(values)

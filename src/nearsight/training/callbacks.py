@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What happens around the training: its files, its clock, and how it is stopped."""
+
+from __future__ import annotations
+
+import csv
+import io
+import resource
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.plugins.io import CheckpointIO
+
+from .data import warn_of_broken
+from .files import write_bytes, write_text
+from .weights import CHECKPOINT_FILE, read_checkpoint
+
+METRICS_FILE = "metrics.csv"
+TIMING_FILE = "timing.csv"
+STATUS = Path("/proc/self/status")
+TIMED_STEPS = (3, 20)  # the time is estimated from the steps after the first of these up to the second
+
+
+class Journal(L.Callback):
+    """After every epoch: one more row in ``metrics.csv`` and ``timing.csv``, then ``last.ckpt``.
+
+    The rows travel in the checkpoint, so that a resumed run's tables have no gap and no epoch twice. What may differ between
+    two runs of one recipe stands in ``timing.csv`` alone: seconds of the epoch, of its training steps, training images per
+    second, and the largest memory of the process so far in bytes (on a GPU: the largest allocated there).
+    """
+
+    def __init__(self, output: Path) -> None:
+        self.output = output
+        self.rows: list[dict[str, float]] = []
+        self.timing: list[dict[str, float]] = []
+        self.broken: set[str] = set()
+        self.begin = self.trained = 0.0
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.begin = time.perf_counter()
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.trained = time.perf_counter()
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        epoch = trainer.current_epoch + 1
+        lr = trainer.optimizers[0].param_groups[0]["lr"]
+        names = ("train_loss", "train_accuracy", "val_loss", "val_accuracy")
+        values = {name: trainer.callback_metrics[name].item() for name in names}
+        self.rows.append({"epoch": epoch, "lr": lr, **values})
+        self.timing.append({"epoch": epoch, **self._timing(trainer)})
+        for data in (trainer.train_dataloader.dataset, trainer.val_dataloaders.dataset):  # pyright: ignore
+            warn_of_broken(data, self.broken)
+        if trainer.is_global_zero:
+            write_text(self.output / METRICS_FILE, _to_csv(self.rows))
+            write_text(self.output / TIMING_FILE, _to_csv(self.timing))
+        trainer.save_checkpoint(self.output / CHECKPOINT_FILE)
+
+    def _timing(self, trainer: L.Trainer) -> dict[str, float]:
+        seconds = self.trained - self.begin
+        images = len(trainer.train_dataloader.sampler) * trainer.world_size  # pyright: ignore
+        return {
+            "seconds": round(time.perf_counter() - self.begin, 4),
+            "train_seconds": round(seconds, 4),
+            "images_per_second": round(images / seconds, 2),
+            "peak_memory": _peak_memory(),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rows": self.rows, "timing": self.timing}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.rows, self.timing = list(state_dict["rows"]), list(state_dict["timing"])
+
+
+class Forecast(L.Callback):
+    """After the first batches: how long an epoch and the whole training will take."""
+
+    def __init__(self) -> None:
+        self.begin: float | None = None
+        self.told = False
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+        batches = int(trainer.num_training_batches)
+        first, last = (min(bound, batches // 2) for bound in TIMED_STEPS)
+        index = trainer.fit_loop.epoch_loop.batch_idx + 1
+        if self.told or not trainer.is_global_zero:
+            return
+        if self.begin is None or index <= first:  # the first steps also compile, allocate and start the workers
+            self.begin, self.first = time.perf_counter(), index
+        elif index >= last:
+            per_batch = (time.perf_counter() - self.begin) / (index - self.first)
+            # A validation batch costs about a third of a training batch: there is no backward.
+            epoch = per_batch * (batches + sum(map(int, trainer.num_val_batches)) / 3)
+            left = trainer.max_epochs - trainer.current_epoch  # pyright: ignore[reportOptionalOperand]
+            print(f"time     about {_duration(epoch)} per epoch, {_duration(epoch * left)} in all", flush=True)
+            self.told = True
+
+
+class StopTogether(L.Callback):
+    """SIGTERM ends a run as Ctrl-C does, with all its processes.
+
+    Lightning's own answer to SIGTERM waits for the other processes in the midst of whatever they are exchanging, for ever.
+    The main process stops here as for Ctrl-C, and ends the others; these fall at once, and leave Ctrl-C to the main process.
+    """
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            return  # Python allows handlers there only
+        if trainer.is_global_zero:
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
+        else:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+class WholeFiles(CheckpointIO):
+    """Checkpoints that are whole or not there, and that cannot run code when they are read."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        buffer = io.BytesIO()
+        torch.save(checkpoint, buffer)
+        write_bytes(Path(path), buffer.getvalue())
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: Any = None) -> dict[str, Any]:
+        return read_checkpoint(Path(path))
+
+    def remove_checkpoint(self, path: Any) -> None:
+        Path(path).unlink(missing_ok=True)
+
+
+def _to_csv(rows: list[dict[str, float]]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def _peak_memory() -> int:
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    if STATUS.is_file():  # Linux also counts into ru_maxrss what the process that started this one held
+        return next(
+            int(line.split()[1]) * 1024 for line in STATUS.read_text().splitlines() if line.startswith("VmHWM:")
+        )
+    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return largest if sys.platform == "darwin" else largest * 1024
+
+
+def _duration(seconds: float) -> str:
+    """12 s, 3 min, 5.2 h."""
+    if seconds < 100:
+        return f"{seconds:.0f} s" if seconds >= 1 else f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,248 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Comparing models: every one of them trained with every seed by one recipe, and what came of it in one table.
+
+    OUTPUT/compare.yaml        the recipe; also for ``nearsight compare --config``
+    OUTPUT/runs/MODEL-seedN/   a run as ``nearsight train`` leaves it, and measures.json
+    OUTPUT/table.csv           one row per model; runs.csv: one per run
+    OUTPUT/plots/              every plot as PNG, SVG and CSV
+    OUTPUT/compare.html        all of it on one page
+
+Every run is a process of its own, so that its memory is its own and it can train on several devices. What is finished is not
+done again: a comparison that was stopped at any moment goes on where it stopped, and models and seeds can be added to one.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+
+from ..errors import OptionError, TrainingError
+from .compare_report import Table, write_comparison
+from .data import Pictures, load_pictures
+from .files import write_text
+from .measures import MEASURES_FILE, Measures, measure, read_measures, read_rows
+from .recipe import Recipe, read_recipe
+from .report import REPORT_FILE
+from .train import MOVABLE
+from .weights import CHECKPOINT_FILE, Blueprint, input_size
+
+RECIPE_FILE = "compare.yaml"
+PER_RUN = ("model", "seed")  # of a recipe's values, those in which the runs differ
+
+# The question of the article: can attention stand in for convolution, and what does it need for that? Each group changes one
+# thing about sasa_micro, which has kernel_size=7 and position=relative.
+ARTICLE = {
+    "what looks": (
+        "conv_micro",
+        "sasa_micro,stem=conv",
+        "sasa_micro",
+        "sasa_micro,kernel_size=global",
+        "vit_micro",
+    ),
+    "kernel size": (
+        "sasa_micro,kernel_size=3",
+        "sasa_micro,kernel_size=5",
+        "sasa_micro",
+        "sasa_micro,kernel_size=9",
+        "sasa_micro,kernel_size=11",
+    ),
+    "position": (
+        "sasa_micro,position=none",
+        "sasa_micro,position=sinusoidal",
+        "sasa_micro,position=learned",
+        "sasa_micro",
+    ),
+}
+PRESETS: dict[str, Mapping[str, Sequence[str]]] = {"article": ARTICLE}
+
+
+class Stopped(TrainingError):
+    """The user stopped the comparison; the same command goes on."""
+
+
+def compare(
+    groups: Mapping[str, Sequence[str]],
+    recipe: Recipe,
+    seeds: int,
+    output: Path,
+    *,
+    target: float | None = None,
+    download: bool = False,
+) -> Table:
+    """Train every model with every seed, measure them, and write table, plots and page.
+
+    Args:
+        groups: name -> models that belong together in table and plots; a model may be in several. One group may be "".
+        recipe: of every run; its model and seed are not used.
+        seeds: how many; they are 0, 1, 2 ...
+        output: the comparison's folder. Runs that are in it already are not trained again.
+        target: the validation accuracy whose time is taken; None takes the highest that every run reached.
+        download: fetch data that is missing.
+
+    Raises:
+        OptionError: no models, one twice in a group, seeds below 1, a target outside 0 to 1, other settings than those of
+            the comparison in the folder, or what :func:`nearsight.training.train.train` refuses.
+        DataError: data or a file in the folder that cannot be read.
+        TrainingError: a run failed, or the folder is in use or cannot be written to.
+        Stopped: by the user.
+
+    Example:
+        >>> table = compare({"": ["sasa_nano", "conv_nano"]}, Recipe(epochs=1), 1, Path("/tmp/compared"))
+        >>> [row.model for row in table.rows]
+        ['sasa_nano', 'conv_nano']
+    """
+    _check(groups, seeds, target)
+    pictures = load_pictures(recipe.data, recipe.data_root, download)
+    recipe = recipe.filled(pictures.defaults)
+    models = list(dict.fromkeys(model for models in groups.values() for model in models))
+    for model in models:
+        Blueprint(model, pictures.classes, pictures.view(input_size(model)), recipe.data).build()
+    # Seed by seed, so that a comparison that is looked at early has all models in it.
+    runs = [(model, seed) for seed in range(seeds) for model in models]
+    _make(output / "runs")
+    with _alone(output) as lock, _termination_as_interrupt():
+        _keep_settings(output / RECIPE_FILE, recipe)
+        found = {}
+        for place, (model, seed) in enumerate(runs, start=1):
+            print(f"[{place}/{len(runs)}] {model}, seed {seed}", flush=True)
+            run = output / "runs" / run_name(model, seed)
+            found[model, seed] = _measured(run, replace(recipe, model=model, seed=seed), pictures, lock)
+        rows = {key: read_rows(output / "runs" / run_name(*key)) for key in runs}
+        table = Table.of(groups, found, rows, target)
+        write_comparison(output, table, recipe, pictures)
+    return table
+
+
+def run_name(model: str, seed: int) -> str:
+    """The folder of a run: model and seed, with nothing in it that a folder's name should not hold."""
+    return f"{re.sub(r'[^A-Za-z0-9_.,=-]+', '_', model).strip('_')}-seed{seed}"
+
+
+def _check(groups: Mapping[str, Sequence[str]], seeds: int, target: float | None) -> None:
+    if not any(groups.values()):
+        raise OptionError("there is nothing to compare: name models, as `nearsight models` lists them")
+    for models in groups.values():
+        twice = [model for place, model in enumerate(models) if model in models[:place]]
+        if twice:
+            raise OptionError(f"each model can be compared once; received {twice[0]!r} twice")
+    names = {model: run_name(model, 0) for models in groups.values() for model in models}
+    if len(set(names.values())) < len(names):
+        raise OptionError(f"two of the models would share a folder's name: {', '.join(names)}; write one differently")
+    if seeds < 1:
+        raise OptionError(f"seeds must be at least 1; received {seeds}")
+    if target is not None and not 0 < target <= 1:
+        raise OptionError(f"target must be an accuracy above 0 and up to 1; received {target:g}")
+
+
+# ------------------------------------------------------------------------------------------------------------- one run
+
+
+def _measured(run: Path, recipe: Recipe, pictures: Pictures, lock: int) -> Measures:
+    """The numbers of a run, which is trained and measured as far as that has not been done."""
+    if (run / MEASURES_FILE).is_file():
+        return read_measures(run)
+    if not (run / REPORT_FILE).is_file():  # a run's last file
+        _train(run, recipe, lock)
+    assert recipe.batch_size is not None
+    return measure(run, recipe.model, recipe.seed, pictures, recipe.batch_size)
+
+
+def _train(run: Path, recipe: Recipe, lock: int) -> None:
+    """``nearsight train`` in a process of its own, from its last checkpoint if there is one."""
+    command = [sys.executable, "-m", "nearsight", "train", f"--output={run}"]
+    command += ["--resume"] if (run / CHECKPOINT_FILE).is_file() else []
+    values = {field.name: getattr(recipe, field.name) for field in fields(recipe)}
+    given = {field.name: values[field.name] for field in fields(recipe) if values[field.name] != field.default}
+    command += [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
+    mistake = "its messages are above"
+    # The lock goes along: should this process be killed, the folder stays locked until the run has ended as well.
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, pass_fds=(lock,)) as process:
+        assert process.stderr is not None
+        try:
+            for line in process.stderr:
+                if line.startswith("nearsight: error: "):
+                    mistake = line.removeprefix("nearsight: error: ").strip()
+                else:
+                    print(line, end="", file=sys.stderr, flush=True)
+            process.wait()
+        except KeyboardInterrupt as stop:
+            process.send_signal(signal.SIGINT)
+            process.wait()
+            raise Stopped(f"stopped in {run}; the same command goes on from there") from stop
+    if process.returncode:
+        raise TrainingError(
+            f"the run {run} ended with exit code {process.returncode}: {mistake}; what is finished is kept, and the same "
+            "command goes on"
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------- the folder
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TrainingError(f"cannot make the folder {folder}: {error.strerror}; name another --output") from error
+
+
+@contextmanager
+def _alone(output: Path) -> Iterator[int]:
+    """Keep other comparisons out of the folder; yields the lock, a file's descriptor."""
+    import fcntl
+
+    lock = os.open(output / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise TrainingError(
+            f"another comparison, or a run that it had started, is still at work in {output}: wait for it or stop it"
+        ) from error
+    else:
+        yield lock
+    finally:
+        os.close(lock)
+
+
+@contextmanager
+def _termination_as_interrupt() -> Iterator[None]:
+    """Let SIGTERM do what Ctrl-C does, so that no run is left behind."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _keep_settings(file: Path, recipe: Recipe) -> None:
+    """Note the recipe in the folder, or hold it against the one that is noted."""
+    if not file.is_file():
+        write_text(file, _settings(recipe))
+        return
+    noted = read_recipe(file)
+    for name in (field.name for field in fields(Recipe) if field.name not in (*PER_RUN, *MOVABLE)):
+        if getattr(noted, name) != getattr(recipe, name):
+            raise OptionError(
+                f"all runs of a comparison share one recipe: {name} is {getattr(noted, name)} in {file}; received "
+                f"{getattr(recipe, name)}: name another --output"
+            )
+
+
+def _settings(recipe: Recipe) -> str:
+    import yaml
+
+    values = {name: value for name, value in asdict(recipe).items() if value is not None and name not in PER_RUN}
+    return "# The recipe of every run here, for `nearsight compare --config` and `nearsight train --config`\n" + (
+        yaml.safe_dump(values, sort_keys=False)
+    )

@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``nearsight convert``: from a network by name, or a trained one, to a folder with the converted one."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import timm
+from timm.data import ImageNetInfo, infer_imagenet_subset
+from timm.models import get_pretrained_cfg, load_state_dict, split_model_name_tag
+from torch import nn
+
+from ..convert import Report, convert
+from ..errors import DataError, NearsightError, OptionError, TrainingError
+from ..models import create_model, parse_spec
+from .data import View
+from .files import write_text
+from .weights import WEIGHTS_FILE, Blueprint, input_size, load_model, save_model
+
+REPORT_FILE = "report.json"
+
+
+def convert_to_folder(
+    model: str, output: Path, *, pretrained: bool = False, checkpoint: Path | None = None, **options: Any
+) -> Report:
+    """Convert a network and leave ``model.safetensors``, which ``nearsight eval`` reads, and ``report.json`` in a folder.
+
+    Args:
+        model: a name that :func:`nearsight.create_model` knows, or a folder or file that ``nearsight`` left.
+        pretrained: with the weights that timm offers for the name.
+        checkpoint: with weights from a file, whose classifier tells the number of classes. Executes no code from it.
+        options: of :func:`nearsight.convert`.
+
+    Raises:
+        TrainingError: the folder holds a model already, or cannot be written to.
+        DataError: weights that cannot be had, read, or fitted to the network.
+        OptionError: what :func:`nearsight.convert` refuses; a network without any layer to convert.
+    """
+    if (output / WEIGHTS_FILE).exists():
+        raise TrainingError(f"{output} holds a model already: name another --output")
+    network, blueprint = _open(model, pretrained, checkpoint)
+    view = blueprint.view
+    report = convert(network, input_size=(view.channels, view.size, view.size), **options)
+    if not report.converted:
+        raise OptionError(f"{model}: {report.summary()[0]}")
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TrainingError(f"cannot write {output}: {error.strerror}") from error
+    save_model(output / WEIGHTS_FILE, network, replace(blueprint, converted=report.options))
+    write_text(output / REPORT_FILE, json.dumps({"model": blueprint.model, **report.to_dict()}, indent=2) + "\n")
+    return report
+
+
+def _open(model: str, pretrained: bool, checkpoint: Path | None) -> tuple[nn.Module, Blueprint]:
+    name = parse_spec(model)[0]
+    if timm.is_model(split_model_name_tag(name)[0]) or not Path(model).exists():
+        return _by_name(model, pretrained, checkpoint)
+    if pretrained or checkpoint is not None:
+        raise OptionError(f"{model} has its weights already: leave out --pretrained and --checkpoint")
+    network, blueprint = load_model(Path(model))
+    if blueprint.converted is not None:
+        raise OptionError(f"{model} is converted already ({blueprint.converted['init']})")
+    return network, blueprint
+
+
+def _by_name(model: str, pretrained: bool, checkpoint: Path | None) -> tuple[nn.Module, Blueprint]:
+    if pretrained and checkpoint is not None:
+        raise OptionError("--pretrained and --checkpoint both name weights: leave one out")
+    weights = {} if checkpoint is None else _read(checkpoint)
+    classes, channels = _borders(model, weights)
+    kwargs = {"num_classes": classes, "in_chans": channels}
+    try:
+        network = create_model(model, pretrained=pretrained, **{k: v for k, v in kwargs.items() if v is not None})
+    except NearsightError:
+        raise
+    except Exception as error:  # no network, no such weights: timm and huggingface_hub raise many kinds
+        if not pretrained:
+            raise
+        raise DataError(f"cannot get pretrained weights of {model}: {_first_line(error)}") from error
+    if weights:
+        try:
+            network.load_state_dict(weights)
+        except RuntimeError as error:
+            raise DataError(f"{checkpoint} does not fit {model}: {' '.join(str(error).split())[:200]}") from error
+    config = getattr(network, "pretrained_cfg", {})
+    subset = infer_imagenet_subset(network) if pretrained else None
+    names = ImageNetInfo(subset).label_descriptions() if subset else [str(i) for i in range(_outputs(network))]
+    channels = channels or config.get("input_size", (3,))[0]
+    mean, std = (_per_channel(config.get(key), channels) for key in ("mean", "std"))
+    data = config.get("tag") if pretrained else None if checkpoint is None else checkpoint.name
+    return network.eval(), Blueprint(
+        model, tuple(names), View(channels, input_size(model), mean, std), data or "nothing"
+    )
+
+
+def _read(checkpoint: Path) -> dict[str, Any]:
+    try:
+        return load_state_dict(str(checkpoint), weights_only=True)
+    except FileNotFoundError as error:
+        raise DataError(f"there is no {checkpoint}") from error
+    except Exception as error:  # as many kinds as there are formats; each means the same to the user
+        raise DataError(f"cannot read {checkpoint}: it is damaged, of another kind, or would run code") from error
+
+
+def _borders(model: str, weights: dict[str, Any]) -> tuple[int | None, int | None]:
+    """Classes and channels of the picture as the weights have them; None where they do not say."""
+    config = get_pretrained_cfg(parse_spec(model)[0])
+    found = []
+    for layer, axis in ((getattr(config, "classifier", None), 0), (getattr(config, "first_conv", None), 1)):
+        first = layer[0] if isinstance(layer, (tuple, list)) else layer
+        weight = weights.get(f"{first}.weight")
+        found.append(None if weight is None else weight.shape[axis])
+    return found[0], found[1]
+
+
+def _outputs(network: nn.Module) -> int:
+    classes = getattr(network, "num_classes", None)
+    if not isinstance(classes, int) or classes < 1:
+        raise OptionError(f"{type(network).__name__} names no classes: only classifiers can be kept in a folder")
+    return classes
+
+
+def _per_channel(values: Any, channels: int) -> tuple[float, ...]:
+    values = tuple(values or (0.5,) * channels)
+    return values if len(values) == channels else (sum(values) / len(values),) * channels
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pictures by name, each split in three.
+
+The splits are fixed, whatever the seed of the run, so that runs can be compared:
+
+    digits        scikit-learn's 1797 handwritten digits, 8x8: 20 % test, stratified; 10 % of the rest validation
+    mnist ...     the official test set; 10 % of the official training set, stratified, is validation
+    folder:PATH   PATH/train with PATH/val and/or PATH/test, one folder per class inside; or the class folders
+                  straight in PATH, split as digits are
+    hf:NAME       a data set of the Hugging Face Hub, or a local folder that its library reads; its own splits
+    wds:PATH      WebDataset shards, named after their split
+
+A lone val is taken as the test set, and then 10 % of the training images are validation. Nothing is ever chosen by its
+result on the test split.
+
+pictures.py   what a data set is to the rest of the training
+arrays.py     those that fit in memory
+stored.py     those that are decoded when needed; folder:PATH
+hub.py        hf:NAME
+shards.py     wds:PATH
+"""
+
+from __future__ import annotations
+
+from ...errors import OptionError
+from .arrays import SOURCES, ArraySplit, RandomAffine
+from .hub import load_hub
+from .pictures import IGNORED, Dealer, Pictures, Split, View, loader
+from .shards import load_shards
+from .stored import StoredSplit, load_folder, warn_of_broken
+
+__all__ = [
+    "IGNORED",
+    "SOURCES",
+    "ArraySplit",
+    "Dealer",
+    "Pictures",
+    "RandomAffine",
+    "Split",
+    "StoredSplit",
+    "View",
+    "load_pictures",
+    "loader",
+    "warn_of_broken",
+]
+
+STORED = {"folder": load_folder, "hf": load_hub, "wds": load_shards}
+
+
+def load_pictures(name: str, root: str | None = None, download: bool = False) -> Pictures:
+    """Find a data set by name.
+
+    Args:
+        root: a folder that holds the files; else the usual places are searched.
+        download: fetch what is missing, where torchvision knows how to.
+
+    Raises:
+        OptionError: an unknown name.
+        DataError: the files are missing or cannot be read; the message says where they were looked for.
+
+    Example:
+        >>> len(load_pictures("digits").test)
+        360
+    """
+    kind, colon, _ = name.partition(":")
+    if colon and kind in STORED:
+        return STORED[kind](name)
+    if name not in SOURCES:
+        raise OptionError(
+            f"data must be one of {', '.join(SOURCES)}, folder:PATH, hf:NAME or wds:PATH; received {name!r}"
+        )
+    return SOURCES[name](name, root, download)

@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a data set is to the rest of the training: three splits, how a model sees them, and batches of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from ...errors import DataError
+
+SPLIT_SEED = 0
+TEST_SHARE = 0.2
+VALIDATION_SHARE = 0.1
+IGNORED = -1  # the label of what does not count: padding, and images that cannot be read
+MAX_BROKEN = 10
+
+
+@dataclass(frozen=True)
+class View:
+    """How a model sees pictures: channels, size and normalisation."""
+
+    channels: int
+    size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+class Split(Protocol):
+    """One of the three parts of a data set."""
+
+    @property
+    def workers(self) -> int:
+        """Processes that it is worth loading with."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def order(self, generator: torch.Generator) -> Tensor:
+        """All indices once, shuffled."""
+        ...
+
+    def seen(self, view: View, training: bool, seed: int = 0, max_broken: int = MAX_BROKEN) -> Dataset:
+        """The pictures as a model with that view wants them: pairs of float32 (C, H, W) and label.
+
+        Item ``epoch * len(split) + index`` is the picture at ``index`` as it is drawn in that epoch. Its random changes in
+        training follow from this number and ``seed`` alone, whichever process draws them. A negative item is padding.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """A data set: its splits, what they look like, and the settings found best for training on it."""
+
+    name: str
+    classes: tuple[str, ...]
+    train: Split
+    validation: Split
+    test: Split
+    channels: int
+    size: int | None  # None: whatever the model asks for
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    defaults: dict[str, Any]
+    augment: nn.Module = field(
+        default_factory=nn.Identity
+    )  # of whole batches, for splits that do not change their pictures
+
+    def view(self, size: int) -> View:
+        """How a model for these pictures sees them."""
+        return View(self.channels, self.size or size, self.mean, self.std)
+
+
+class Dealer(Sampler[int]):
+    """Deals one order of a split out among processes: image i goes to process i modulo their number.
+
+    In training the order is shuffled by ``(seed, epoch)`` and cut to whole steps, so that any number of processes take the
+    same steps over the same images. Otherwise all images come in order, with padding (-1) so that all processes get as many.
+
+    Args:
+        step: images per step over all processes, in training; None to go through all images in order.
+    """
+
+    def __init__(self, split: Split, rank: int = 0, world: int = 1, *, step: int | None = None, seed: int = 0) -> None:
+        self.split, self.rank, self.world, self.step, self.seed = split, rank, world, step, seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Lightning tells the epoch here."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        count = len(self.split)
+        return -(-count // self.world) if self.step is None else count // self.step * self.step // self.world
+
+    def __iter__(self) -> Iterator[int]:
+        total = len(self) * self.world
+        if self.step is None:
+            count = len(self.split)
+            draws = [*range(count), *[-1] * (total - count)]
+        else:
+            generator = torch.Generator().manual_seed(self.seed + self.epoch)
+            draws = (self.epoch * len(self.split) + self.split.order(generator)[:total]).tolist()
+        return iter(draws[self.rank :: self.world])
+
+
+def loader(data: Dataset, batch_size: int, workers: int, sampler: Sampler | None = None) -> DataLoader:
+    """Batches of a prepared split, in order or in the sampler's."""
+    return DataLoader(
+        data,
+        batch_size=batch_size,
+        sampler=sampler,
+        num_workers=workers,
+        collate_fn=_as_is if hasattr(data, "__getitems__") else None,
+        persistent_workers=workers > 0,
+    )
+
+
+def _as_is(batch: Any) -> Any:
+    return batch
+
+
+def stratified(labels: Sequence[int] | np.ndarray, share: float) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of the larger and of the smaller part, every class in proportion; the same at every call."""
+    from sklearn.model_selection import train_test_split
+
+    try:
+        larger, smaller = train_test_split(
+            np.arange(len(labels)), test_size=share, stratify=labels, random_state=SPLIT_SEED
+        )
+    except ValueError as error:
+        raise DataError(f"too few images to split {share:.0%} off every class: {error}") from error
+    return np.sort(larger), np.sort(smaller)

@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""wds:PATH: WebDataset shards, tar files of images with their labels, for data too large to lie about as single files.
+
+The shards are read once to note where each image lies. Then any process can fetch any image with a single read, so shards are
+dealt out, shuffled and resumed as all other data are, and every image is seen exactly once per epoch whatever the number of
+processes. The order goes shard by shard, so that a disk or a network mount is read in long runs.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tarfile
+from collections.abc import Sequence
+from glob import glob
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+
+from ...errors import DataError, TrainingError
+from ..files import write_bytes
+from .pictures import Pictures
+from .stored import Album, divided
+
+INDEX_FILE = "nearsight-index.npz"
+CLASSES_FILE = "classes.txt"
+PARTS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+IMAGES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "ppm", "tif", "tiff")
+COLUMNS = ("shard", "offset", "size", "label")
+
+
+class Shards:
+    """Pictures in tar files, found by an index with one row per picture: shard, offset and size in bytes, label."""
+
+    def __init__(self, files: Sequence[Path], index: dict[str, np.ndarray]) -> None:
+        self.files, self.index = files, index
+        self.labels, self.blocks = index["label"], index["shard"]
+
+    def name(self, index: int) -> str:
+        with self._file(index).open("rb") as file:
+            file.seek(int(self.index["offset"][index]) - tarfile.BLOCKSIZE)
+            header = file.read(tarfile.BLOCKSIZE)
+        member = header[:100].rstrip(b"\0").decode(errors="replace")
+        return f"{self._file(index)}/{member}"
+
+    def fetch(self, index: int) -> bytes:
+        with self._file(index).open("rb") as file:
+            file.seek(int(self.index["offset"][index]))
+            return file.read(int(self.index["size"][index]))
+
+    def _file(self, index: int) -> Path:
+        return self.files[self.index["shard"][index]]
+
+
+def load_shards(name: str) -> Pictures:
+    """``wds:PATH``: a folder of shards, or a pattern with braces or stars, as ``data/{train,val}-{000..127}.tar``.
+
+    The words train, val (or validation) and test in a shard's name tell its split. A sample is an image and its label in a
+    ``.cls`` file; the names of the classes stand in ``classes.txt`` beside the shards, one a line, or they are numbers.
+    """
+    files = _shards(name.partition(":")[2])
+    parts = [_part(file) for file in files]
+    if "train" not in parts:
+        raise DataError(f"{name} must match shards with the word train in their names; it matches {files[0].name} ...")
+    index = _index(files)
+    part_of_shard = np.array(parts)
+    albums: dict[str, Album] = {}
+    for part in dict.fromkeys(parts):
+        chosen = part_of_shard[index["shard"]] == part
+        albums[part] = Shards(files, {column: values[chosen] for column, values in index.items()})
+    return divided(name, _classes(files[0].parent / CLASSES_FILE, index["label"]), albums)
+
+
+def _shards(pattern: str) -> list[Path]:
+    try:
+        from webdataset.shardlists import expand_urls
+    except ImportError as error:
+        raise TrainingError("wds:PATH needs the package webdataset: pip install 'nearsight[train]'") from error
+
+    if "://" in pattern or pattern.startswith("pipe:"):
+        raise DataError(f"wds:PATH reads shards at random, so they must be files: mount what {pattern} names")
+    place = Path(pattern).expanduser()
+    if place.is_dir():
+        files = sorted(place.glob("*.tar"))
+    else:
+        found = [sorted(glob(one)) or [one] for one in expand_urls(str(place))]
+        files = [Path(file) for files in found for file in files]
+    missing = [str(file) for file in files if not file.is_file()]
+    if not files or missing:
+        raise DataError(f"there is no shard {(missing or [place / '*.tar'])[0]}; wds:PATH needs tar files")
+    return files
+
+
+def _part(file: Path) -> str:
+    for word in re.split(r"[^a-z]+", file.name.lower()):
+        if word in PARTS:
+            return PARTS[word]
+    raise DataError(f"the name of a shard must hold the word train, val or test; received {file}")
+
+
+def _index(files: Sequence[Path]) -> dict[str, np.ndarray]:
+    """Where every image lies: from the index file beside the shards while that is up to date, else from the shards."""
+    stamps = [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    cache = files[0].parent / INDEX_FILE
+    try:
+        with np.load(cache, allow_pickle=False) as stored:
+            if json.loads(str(stored["files"])) == stamps:
+                return {column: stored[column] for column in COLUMNS}
+    except (OSError, ValueError, KeyError, EOFError):
+        pass  # none yet, or a damaged one
+
+    rows = [(shard, *row) for shard, file in enumerate(files) for row in _scan(file)]
+    if not rows:
+        raise DataError(f"there are no samples in {files[0]} ...")
+    index = dict(zip(COLUMNS, np.array(rows, dtype=np.int64).T.copy(), strict=True))
+    content = BytesIO()
+    np.savez(content, files=np.array(json.dumps(stamps)), **index)
+    try:
+        write_bytes(cache, content.getvalue())
+    except TrainingError:
+        pass  # a folder that cannot be written to: the shards are read again next time
+    return index
+
+
+def _scan(file: Path) -> list[tuple[int, int, int]]:
+    """Offset, size and label of every sample of a shard, in its order."""
+    from webdataset.tariterators import base_plus_ext
+
+    images: dict[str, tuple[int, int]] = {}
+    labels: dict[str, int] = {}
+    try:
+        with tarfile.open(file, "r:") as tar:
+            for member in tar:
+                key, extension = base_plus_ext(member.name) if member.isfile() else (None, None)
+                content = tar.extractfile(member) if extension == "cls" else None
+                if extension in IMAGES:
+                    images[key] = (member.offset_data, member.size)
+                elif content is not None:
+                    labels[key] = int(content.read())
+    except (tarfile.TarError, OSError, EOFError, ValueError) as error:
+        raise DataError(f"cannot read the shard {file}: {error}; is it a whole tar file, not a packed one?") from error
+    odd = sorted(images.keys() ^ labels.keys())
+    if odd:
+        raise DataError(f"a sample must be an image and a .cls file with its label; {odd[0]} in {file} has only one")
+    return [(*place, labels[key]) for key, place in images.items()]
+
+
+def _classes(file: Path, labels: np.ndarray) -> tuple[str, ...]:
+    if not file.is_file():
+        names = tuple(str(number) for number in range(int(labels.max()) + 1))
+    else:
+        names = tuple(file.read_text().splitlines())
+    if labels.min() < 0 or labels.max() >= len(names):
+        raise DataError(
+            f"labels must be 0 to {len(names) - 1}; received {labels.min()} to {labels.max()} beside {file}"
+        )
+    return names

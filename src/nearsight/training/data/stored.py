@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pictures that stay where they are stored until they are needed, decoded by processes of their own; folders of them."""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+from dataclasses import dataclass, replace
+from io import BytesIO
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ...errors import DataError
+from .pictures import IGNORED, MAX_BROKEN, TEST_SHARE, VALIDATION_SHARE, Pictures, View, stratified
+
+WINDOW = 16384  # images of neighbouring blocks that are shuffled among each other
+
+
+class Album(Protocol):
+    """Labelled pictures that are fetched one by one.
+
+    Attributes:
+        labels: of all pictures, int64.
+        blocks: the number of the block, as a shard, in which each is stored; None where the order of reading is free.
+    """
+
+    labels: np.ndarray
+    blocks: np.ndarray | None
+
+    def name(self, index: int) -> str:
+        """What to call a picture in a message."""
+        ...
+
+    def fetch(self, index: int) -> str | bytes:
+        """The file of a picture, or what is in it."""
+        ...
+
+
+def divided(name: str, classes: tuple[str, ...], albums: dict[str, Album]) -> Pictures:
+    """A data set from its parts ``train`` and, where there are, ``val`` and ``test``.
+
+    A lone val or test is taken as the test set, as is usual for ImageNet; what is missing is split off train, every class
+    in proportion.
+    """
+    from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+    splits = {part: StoredSplit(album, np.arange(len(album.labels))) for part, album in albums.items()}
+    train = splits.pop("train")
+    if not splits:
+        train, splits["test"] = train.divide(TEST_SHARE)
+    if len(splits) == 2:
+        validation, test = splits["val"], splits["test"]
+    else:
+        (test,) = splits.values()
+        train, validation = train.divide(VALIDATION_SHARE)
+    return Pictures(
+        name,
+        classes,
+        train,
+        validation,
+        test,
+        channels=3,
+        size=None,
+        mean=IMAGENET_DEFAULT_MEAN,
+        std=IMAGENET_DEFAULT_STD,
+        defaults={"epochs": 30, "batch_size": 64, "lr": 3e-3},
+    )
+
+
+@dataclass(frozen=True)
+class StoredSplit:
+    """Some of the pictures of an album."""
+
+    album: Album
+    chosen: np.ndarray
+    workers: int = min(8, os.cpu_count() or 1)
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def divide(self, share: float) -> tuple[StoredSplit, StoredSplit]:
+        larger, smaller = stratified(self.album.labels[self.chosen], share)
+        return replace(self, chosen=self.chosen[larger]), replace(self, chosen=self.chosen[smaller])
+
+    def order(self, generator: torch.Generator) -> Tensor:
+        order = torch.randperm(len(self), generator=generator)
+        if self.album.blocks is None:
+            return order
+        # Block by block, so that each is read about once, at random within a window of some of them.
+        blocks = torch.from_numpy(self.album.blocks[self.chosen])
+        rank = torch.randperm(int(blocks.max()) + 1, generator=generator)
+        order = order[rank[blocks[order]].argsort(stable=True)]
+        windows = order.split(WINDOW)
+        return torch.cat([window[torch.randperm(len(window), generator=generator)] for window in windows])
+
+    def seen(self, view: View, training: bool, seed: int = 0, max_broken: int = MAX_BROKEN) -> Dataset:
+        return SeenPictures(self, view, training, seed, max_broken)
+
+
+class SeenPictures(Dataset):
+    """The pictures of a split, decoded and, in training, changed at random by timm's transforms.
+
+    One that cannot be read is skipped: in training the next one takes its place, otherwise it does not count. More than
+    ``max_broken`` of them are an error. All processes that load for this object share the list of them.
+    """
+
+    def __init__(self, split: StoredSplit, view: View, training: bool, seed: int, max_broken: int) -> None:
+        from timm.data.transforms_factory import create_transform
+
+        self.split, self.view, self.training, self.seed, self.max_broken = split, view, training, seed, max_broken
+        self.unreadable = torch.zeros(len(split), dtype=torch.bool).share_memory_()
+        self.transform: Any = create_transform(
+            (view.channels, view.size, view.size),
+            is_training=training,
+            mean=view.mean,
+            std=view.std,
+            interpolation="bilinear",
+            crop_pct=1.0,
+            color_jitter=0.0 if view.channels == 1 else 0.4,
+        )
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitem__(self, draw: int) -> tuple[Tensor, int]:
+        if draw >= 0:
+            if self.training:
+                seed_all(self.seed, draw)
+            for place in range(len(self) if self.training else 1):
+                index = (draw + place) % len(self)
+                image = self._open(index)
+                if image is not None:
+                    return self.transform(image), int(self.split.album.labels[self.split.chosen[index]])
+        if self.training:
+            raise DataError(f"none of the {len(self)} training images can be read; the first is {self.name(0)}")
+        return torch.zeros(self.view.channels, self.view.size, self.view.size), IGNORED
+
+    def name(self, index: int) -> str:
+        return self.split.album.name(int(self.split.chosen[index]))
+
+    def broken(self) -> list[str]:
+        """The names of the pictures that could not be read so far."""
+        return [self.name(index) for index in self.unreadable.nonzero().flatten().tolist()]
+
+    def _open(self, index: int) -> Any:
+        if self.unreadable[index]:
+            return None
+        try:
+            return _decode(self.split.album.fetch(int(self.split.chosen[index])), self.view.channels)
+        except Exception as error:  # decoders raise what they like when bytes are damaged, struct.error included
+            self.unreadable[index] = True
+            names = self.broken()
+            if len(names) > self.max_broken:
+                limit = f"more than {self.max_broken} images cannot be read, among them " if self.max_broken else ""
+                raise DataError(
+                    f"{limit or 'cannot read the image '}{', '.join(names[:5])}: {error}; mend or remove them, or allow "
+                    f"more with --max-broken"
+                ) from error
+            return None
+
+
+def warn_of_broken(data: Any, known: set[str] | None = None) -> None:
+    """Tell on standard error which pictures were skipped, but for those that are ``known``; these are added to it."""
+    known = set() if known is None else known
+    found = [name for name in data.broken() if name not in known] if isinstance(data, SeenPictures) else []
+    if found:
+        print(f"skipped {len(found)} images that cannot be read: {', '.join(found)}", file=sys.stderr, flush=True)
+    known.update(found)
+
+
+def seed_all(*numbers: int) -> None:
+    """Python's, NumPy's and PyTorch's random numbers from here on follow from these."""
+    state = int(np.random.SeedSequence(numbers).generate_state(1)[0])
+    random.seed(state)
+    np.random.seed(state)
+    torch.manual_seed(state)
+
+
+def _decode(source: str | bytes, channels: int) -> Any:
+    from PIL import Image
+
+    with Image.open(BytesIO(source) if isinstance(source, bytes) else source) as image:
+        return image.convert("L" if channels == 1 else "RGB")
+
+
+# ------------------------------------------------------------------------------------------------- folder:PATH
+
+
+class Files:
+    """Pictures in files."""
+
+    blocks = None
+
+    def __init__(self, samples: list[tuple[str, int]]) -> None:
+        self.paths = [path for path, _ in samples]
+        self.labels = np.array([label for _, label in samples])
+
+    def name(self, index: int) -> str:
+        return self.paths[index]
+
+    def fetch(self, index: int) -> str:
+        return self.paths[index]
+
+
+def load_folder(name: str) -> Pictures:
+    """``folder:PATH``: PATH/train with PATH/val and/or PATH/test, one folder per class inside; or these in PATH itself."""
+    path = Path(name.partition(":")[2]).expanduser()
+    if not path.is_dir():
+        raise DataError(f"there is no folder {path}; folder:PATH needs one with a folder of images per class")
+    parts = [part for part in ("train", "val", "test") if (path / part).is_dir()]
+    if "train" not in parts:
+        classes, files = _class_folders(path)
+        return divided(name, tuple(classes), {"train": files})
+    found = {part: _class_folders(path / part) for part in parts}
+    classes = found["train"][0]
+    for part, (others, _) in found.items():
+        odd = sorted(set(others) ^ set(classes))
+        if odd:
+            raise DataError(
+                f"{path / part} must hold the classes that train holds; these are in one only: {', '.join(odd)}"
+            )
+    return divided(name, tuple(classes), {part: files for part, (_, files) in found.items()})
+
+
+def _class_folders(folder: Path) -> tuple[list[str], Files]:
+    from torchvision.datasets import ImageFolder
+
+    try:
+        found = ImageFolder(str(folder))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{folder} must hold one folder of images per class: {error}") from error
+    return found.classes, Files(found.samples)

@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a finished run is measured by when it is compared with others.
+
+    accuracy                       of the saved weights on the test split
+    parameters                     of the network
+    flops                          of one image's forward pass, two per multiply-add (nearsight.models.count_flops)
+    train_images_per_second        training images over the time of an epoch's steps, median over the epochs
+    inference_images_per_second    of the network alone, on one batch of test images in memory: median of several passes
+    peak_memory                    largest resident memory of the training process, on a GPU the largest allocated: bytes
+    equivariance_error             how much the answer changes when the picture moves by a pixel
+    seconds                        of every epoch, validation and files included
+
+**Equivariance.** A class has no place, so an answer that moves with the picture is one that stays. With f the network from
+the picture to its logits and T one of the four translations of the torus by one pixel (what leaves on one side comes in on
+the other), on at most 256 test images x,
+
+    error = max over T of  max | f(T x) - f(x) | / max | f(x) |
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..bench.timing import race
+from ..errors import DataError
+from ..inspect import equivariance_error
+from ..models import count_flops
+from .callbacks import METRICS_FILE, TIMING_FILE
+from .data import Pictures, loader
+from .evaluate import evaluate
+from .files import write_text
+from .weights import load_model
+
+MEASURES_FILE = "measures.json"
+MOVES = ((1, 0), (-1, 0), (0, 1), (0, -1))  # rows, columns
+MOVED_IMAGES = 256
+PASSES, SECONDS = 10, 10.0  # of the inference's timing
+
+
+@dataclass(frozen=True)
+class Measures:
+    """The numbers above, of one run."""
+
+    model: str
+    seed: int
+    accuracy: float
+    parameters: int
+    flops: int
+    train_images_per_second: float
+    inference_images_per_second: float
+    peak_memory: float
+    equivariance_error: float
+    seconds: tuple[float, ...]
+
+
+def measure(run: Path, model: str, seed: int, pictures: Pictures, batch_size: int) -> Measures:
+    """Measure a finished run, and leave the numbers in its folder as ``measures.json``.
+
+    Raises:
+        DataError: the run's files cannot be read.
+    """
+    network, blueprint = load_model(run)
+    view = blueprint.view
+    flops = count_flops(network, (view.channels, view.size, view.size))
+    network.to(_device())
+    batches = loader(pictures.test.seen(view, training=False), batch_size, pictures.test.workers)
+    found = Measures(
+        model=model,
+        seed=seed,
+        accuracy=evaluate(network, batches).accuracy,
+        parameters=sum(parameter.numel() for parameter in network.parameters()),
+        flops=flops,
+        inference_images_per_second=_speed(network, next(iter(batches))[0].to(_device())),
+        equivariance_error=moved_by_a_pixel(network, _first(batches, MOVED_IMAGES).to(_device())),
+        **_of_training(run),
+    )
+    write_text(run / MEASURES_FILE, json.dumps(asdict(found), indent=2) + "\n")
+    return found
+
+
+def read_measures(run: Path) -> Measures:
+    """The numbers in a run's ``measures.json``.
+
+    Raises:
+        DataError: the file is not there or does not hold them.
+    """
+    file = run / MEASURES_FILE
+    try:
+        values = json.loads(file.read_text())
+        return Measures(**{**values, "seconds": tuple(values["seconds"])})
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise DataError(f"cannot read {file}: {error}; delete it, and the run is measured again") from error
+
+
+def read_rows(run: Path) -> list[dict[str, float]]:
+    """The epochs of a run, from its ``metrics.csv``.
+
+    Raises:
+        DataError: the file is not there or does not hold numbers.
+    """
+    return _read_csv(run / METRICS_FILE)
+
+
+def moved_by_a_pixel(network: nn.Module, images: Tensor) -> float:
+    """The equivariance error of the answer, as the head of this file defines it."""
+    return max(
+        equivariance_error(network, images, lambda x, move=move: x.roll(move, (-2, -1)), out_transform=lambda y: y)
+        for move in MOVES
+    )
+
+
+def _of_training(run: Path) -> dict[str, Any]:
+    """What the run noted of itself while it was trained."""
+    epochs = _read_csv(run / TIMING_FILE)
+    return {
+        "train_images_per_second": median(epoch["images_per_second"] for epoch in epochs),
+        "peak_memory": max(epoch["peak_memory"] for epoch in epochs),
+        "seconds": tuple(epoch["seconds"] for epoch in epochs),
+    }
+
+
+def _read_csv(file: Path) -> list[dict[str, float]]:
+    try:
+        rows = csv.DictReader(io.StringIO(file.read_text()))
+        return [{name: float(value) for name, value in row.items()} for row in rows]
+    except (OSError, ValueError, TypeError) as error:
+        raise DataError(f"cannot read {file}: {error}; delete the run's folder, and it is trained again") from error
+
+
+def _speed(network: nn.Module, images: Tensor) -> float:
+    def forward() -> None:
+        with torch.inference_mode():
+            network(images).sum().item()  # asking for a number waits for a GPU
+
+    return len(images) * 1e3 / race({"inference": forward}, PASSES, SECONDS)["inference"].median
+
+
+def _first(batches: Any, count: int) -> Tensor:
+    """The first ``count`` images, or all if there are fewer."""
+    taken: list[Tensor] = []
+    for images, _ in batches:
+        taken.append(images)
+        if sum(map(len, taken)) >= count:
+            break
+    return torch.cat(taken)[:count]
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
