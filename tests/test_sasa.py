@@ -82,10 +82,20 @@ def test_tables_5_and_6_parameters():
     assert parameters("sasa_resnet50", content=False) == 16_781_160
 
 
-@pytest.mark.parametrize(("name", "count"), [("sasa_nano", 84_906), ("sasa_micro", 418_058)])
-def test_small_networks(name, count):
-    assert parameters(name) == count
-    assert spatial_convolutions(ns.create_model(name)) == []
+def test_small_networks():
+    assert parameters("sasa_nano") == 84_906
+    assert spatial_convolutions(ns.create_model("sasa_nano")) == []
+    assert parameters("sasa_micro") == 412_042
+    assert spatial_convolutions(ns.create_model("sasa_micro")) == ["stem.0"]
+    assert spatial_convolutions(ns.create_model("conv_micro"))[0] == "stem.0"
+
+
+def test_what_the_small_network_is_held_against():
+    """A twin of convolutions in the same places, and a transformer of about as many parameters."""
+    convolutions = 9 * 1024 * (1 + 4 + 3 * 16)
+    attention = 3 * 1024 * (1 + 4 + 3 * 16) + 5 * (32 + 64 + 3 * 128)
+    assert parameters("conv_micro") - parameters("sasa_micro") == convolutions - attention
+    assert parameters("vit_micro") == pytest.approx(parameters("sasa_micro"), rel=0.03)
 
 
 # ---------------------------------------------------------------------------------------------------- how it is put together
@@ -182,7 +192,6 @@ def test_small_images_of_any_size(size):
         ({"kernel_size": (3, 5)}, r"one number or 3.*received \(3, 5\)"),
         ({"widths": (16, 32)}, r"widths must be one number or 3.*received \(16, 32\)"),
         ({"stem": "pixel", "stem_stride": 2}, "received 'pixel' with stem_stride=2"),
-        ({"stem": "patch"}, "received 'patch' with stem_stride=1"),
         ({"stem": "attention"}, "received 'attention' with stem_stride=1"),
         ({"content": False, "position": "bias"}, "needs position='relative'; received 'bias'"),
     ],

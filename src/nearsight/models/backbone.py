@@ -128,7 +128,7 @@ class Bottleneck(nn.Module):
         in_channels, width, spatial_channels, out_channels: of the input, and after down, ``spatial`` and up.
         spatial: maps ``width`` to ``spatial_channels`` channels, and strides unless ``pool`` does.
         stride: of the whole block.
-        pool: follow ``spatial`` by an average pool of ``stride``.
+        pool: ``"after"`` or ``"before"`` ``spatial``, an average pool of ``stride``; None for none.
         drop_path: chance to skip the block for an image in training.
     """
 
@@ -141,7 +141,7 @@ class Bottleneck(nn.Module):
         spatial: nn.Module,
         *,
         stride: int = 1,
-        pool: bool = False,
+        pool: str | None = None,
         drop_path: float = 0.0,
     ) -> None:
         super().__init__()
@@ -150,8 +150,9 @@ class Bottleneck(nn.Module):
         )
         self.spatial = spatial
         # ceil_mode and the count keep odd sizes in step with the shortcut.
-        pools = pool and stride > 1
+        pools = pool is not None and stride > 1
         self.pool = nn.AvgPool2d(stride, ceil_mode=True, count_include_pad=False) if pools else nn.Identity()
+        self.pool_first = pool == "before"
         self.norm = nn.BatchNorm2d(spatial_channels)
         self.up = nn.Sequential(nn.Conv2d(spatial_channels, out_channels, 1, bias=False), nn.BatchNorm2d(out_channels))
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
@@ -162,7 +163,8 @@ class Bottleneck(nn.Module):
             )
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.pool(self.spatial(self.down(x)))
+        y = self.down(x)
+        y = self.spatial(self.pool(y)) if self.pool_first else self.pool(self.spatial(y))
         y = self.drop_path(self.up(F.relu(self.norm(y), inplace=True)))
         y += self.shortcut(x)
         return F.relu(y, inplace=True)
@@ -242,15 +244,15 @@ class BottleneckNet(Backbone):
 
 
 def build_stem(name: str, in_chans: int, channels: int, stride: int) -> nn.Module:
-    """``"conv"``, ``"attention"`` or ``"pixel"``: from the image to a map with one cell per ``stride`` pixels.
+    """``"conv"``, ``"attention"`` or ``"patch"``: from the image to a map with one cell per ``stride`` pixels.
 
     Raises:
         OptionError: an unknown name, or a stride that the stem does not have.
     """
     if name == "attention" and stride > 1:
         return AttentionStem2d(in_chans, channels, kernel_size=stride)
-    if name == "pixel" and stride == 1:
-        conv, pool = nn.Conv2d(in_chans, channels, 1, bias=False), nn.Identity()
+    if name == "patch":
+        conv, pool = nn.Conv2d(in_chans, channels, stride, stride, bias=False), nn.Identity()
     elif name == "conv" and stride < 4:
         # Small images keep their resolution in the convolution.
         conv, pool = nn.Conv2d(in_chans, channels, 3, padding=1, bias=False), nn.MaxPool2d(stride, ceil_mode=True)
@@ -258,7 +260,7 @@ def build_stem(name: str, in_chans: int, channels: int, stride: int) -> nn.Modul
         conv, pool = nn.Conv2d(in_chans, channels, 7, 2, padding=3, bias=False), nn.MaxPool2d(3, 2, padding=1)
     else:
         raise OptionError(
-            f"stem must be 'attention' (stem_stride from 2), 'conv' (stem_stride up to 4) or 'pixel' (stem_stride 1); "
+            f"stem must be 'attention' (stem_stride from 2), 'conv' (stem_stride up to 4) or 'patch'; "
             f"received {name!r} with stem_stride={stride}"
         )
     return nn.Sequential(conv, nn.BatchNorm2d(channels), nn.ReLU(inplace=True), pool)

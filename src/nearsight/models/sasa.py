@@ -28,10 +28,27 @@ __all__ = [
     "sasa_resnet50",
 ]
 
-EXPANSION = 4
-SMALL = {"depths": (1, 2, 1), "stem_width": 32, "stem_stride": 1, "num_heads": 4, "img_size": 32}
-NANO = {**SMALL, "widths": (16, 32, 48), "kernel_size": 5}
-MICRO = {**SMALL, "widths": (32, 64, 128)}
+NANO = {
+    "depths": (1, 2, 1),
+    "widths": (16, 32, 48),
+    "stem_width": 32,
+    "stem_stride": 1,
+    "num_heads": 4,
+    "kernel_size": 5,
+    "img_size": 32,
+}
+MICRO = {
+    "depths": (1, 1, 3),
+    "widths": (32, 64, 128),
+    "stem": "conv",
+    "stem_width": 32,
+    "stem_stride": 2,
+    "num_heads": 2,
+    "kernel_size": 5,
+    "expansion": 2,
+    "pool_first": True,
+    "img_size": 32,
+}
 
 
 class SasaResNet(BottleneckNet):
@@ -56,14 +73,18 @@ class SasaResNet(BottleneckNet):
 
     Args:
         depths: blocks per stage.
-        widths: bottleneck width per stage; a stage puts out four times as many channels.
-        stem: ``"attention"``, ``"conv"``, or ``"pixel"``, a 1 x 1 projection that makes every pixel a cell. None takes
-            the convolution where there is no attention stage, else the pixel stem for stride 1, else attention.
+        widths: bottleneck width per stage; a stage puts out ``expansion`` times as many channels.
+        stem: ``"attention"``, ``"conv"``, or ``"patch"``, a projection of patches of ``stem_stride`` pixels per side (of
+            single pixels for stride 1). None takes the convolution where there is no attention stage, else patches for
+            stride 1, else attention.
         stem_width: channels of the stem.
         stem_stride: pixels per cell after the stem, in each direction.
         attention_stages: stages (from 1) with attention; the others keep 3 x 3 convolutions. ``()`` gives the
             convolutional twin.
         kernel_size: side of the memory block, one or one per stage; ``"global"`` lets every cell see the whole map.
+        expansion: channels that a stage puts out per channel of its bottleneck.
+        pool_first: halve a map before the attention of a stage's first block instead of after it as the paper does: a
+            quarter of that attention's cost.
         num_heads, position, scale: of every attention layer.
         content: False leaves out q.k, and with it the key's projection (Table 6).
         img_size: side, or height and width, of the pictures that learned positions are made for, and of the largest that
@@ -92,6 +113,8 @@ class SasaResNet(BottleneckNet):
         stem_stride: int = 4,
         attention_stages: Sequence[int] | None = None,
         kernel_size: int | str | Sequence[int | str] = 7,
+        expansion: int = 4,
+        pool_first: bool = False,
         num_heads: int = 8,
         position: str | Position = "relative",
         content: bool = True,
@@ -110,15 +133,15 @@ class SasaResNet(BottleneckNet):
         widths = one_per_stage("widths", widths, len(depths))
         kernel_sizes = one_per_stage("kernel_size", kernel_size, len(depths))
         if stem is None:
-            stem = "conv" if not attending else "pixel" if stem_stride == 1 else "attention"
+            stem = "conv" if not attending else "patch" if stem_stride == 1 else "attention"
         if "global" in kernel_sizes and not content:
             raise OptionError('content=False needs local attention; received kernel_size="global"')
         sides = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
         shared = {"num_heads": num_heads, "position": position, "scale": scale}
 
         def attention(stage: int, width: int, stride: int) -> SelfAttention:
-            # The map that it looks at: a block that halves it does so after its attention.
-            reduction = stem_stride * 2 ** (stage - 1) // stride
+            # The map that it looks at: a block that halves it does so after its attention, unless told otherwise.
+            reduction = stem_stride * 2 ** (stage - 1) // (1 if pool_first else stride)
             map_size = tuple(-(-side // reduction) for side in sides)
             size = kernel_sizes[stage - 1]
             if size == "global":
@@ -128,16 +151,16 @@ class SasaResNet(BottleneckNet):
         def block(stage: int, in_channels: int, stride: int, drop_path: float) -> Bottleneck:
             width = widths[stage - 1]
             if stage in attending:
-                spatial = attention(stage, width, stride)
+                spatial, pool = attention(stage, width, stride), ("before" if pool_first else "after")
             else:
-                spatial = nn.Conv2d(width, width, 3, stride, padding=1, bias=False)
-            channels = (in_channels, width, width, EXPANSION * width)
-            return Bottleneck(*channels, spatial, stride=stride, pool=stage in attending, drop_path=drop_path)
+                spatial, pool = nn.Conv2d(width, width, 3, stride, padding=1, bias=False), None
+            channels = (in_channels, width, width, expansion * width)
+            return Bottleneck(*channels, spatial, stride=stride, pool=pool, drop_path=drop_path)
 
         super().__init__(
             depths,
             block,
-            [EXPANSION * width for width in widths],
+            [expansion * width for width in widths],
             stem=build_stem(stem, in_chans, stem_width, stem_stride),
             stem_channels=stem_width,
             stem_stride=stem_stride,
@@ -172,7 +195,11 @@ def sasa_nano(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 
 @register_model
 def sasa_micro(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """A network for images of 28 to 64 pixels with no spatial convolution in it: about 0.4 M parameters."""
+    """A network for images of 28 to 64 pixels that trains as fast as its convolutional twin: about 0.4 M parameters.
+
+    A convolutional stem of stride 2, as the paper found best, then attention in every block; ``stem="patch"`` leaves no
+    spatial convolution that overlaps.
+    """
     return _create("sasa_micro", pretrained, **{**MICRO, **kwargs})
 
 

@@ -40,7 +40,7 @@ def conv_micro(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 
 @register_model
 def vit_micro(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """timm's Vision Transformer with as many parameters as ``sasa_micro``, within a hundredth, on patches of 4 x 4 pixels.
+    """timm's Vision Transformer on patches of 4 x 4 pixels, with as many parameters as ``sasa_micro`` within 3 %.
 
     Dosovitskiy et al. 2021, arXiv:2010.11929. It takes images of one size, ``img_size``, 32 unless given.
     """
