@@ -12,6 +12,7 @@ from torch.utils.data import ConcatDataset
 
 from nearsight.errors import DataError, OptionError
 from nearsight.training.data import IGNORED, Dealer, RandomAffine, View, load_pictures, loader, warn_of_broken
+from nearsight.training.data.arrays import _turned
 from nearsight.training.evaluate import evaluate
 
 MNIST_FILES = {
@@ -99,6 +100,27 @@ def test_a_lacking_idx_file_is_named(tmp_path):
         load_pictures("mnist", str(tmp_path))
 
 
+def test_rotated_pictures_are_the_same_ones_turned_once():
+    """Angles out of the whole circle, the same at every call, and nothing but the middle of a picture is kept in place."""
+    upright, before = load_pictures("fashion-mnist"), torch.random.get_rng_state()
+    turned = load_pictures("rotated-fashion-mnist")
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert np.array_equal(turned.test.images[:, 0], _turned(upright.test.images[:, 0].numpy()))
+    assert torch.equal(turned.test.labels, upright.test.labels)
+    rows, columns = torch.meshgrid(torch.arange(28.0) - 13.5, torch.arange(28.0) - 13.5, indexing="ij")
+
+    def lean(images):
+        """The angle of a picture's axis of inertia, where it is clear: shirts and trousers stand upright."""
+        weight = images[:, 0].double()
+        moments = [(weight * part).sum((1, 2)) for part in (rows * rows, columns * columns, rows * columns)]
+        return 0.5 * torch.atan2(2 * moments[2], moments[0] - moments[1])
+
+    trousers = upright.test.labels == 1
+    assert lean(upright.test.images[trousers]).abs().median() < 0.1
+    quarters = torch.histc(lean(turned.test.images[trousers]), 4, -torch.pi / 2, torch.pi / 2) / trousers.sum()
+    assert ((quarters > 0.2) & (quarters < 0.3)).all()
+
+
 @pytest.mark.parametrize("name", ["mnist", "fashion-mnist", "cifar10", "cifar100"])
 def test_missing_data_says_what_to_do(tmp_path, name):
     with pytest.raises(DataError, match=rf"{name} is not in {tmp_path}.*--data-root.*--download"):
@@ -107,7 +129,8 @@ def test_missing_data_says_what_to_do(tmp_path, name):
 
 def test_an_unknown_name_lists_the_known_ones():
     with pytest.raises(
-        OptionError, match=r"digits, mnist, fashion-mnist, cifar10, cifar100, folder:PATH, hf:NAME or wds:PATH.*'digit'"
+        OptionError,
+        match=r"digits, mnist, fashion-mnist, .*cifar100, folder:PATH, hf:NAME or wds:PATH.*'digit'",
     ):
         load_pictures("digit")
 

@@ -35,7 +35,7 @@ class Recipe:
 
     model: str = _option("sasa_nano", str, "a name from `nearsight models` or timm; options follow: NAME,option=value")
     data: str = _option(
-        "digits", str, "digits, mnist, fashion-mnist, cifar10, cifar100, folder:PATH, hf:NAME or wds:PATH"
+        "digits", str, "digits, mnist, [rotated-]fashion-mnist, cifar10, cifar100, folder:PATH, hf:NAME or wds:PATH"
     )
     data_root: str | None = _option(None, str, "folder that holds the data; else the usual places are searched")
     epochs: int | None = _open(int, "passes over the training images")

@@ -5,6 +5,7 @@ The splits are fixed, whatever the seed of the run, so that runs can be compared
 
     digits        scikit-learn's 1797 handwritten digits, 8x8: 20 % test, stratified; 10 % of the rest validation
     mnist ...     the official test set; 10 % of the official training set, stratified, is validation
+    rotated-...   the same pictures, each turned once by an angle out of the whole circle
     folder:PATH   PATH/train with PATH/val and/or PATH/test, one folder per class inside; or the class folders
                   straight in PATH, split as digits are
     hf:NAME       a data set of the Hugging Face Hub, or a local folder that its library reads; its own splits

@@ -22,6 +22,7 @@ from ...errors import DataError
 from .pictures import IGNORED, MAX_BROKEN, TEST_SHARE, VALIDATION_SHARE, Pictures, View, stratified
 
 DIGITS = tuple(str(digit) for digit in range(10))
+TURN_SEED = 0  # of rotated data: whatever the seed of the run, the pictures are the same
 USUAL_PLACES = ("data", "~/.cache/nearsight", "/usr/share/datasets", "/usr/share")
 
 
@@ -145,17 +146,22 @@ def _mnist(
     mean: tuple[float, ...],
     std: tuple[float, ...],
     augment: nn.Module,
+    turned: bool = False,
 ) -> Pictures:
     files = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
     if download:
         import torchvision
 
         _fetch(getattr(torchvision.datasets, folder), root)
-    where = _find(name, root, ("", name, f"dataset-{name}", f"{folder}/raw"), lambda path: _idx_file(path, files[0]))
+    files_of = name.removeprefix("rotated-")
+    inside = ("", files_of, f"dataset-{files_of}", f"{folder}/raw")
+    where = _find(files_of, root, inside, lambda path: _idx_file(path, files[0]))
     arrays = [_read_idx(where, file) for file in files]
     for images, labels in (arrays[:2], arrays[2:]):
         if images.ndim != 3 or labels.ndim != 1 or len(images) != len(labels):
             raise DataError(f"the files in {where} do not match: {images.shape} images, {labels.shape} labels")
+    if turned:
+        arrays[0], arrays[2] = _turned(arrays[0]), _turned(arrays[2])
     return _in_memory(
         name,
         classes=classes,
@@ -200,6 +206,14 @@ def _cifar(
     )
 
 
+def _turned(images: np.ndarray) -> np.ndarray:
+    """Every picture turned once, by an angle of its own out of the whole circle; always the same angles."""
+    turn = RandomAffine(shift=0, degrees=180)
+    with torch.random.fork_rng():
+        torch.manual_seed(TURN_SEED)
+        return turn(torch.from_numpy(images)[:, None].float()).round().byte()[:, 0].numpy()
+
+
 SOURCES: dict[str, Callable[[str, str | None, bool], Pictures]] = {
     "digits": _digits,
     "mnist": partial(
@@ -217,6 +231,15 @@ SOURCES: dict[str, Callable[[str, str | None, bool], Pictures]] = {
         mean=(0.2860,),
         std=(0.3530,),
         augment=RandomAffine(shift=2, mirror=True),
+    ),
+    "rotated-fashion-mnist": partial(
+        _mnist,
+        folder="FashionMNIST",
+        classes=GARMENTS,
+        mean=(0.2860,),
+        std=(0.3530,),
+        augment=RandomAffine(shift=2, degrees=180, mirror=True),
+        turned=True,
     ),
     "cifar10": partial(
         _cifar,
