@@ -38,19 +38,19 @@ RECIPE_FILE = "compare.yaml"
 PER_RUN = ("model", "seed")  # of a recipe's values, those in which the runs differ
 
 # The question of the article: can attention stand in for convolution, and what does it need for that? Each group changes one
-# thing about sasa_micro, which has kernel_size=7 and position=relative.
+# thing about sasa_micro, which has a convolutional stem, kernel_size=5 and position=relative.
 ARTICLE = {
     "what looks": (
         "conv_micro",
-        "sasa_micro,stem=conv",
         "sasa_micro",
+        "sasa_micro,stem=attention",
         "sasa_micro,kernel_size=global",
         "vit_micro",
     ),
     "kernel size": (
         "sasa_micro,kernel_size=3",
-        "sasa_micro,kernel_size=5",
         "sasa_micro",
+        "sasa_micro,kernel_size=7",
         "sasa_micro,kernel_size=9",
         "sasa_micro,kernel_size=11",
     ),
