@@ -109,6 +109,14 @@ def test_attention_runs_at_full_resolution_before_the_pool():
     assert sizes == [(16, 16), (16, 16), (8, 8)]
 
 
+def test_a_small_network_may_pool_first():
+    model, sizes = ns.create_model("sasa_micro"), []
+    for stage in model.stages:
+        stage[0].spatial.register_forward_hook(lambda layer, x, y: sizes.append((x[0].shape[-1], y.shape[-1])))
+    model(torch.randn(1, 3, 28, 28))
+    assert sizes == [(14, 14), (7, 7), (4, 4)]
+
+
 def test_a_bottleneck_by_hand():
     torch.manual_seed(0)
     block = ns.create_model("sasa_nano").eval().stages[1][0]
@@ -152,11 +160,18 @@ def resorted(twin):
 
 def test_options():
     model = ns.create_model(
-        "sasa_nano", attention_stages=(2, 3), kernel_size=(3, 5, 7), stem="conv", position="rope", scale=1.0
+        "sasa_nano",
+        attention_stages=(2, 3),
+        kernel_size=(3, 5, 7),
+        num_heads=(1, 2, 4),
+        stem="conv",
+        position="rope",
+        scale=1.0,
     )
     kinds = [type(block.spatial).__name__ for stage in model.stages for block in stage]
     assert kinds == ["Conv2d", "LocalSelfAttention2d", "LocalSelfAttention2d", "LocalSelfAttention2d"]
     assert [stage[0].spatial.window.kernel_size for stage in model.stages[1:]] == [5, 7]
+    assert [stage[0].spatial.num_heads for stage in model.stages[1:]] == [2, 4]
     assert [stage[0].spatial.scale for stage in model.stages[1:]] == [1.0, 1.0]
     assert spatial_convolutions(model) == ["stem.0", "stages.0.0.spatial"]
 
@@ -190,6 +205,7 @@ def test_small_images_of_any_size(size):
     [
         ({"attention_stages": (1, 4)}, r"among \[1, 2, 3\]; received \(1, 4\)"),
         ({"kernel_size": (3, 5)}, r"one number or 3.*received \(3, 5\)"),
+        ({"num_heads": (2, 4)}, r"num_heads must be one number or 3.*received \(2, 4\)"),
         ({"widths": (16, 32)}, r"widths must be one number or 3.*received \(16, 32\)"),
         ({"stem": "pixel", "stem_stride": 2}, "received 'pixel' with stem_stride=2"),
         ({"stem": "attention"}, "received 'attention' with stem_stride=1"),

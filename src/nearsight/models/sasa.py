@@ -43,7 +43,7 @@ MICRO = {
     "stem": "conv",
     "stem_width": 32,
     "stem_stride": 2,
-    "num_heads": 2,
+    "num_heads": (2, 4, 8),
     "kernel_size": 5,
     "expansion": 2,
     "pool_first": True,
@@ -85,7 +85,8 @@ class SasaResNet(BottleneckNet):
         expansion: channels that a stage puts out per channel of its bottleneck.
         pool_first: halve a map before the attention of a stage's first block instead of after it as the paper does: a
             quarter of that attention's cost.
-        num_heads, position, scale: of every attention layer.
+        num_heads: of every attention layer, one number or one per stage.
+        position, scale: of every attention layer.
         content: False leaves out q.k, and with it the key's projection (Table 6).
         img_size: side, or height and width, of the pictures that learned positions are made for, and of the largest that
             the relative tables of global attention serve.
@@ -94,7 +95,7 @@ class SasaResNet(BottleneckNet):
     Shapes: (B, in_chans, H, W) of any H and W -> (B, num_classes).
 
     Raises:
-        OptionError: a stage that is not there, an unknown stem, widths or kernel sizes for another number of stages,
+        OptionError: a stage that is not there, an unknown stem, widths, kernel sizes or heads for another number of stages,
             ``content=False`` with global attention.
         ShapeError: pictures larger than ``img_size`` for global attention with tables.
 
@@ -115,7 +116,7 @@ class SasaResNet(BottleneckNet):
         kernel_size: int | str | Sequence[int | str] = 7,
         expansion: int = 4,
         pool_first: bool = False,
-        num_heads: int = 8,
+        num_heads: int | Sequence[int] = 8,
         position: str | Position = "relative",
         content: bool = True,
         scale: float | None = None,
@@ -132,21 +133,22 @@ class SasaResNet(BottleneckNet):
             raise OptionError(f"attention_stages must be among {list(stages)}; received {attention_stages}")
         widths = one_per_stage("widths", widths, len(depths))
         kernel_sizes = one_per_stage("kernel_size", kernel_size, len(depths))
+        heads = one_per_stage("num_heads", num_heads, len(depths))
         if stem is None:
             stem = "conv" if not attending else "patch" if stem_stride == 1 else "attention"
         if "global" in kernel_sizes and not content:
             raise OptionError('content=False needs local attention; received kernel_size="global"')
         sides = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
-        shared = {"num_heads": num_heads, "position": position, "scale": scale}
+        shared = {"position": position, "scale": scale}
 
         def attention(stage: int, width: int, stride: int) -> SelfAttention:
             # The map that it looks at: a block that halves it does so after its attention, unless told otherwise.
             reduction = stem_stride * 2 ** (stage - 1) // (1 if pool_first else stride)
             map_size = tuple(-(-side // reduction) for side in sides)
-            size = kernel_sizes[stage - 1]
+            size, kwargs = kernel_sizes[stage - 1], {"num_heads": heads[stage - 1], "map_size": map_size, **shared}
             if size == "global":
-                return GlobalSelfAttention2d(width, map_size=map_size, **shared)
-            return LocalSelfAttention2d(width, kernel_size=size, map_size=map_size, content=content, **shared)
+                return GlobalSelfAttention2d(width, **kwargs)
+            return LocalSelfAttention2d(width, kernel_size=size, content=content, **kwargs)
 
         def block(stage: int, in_channels: int, stride: int, drop_path: float) -> Bottleneck:
             width = widths[stage - 1]
