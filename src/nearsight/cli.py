@@ -13,8 +13,9 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import fields, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, fields, replace
 from difflib import get_close_matches
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -34,6 +35,7 @@ commands:
   compare   train several networks with several seeds: a table, plots and a page
   convert   put attention in the place of a network's convolutions
   explore   a page that shows where a network looks, from every pixel of an image
+  profile   what each layer of a network costs, and how attention grows with the image
   models    list nearsight's networks
   bench     measure speed against the convolution and other ways to attend
   info      versions, attention backends and what this machine offers
@@ -94,6 +96,17 @@ examples:
   nearsight explore nat_mini,pretrained=false cat.jpg --size 224
 
 The page is one file that needs no network: open it in any browser, or send it to somebody.
+"""
+
+PROFILE_EXAMPLES = """\
+examples:
+  nearsight profile sasa_resnet26 --size 224
+  nearsight profile runs/demo --batch-size 32 --output runs/demo-cost
+  nearsight profile resnet50 --size 224 --no-growth --csv > resnet50.csv
+
+The floor of a layer is the least time that its operations and bytes could take, by this machine's rates of a large matrix
+product and a large copy, which are measured too. The output folder then holds profile.json, and layers and growth as .csv,
+.svg and .png.
 """
 
 BENCH_EXAMPLES = """\
@@ -302,7 +315,7 @@ def _explore(arguments: list[str]) -> None:
 
     from .inspect.explore import explore, fit_picture, normalise, read_picture
 
-    model, view, classes, title, subtitle = _model_to_explore(options.model, options.size)
+    model, view, classes, title, subtitle = _model_and_view(options.model, options.size)
     if Path(options.image).exists() or not re.fullmatch(r".+:\d+", options.image):
         picture = fit_picture(read_picture(options.image), view.channels, view.size)
         image = normalise(picture, view.mean, view.std)
@@ -310,18 +323,92 @@ def _explore(arguments: list[str]) -> None:
         _need_train_extra("explore DATA:N")
         image, picture, said = _test_image(options.image, view, options.data_root)
         subtitle += f" Test image {options.image}: {said}."
-    try:
+    with _taking(options.model, view):
         page = explore(model, image, picture=picture, classes=classes, title=title, subtitle=subtitle)
-    except (NearsightError, MemoryError):
-        raise
-    except Exception as error:  # a network raises what it likes about pictures that it cannot take
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise OptionError(f"{options.model} cannot take {view.size}x{view.size} images: {reason}") from error
     print(f"The page: {page.save(options.output)}")
 
 
-def _model_to_explore(name: str, size: int | None) -> tuple[Any, Any, Sequence[str] | None, str, str]:
-    """A model, its view of pictures, its classes, and what the page is headed with."""
+def _profile(arguments: list[str]) -> None:
+    _need_train_extra("profile")
+    parser = _parser("profile", "Measure every layer of a network, and how attention grows.", PROFILE_EXAMPLES)
+    parser.add_argument(
+        "model", metavar="MODEL", help="folder of a run, a .safetensors or .ckpt file, or NAME,option=value"
+    )
+    parser.add_argument("--size", type=int, help="pixels per side of the images (default: the network's own)")
+    parser.add_argument("--batch-size", type=int, default=1, help="images at a time (default: 1)")
+    parser.add_argument("--rounds", type=int, default=7, help="passes to take the median of (default: 7)")
+    parser.add_argument("--threads", type=int, help="threads to use (default: PyTorch's own number)")
+    parser.add_argument(
+        "--no-growth", dest="growth", action="store_false", help="leave out how attention grows with the image"
+    )
+    parser.add_argument("--output", type=Path, metavar="DIR", help="folder for the numbers and plots")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print every number as JSON")
+    form.add_argument("--csv", action="store_true", help="print the layers as CSV")
+    options = _parse(parser, arguments)
+    for name in ("size", "batch_size", "rounds"):
+        if getattr(options, name) is not None and getattr(options, name) < 1:
+            raise OptionError(f"{_flag(name)} must be at least 1; received {getattr(options, name)}")
+
+    import torch
+
+    from .bench.growth import geometry_of, growth
+    from .bench.profile import profile
+    from .bench.timing import using_threads
+    from .training.files import make_folder
+
+    model, view, _, title, _ = _model_and_view(options.model, options.size)
+    if options.output is not None:
+        make_folder(options.output)
+    with using_threads(options.threads):
+        x = torch.randn(options.batch_size, view.channels, view.size, view.size)
+        with _taking(options.model, view):
+            found = profile(model, x, rounds=options.rounds)
+        grown = growth(None, **geometry_of(model), rounds=options.rounds) if options.growth else None
+    _tell_cost(title, found, grown, options)
+
+
+def _tell_cost(title: str, found: Any, grown: Any, options: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from .bench import growth, profile
+    from .inspect.table import to_csv
+    from .training.files import write_plot, write_text
+
+    facts = {"model": title, "parameters": found.parameters, "flops": found.flops, **asdict(found)}
+    text = json.dumps(facts if grown is None else {**facts, "growth": asdict(grown)}, indent=2)
+    if options.output is not None:
+        write_plot(options.output / "layers", profile.draw_profile(found, title), to_csv(found.rows))
+        if grown is not None:
+            write_plot(options.output / "growth", growth.draw_growth(grown), to_csv(grown.points))
+        write_text(options.output / "profile.json", text + "\n")
+    if options.json or options.csv:
+        print(text if options.json else to_csv(found.rows).removesuffix("\n"))
+        return
+    console = Console()
+    if not console.is_terminal:
+        console.width = 160  # a file has no edge to break lines at
+    console.print(profile.table(found))
+    if grown is not None:
+        console.print(growth.table(grown))
+    if options.output is not None:
+        print(f"wrote {options.output}")
+
+
+@contextmanager
+def _taking(model: str, view: Any) -> Iterator[None]:
+    """A network raises what it likes about pictures that it cannot take: one line says which."""
+    try:
+        yield
+    except (NearsightError, MemoryError):
+        raise
+    except Exception as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise OptionError(f"{model} cannot take {view.size}x{view.size} images: {reason}") from error
+
+
+def _model_and_view(name: str, size: int | None) -> tuple[Any, Any, Sequence[str] | None, str, str]:
+    """A model, its view of pictures, its classes, and a title and a sentence that say what it is."""
     from .inspect.explore import view_of
     from .models import create_model
     from .training.data import View
@@ -403,6 +490,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "compare": _compare,
     "convert": _convert,
     "explore": _explore,
+    "profile": _profile,
     "models": _models,
     "bench": _bench,
     "info": _info,

@@ -12,20 +12,22 @@ more from h w = k^2 on.
 from __future__ import annotations
 
 import json
-import resource
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from math import exp, log
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..attention import global_attention, local_attention
 from ..errors import OptionError
 from ..inspect.draw import BLUE, INK, ORANGE, _figure, _in_style
+from ..layers import AttentionLayer
 from ..models.flops import attend_flops
 from ..window import Window
 from .timing import matrix_rate, race, setting
@@ -35,8 +37,10 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 LOCAL, GLOBAL, TEXTBOOK = "local", "global", "global, weights kept"
+HEAD_DIM = 32
 KEPT = 2**30  # bytes of weights; a textbook that would keep more is left out
 SECONDS = 3.0  # for one measured point
+ANY = 64  # cells per axis of a map on which a window that covers it is no local attention
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,7 @@ class Problem:
 
     size: int
     kernel_size: int = 7
-    head_dim: int = 32
+    head_dim: int = HEAD_DIM
     num_heads: int = 4
 
     def maps(self) -> list[Tensor]:
@@ -66,6 +70,11 @@ class Problem:
     def weights(self, attention: str) -> int:
         """Bytes of all weights in float32."""
         return self.flops(attention) // self.head_dim  # 4 D FLOPs for every weight of 4 bytes
+
+    @property
+    def output_bytes(self) -> int:
+        """Of the result in float32."""
+        return 4 * self.num_heads * self.head_dim * self.size**2
 
     def attend(self, attention: str) -> Callable[[], Tensor]:
         """Attention of these maps, one call after the other on the same."""
@@ -120,17 +129,35 @@ class Growth:
     def of(self, attention: str) -> list[Point]:
         return [point for point in self.points if point.attention == attention]
 
-    def overtaken(self, field: str) -> float | None:
+    def overtaken(self, field: str, by: str = GLOBAL) -> float | None:
         """The size from which on global attention takes more than local attention, between the sizes tried.
 
         None if it takes less at the largest, 0.0 if it takes more at all of them.
 
         Args:
             field: of :class:`Point`.
+            by: the attention that is global.
         """
-        pairs = [(one, other) for one in self.of(LOCAL) for other in self.of(GLOBAL) if one.size == other.size]
+        pairs = [(one, other) for one in self.of(LOCAL) for other in self.of(by) if one.size == other.size]
         values = [(one.size, getattr(one, field), getattr(other, field)) for one, other in pairs]
         return crossing([(size, small, large) for size, small, large in values if small and large])
+
+
+def geometry_of(model: nn.Module) -> dict[str, int]:
+    """Arguments for :func:`growth`: those of a model's first layer of local attention; nothing if there is none.
+
+    Example:
+        >>> geometry_of(create_model("sasa_nano"))
+        {'kernel_size': 5, 'num_heads': 4, 'head_dim': 4}
+    """
+    for layer in model.modules():
+        if isinstance(layer, AttentionLayer) and layer.rank == 2:
+            window = layer.window_on((ANY, ANY))
+            if isinstance(window, Window) and not window.covers((ANY, ANY)):
+                kernel_size = window.axes(2)[0].kernel_size
+                head_dim = getattr(layer, "head_dim", HEAD_DIM)
+                return {"kernel_size": kernel_size, "num_heads": layer.num_heads, "head_dim": head_dim}
+    return {}
 
 
 def crossing(points: Sequence[tuple[float, float, float]]) -> float | None:
@@ -143,23 +170,27 @@ def crossing(points: Sequence[tuple[float, float, float]]) -> float | None:
     gaps = [(log(size), log(other / one)) for size, one, other in points]
     if not gaps or gaps[-1][1] < 0:
         return None
-    for (before, below), (after, above) in reversed(list(zip(gaps, gaps[1:], strict=False))):
+    for (before, below), (after, above) in reversed(list(pairwise(gaps))):
         if below < 0:
             return round(exp(before + (after - before) * -below / (above - below)), 9)
     return 0.0
 
 
 def growth(
-    sizes: Sequence[int] = (8, 16, 32, 64, 128),
+    sizes: Sequence[int] | None = None,
     *,
     kernel_size: int = 7,
-    head_dim: int = 32,
+    head_dim: int = HEAD_DIM,
     num_heads: int = 4,
     rounds: int = 5,
 ) -> Growth:
     """Measure local attention, global attention, and global attention that keeps its weights, on maps of several sizes.
 
-    Maps are square and of one image, without position tables; memory is measured in a process of its own for each point.
+    Maps are square and of one image, without position tables; the memory of every point is that of a process of its own.
+
+    Args:
+        sizes: cells per axis. None takes the smallest map that a block does not cover from everywhere, and powers of two
+            up to 64.
 
     Raises:
         OptionError: a value below one.
@@ -172,52 +203,78 @@ def growth(
     for name, value in (("kernel_size", kernel_size), ("head_dim", head_dim), ("num_heads", num_heads)):
         if value < 1:
             raise OptionError(f"{name} must be at least 1; received {value}")
+    if sizes is None:
+        least = (kernel_size + 1) // 2 + 1
+        sizes = [least, *(n for n in (4, 8, 16, 32, 64) if n > least)]
     if not sizes or min(sizes) < 1:
         raise OptionError(f"sizes must be one or more, each at least 1; received {list(sizes)}")
+    problems = [Problem(size, kernel_size, head_dim, num_heads) for size in sorted(set(sizes))]
+    tasks = [(problem, attention) for problem in problems for attention in (LOCAL, GLOBAL, TEXTBOOK)]
+    small = [task for task in tasks if task[1] != TEXTBOOK or task[0].weights(TEXTBOOK) <= KEPT]
+    extra = dict(zip(small, _extra_memory(small), strict=True))
+    times = {}
+    for problem in problems:
+        calls = {attention: problem.attend(attention) for one, attention in small if one == problem}
+        with torch.no_grad():
+            times |= {(problem, name): found.median for name, found in race(calls, rounds, SECONDS).items()}
     gflops = matrix_rate()
-    points = []
-    for size in sorted(set(sizes)):
-        problem = Problem(size, kernel_size, head_dim, num_heads)
-        points += [_point(problem, attention, gflops, rounds) for attention in (LOCAL, GLOBAL, TEXTBOOK)]
+    points = [_point(*task, gflops, times.get(task), extra.get(task)) for task in tasks]
     return Growth(points, kernel_size, head_dim, num_heads, gflops, setting())
 
 
-def _point(problem: Problem, attention: str, gflops: float, rounds: int) -> Point:
+def _point(problem: Problem, attention: str, gflops: float, ms: float | None, extra: int | None) -> Point:
     flops, weights = problem.flops(attention), problem.weights(attention)
-    ms = extra = None
-    if attention != TEXTBOOK or weights <= KEPT:
-        with torch.no_grad():
-            ms = race({attention: problem.attend(attention)}, rounds, SECONDS)[attention].median
-        extra = _extra_memory(problem, attention)
     return Point(attention, problem.size, problem.size**2, flops, flops / gflops / 1e6, ms, weights, extra)
 
 
 # ------------------------------------------------------------------------------------------------------------- memory
 
 
-def _extra_memory(problem: Problem, attention: str) -> int | None:
-    """Bytes that a call adds to the peak of a fresh process; None below those of its output, which it has to make."""
-    task = json.dumps([asdict(problem), attention, torch.get_num_threads()])
-    program = f"from nearsight.bench.growth import tell_extra_memory; tell_extra_memory(*{json.loads(task)!r})"
-    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
-    extra = int(done.stdout.split()[-1])
-    output = 4 * problem.num_heads * problem.head_dim * problem.size**2
-    return extra if extra >= output else None
+def _extra_memory(tasks: Sequence[tuple[Problem, str]]) -> list[int | None]:
+    """Bytes that a call of each adds to the peak of a fresh process; None below those of its output, which it must make."""
+    told = [(asdict(problem), attention, torch.get_num_threads()) for problem, attention in tasks]
+    program = f"from nearsight.bench.growth import tell_extra_memory; tell_extra_memory({told!r})"
+    fresh = {"MALLOC_MMAP_THRESHOLD_": "65536", "THP_MEM_ALLOC_ENABLE": "0"}  # no use of memory that lies about
+    done = subprocess.run(
+        [sys.executable, "-c", program], check=True, capture_output=True, text=True, env={**os.environ, **fresh}
+    )
+    found = zip(tasks, json.loads(done.stdout.splitlines()[-1]), strict=True)
+    return [extra if extra >= problem.output_bytes else None for (problem, _), extra in found]
 
 
-def tell_extra_memory(problem: dict[str, int], attention: str, threads: int) -> None:
-    """Print it; to be run in a process that has done nothing else."""
+def tell_extra_memory(tasks: Sequence[tuple[dict[str, int], str, int]]) -> None:
+    """Print it for every (problem, attention, threads); to be run in a process that has done nothing else.
+
+    Each is measured in a fork, so that none finds the memory of another, and PyTorch is loaded once.
+    """
+    found = []
+    for task in tasks:
+        read, write = os.pipe()
+        if os.fork() == 0:
+            os.write(write, str(_extra_memory_here(*task)).encode())
+            os._exit(0)
+        os.close(write)
+        with os.fdopen(read) as answer:
+            found.append(int(answer.read()))
+        os.wait()
+    print(json.dumps(found))
+
+
+def _extra_memory_here(problem: dict[str, int], attention: str, threads: int) -> int:
     torch.set_num_threads(threads)
     with torch.no_grad():
-        Problem(**{**problem, "size": 4}).attend(attention)()  # sets up what is set up once
+        small = min(problem["size"], problem["kernel_size"])
+        Problem(**{**problem, "size": small}).attend(attention)()  # sets up what is set up once
         call = Problem(**problem).attend(attention)
         before = _peak()
         call()
-        print(_peak() - before)
+        return _peak() - before
 
 
 def _peak() -> int:
     """The largest resident set of this process so far, in bytes."""
+    import resource  # not on Windows
+
     if sys.platform == "linux":  # where getrusage begins with the peak of the process that started this one
         with open("/proc/self/status", encoding="ascii") as status:
             return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
@@ -234,7 +291,7 @@ def table(found: Growth) -> Table:
 
     what = f"k = {found.kernel_size}, {found.num_heads} heads x {found.head_dim}, {found.setting['threads']} thread(s)"
     shown = Table(
-        title=f"attention on one image of n x n cells, {what}", caption=_verdict(found), box=None, pad_edge=False
+        title=f"attention on one image of n x n cells, {what}", caption=verdict(found), box=None, pad_edge=False
     )
     shown.add_column("attention")
     for name in ("n", "MFLOP", "ms predicted", "measured", "MB predicted", "measured"):
@@ -248,13 +305,17 @@ def table(found: Growth) -> Table:
     return shown
 
 
-def _verdict(found: Growth) -> str:
-    measured = found.overtaken("measured_ms")
-    if measured is None:
-        seen = "measured: it is still faster at the largest size"
-    else:
-        seen = "measured: already at the smallest" if measured == 0 else f"measured: at n = {measured:.1f}"
-    return f"global attention takes longer than local: predicted from n = k = {found.kernel_size}, {seen}"
+def verdict(found: Growth) -> str:
+    """From which size on global attention takes longer than local attention, in words."""
+    seen = f"{_from(found, GLOBAL)}; where its weights are kept {_from(found, TEXTBOOK)}"
+    return f"global attention takes longer than local: predicted from n = k = {found.kernel_size} on; measured {seen}"
+
+
+def _from(found: Growth, attention: str) -> str:
+    size = found.overtaken("measured_ms", attention)
+    if size is None:
+        return "at none of these sizes"
+    return "at all of these sizes" if size == 0 else f"from n = {size:.1f} on"
 
 
 @_in_style

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..inspect.draw import BLUE, INK, ORANGE, _figure, _in_style
 from ..inspect.walk import layers_of
-from .timing import copy_rate, matrix_rate, race, setting
+from .timing import copy_rate, matrix_rate, setting
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -97,9 +97,8 @@ def profile(model: nn.Module, x: Tensor, *, rounds: int = 7) -> Profile:
     try:
         with torch.no_grad():
             model.eval()
-            whole = race({"model": lambda: model(x)}, rounds, 60.0)["model"].median
             flops, traffic = _count(model, x)
-            times = _times(model, x, rounds)
+            whole, times = _times(model, x, rounds)
     finally:
         for module, was_training in training.items():
             module.training = was_training
@@ -162,11 +161,19 @@ def _attribute(model: nn.Module, x: Tensor, meter: Callable[[], float]) -> dict[
     return used
 
 
-def _times(model: nn.Module, x: Tensor, rounds: int) -> dict[str, float]:
-    """Milliseconds of every layer and container, in the order in which they begin."""
+def _times(model: nn.Module, x: Tensor, rounds: int) -> tuple[float, dict[str, float]]:
+    """Milliseconds of a pass left alone, and of every layer and container, in the order in which they begin.
+
+    The two kinds of passes take turns, so that a busy moment of the machine hits both.
+    """
     _attribute(model, x, perf_counter)  # warms up
-    passes = [_attribute(model, x, perf_counter) for _ in range(rounds)]
-    return {name: 1e3 * median(one[name] for one in passes) for name in passes[0]}
+    passes, whole = [], []
+    for _ in range(rounds):
+        start = perf_counter()
+        model(x)
+        whole.append(perf_counter() - start)
+        passes.append(_attribute(model, x, perf_counter))
+    return 1e3 * median(whole), {name: 1e3 * median(one[name] for one in passes) for name in passes[0]}
 
 
 def _count(model: nn.Module, x: Tensor) -> tuple[dict[str, int], dict[str, int]]:
@@ -292,6 +299,8 @@ def draw_profile(found: Profile, title: str = "") -> Figure:
         axes.annotate(f" {row.share:.0%}", (row.ms, place), va="center", fontsize=7, color=INK)
     axes.set_yticks(places, [f"{row.layer} ({row.kind})" for row in rows], fontsize=7)
     axes.invert_yaxis()
+    axes.margins(y=0.02)
+    axes.set_axisbelow(True)
     axes.set_xlabel("milliseconds; in per cent the share of the whole")
     axes.set_title(title, loc="left")
     axes.grid(axis="x", alpha=0.2, color=INK)

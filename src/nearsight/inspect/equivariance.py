@@ -395,6 +395,7 @@ def draw_equivariance(rows: Sequence[LayerError], title: str = "") -> Figure:
     axes.set_yticks(places, [row.layer for row in rows], fontsize=7)
     axes.invert_yaxis()
     axes.set_xlim(left=0)
+    axes.set_axisbelow(True)
     axes.set_xlabel("max |f(Tx) - Tf(x)| / max |f(x)|")
     axes.set_title(title, loc="left")
     axes.grid(axis="x", alpha=0.2, color=INK)

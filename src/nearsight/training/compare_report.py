@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 
 from ..bench.timing import setting
 from ..inspect import draw
-from ..inspect.plots import Chart, Series, to_png, to_svg_file
+from ..inspect.plots import Chart, Series
 from ..inspect.plots import draw as draw_charts
 from .data import Pictures
-from .files import write_bytes, write_text
+from .files import write_plot, write_text
 from .measures import Measures
 from .recipe import Recipe
 from .report import Picture, render
@@ -151,9 +151,7 @@ def write_comparison(output: Path, table: Table, recipe: Recipe, pictures: Pictu
     shown = []
     for name, (chart, caption) in charts(table).items():
         figure = draw_charts([chart], legend_below=True)
-        write_text(output / PLOTS / f"{name}.csv", chart.to_csv())
-        write_bytes(output / PLOTS / f"{name}.png", to_png(figure))
-        write_bytes(output / PLOTS / f"{name}.svg", to_svg_file(figure))
+        write_plot(output / PLOTS / name, figure, chart.to_csv())
         shown.append(
             Picture(draw.to_svg(figure, _described(chart, caption)), f"{caption} Numbers: {PLOTS}/{name}.csv.")
         )

@@ -5,9 +5,15 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..errors import TrainingError
+from ..inspect.plots import to_png, to_svg_file
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 UNFINISHED = ".part"  # what a temporary file's name ends with
 
@@ -38,6 +44,26 @@ def write_bytes(path: Path, content: bytes) -> None:
 def write_text(path: Path, content: str) -> None:
     """:func:`write_bytes` for text, in UTF-8."""
     write_bytes(path, content.encode())
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it, where they are missing.
+
+    Raises:
+        TrainingError: it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TrainingError(f"cannot make the folder {path}: {error.strerror}; name another --output") from error
+
+
+def write_plot(path: Path, figure: Figure, numbers: str, formats: Sequence[str] = ("svg", "png")) -> None:
+    """A picture in every format, and beside it the numbers that it shows: ``path`` with .csv, .svg, .png."""
+    write_text(path.with_name(f"{path.name}.csv"), numbers)
+    for name, draw in (("svg", to_svg_file), ("png", to_png)):
+        if name in formats:
+            write_bytes(path.with_name(f"{path.name}.{name}"), draw(figure))
 
 
 def remove_leftovers(folder: Path) -> None:
