@@ -24,13 +24,14 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 DRAWN = 30  # rows
+REST = "(calls of modules)"
 
 
 @dataclass(frozen=True)
 class Row:
     """One layer; or, as ``ResNet.forward``, what a module that holds layers computes beside them.
 
-    What neither computes nor holds anything, such as a dropout, has no row.
+    What neither computes nor holds anything, such as a dropout or a module that only calls others, shares the last row.
 
     parameters   those not counted in a row above
     flops        two per multiply-add
@@ -106,13 +107,15 @@ def profile(model: nn.Module, x: Tensor, *, rounds: int = 7) -> Profile:
     parameters = _parameters(model)
     floors = {name: max(flops[name] / gflops / 1e6, traffic[name] / gbs / 1e6) for name in times}
     kinds = {name: kind for name, kind in _kinds(model, times).items() if parameters[name] or floors.get(name)}
-    total = sum(times.get(name, 0) for name in kinds)
+    total = sum(times.values())
     rows = []
     for name, kind in kinds.items():
         ms, floor = times.get(name, 0.0), floors.get(name, 0.0)
         cost = (parameters[name], flops.get(name, 0), traffic.get(name, 0))
         title = name or type(model).__name__
         rows.append(Row(title, kind, *cost, ms, ms / total, floor, ms / floor if floor else None))
+    if rest := sum(ms for name, ms in times.items() if name not in kinds):
+        rows.append(Row(REST, "", 0, 0, 0, rest, rest / total, 0.0, None))
     return Profile(rows, tuple(x.shape), whole, gflops, gbs, setting())
 
 
@@ -297,7 +300,7 @@ def draw_profile(found: Profile, title: str = "") -> Figure:
     )
     for place, row in enumerate(rows):
         axes.annotate(f" {row.share:.0%}", (row.ms, place), va="center", fontsize=7, color=INK)
-    axes.set_yticks(places, [f"{row.layer} ({row.kind})" for row in rows], fontsize=7)
+    axes.set_yticks(places, [f"{row.layer} ({row.kind})" if row.kind else row.layer for row in rows], fontsize=7)
     axes.invert_yaxis()
     axes.margins(y=0.02)
     axes.set_axisbelow(True)
