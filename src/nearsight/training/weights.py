@@ -101,7 +101,9 @@ def load_model(path: Path) -> tuple[nn.Module, Blueprint]:
         model = blueprint.build()
         model.load_state_dict(weights)
     except (ValueError, TypeError, AttributeError, KeyError, RuntimeError) as error:
-        raise DataError(f"{file} does not hold a model that can be rebuilt: {str(error).splitlines()[0]}") from error
+        # PyTorch names the module in its first line, and in the next the first tensor that does not fit.
+        reason = " ".join(line.strip() for line in str(error).splitlines()[:2])
+        raise DataError(f"{file} does not hold a model that can be rebuilt: {reason}") from error
     return model.eval(), blueprint
 
 
