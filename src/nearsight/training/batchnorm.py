@@ -6,10 +6,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce
 from torch.nn.modules.batchnorm import _BatchNorm
 
 PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -31,11 +32,11 @@ class SyncedBatchNorm(_BatchNorm):
             return super().forward(input)
         axes = [0, *range(2, input.ndim)]
         shape = [1, -1, *[1] * (input.ndim - 2)]
-        wide = input.float()
+        wide = input.to(torch.promote_types(input.dtype, torch.float32))
         count = input.numel() // input.shape[1] * dist.get_world_size()
-        mean = all_reduce(wide.sum(axes)) / count
+        mean = _over_all(wide.sum(axes)) / count
         centred = wide - mean.view(shape)
-        var = all_reduce(centred.square().sum(axes)) / count
+        var = _over_all(centred.square().sum(axes)) / count
         if self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None:
             with torch.no_grad():
                 self.num_batches_tracked += 1
@@ -46,6 +47,28 @@ class SyncedBatchNorm(_BatchNorm):
         if self.affine:
             out = out * self.weight.view(shape) + self.bias.view(shape)
         return out.to(input.dtype)
+
+
+class _SumOverAll(torch.autograd.Function):
+    """The sum over all processes. Each of them uses it, so that its gradient is the sum of theirs."""
+
+    @staticmethod
+    def forward(ctx: Any, part: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return _summed(part)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return _summed(grad)
+
+
+def _over_all(part: Tensor) -> Tensor:
+    return _SumOverAll.apply(part)  # pyright: ignore[reportReturnType]
+
+
+def _summed(part: Tensor) -> Tensor:
+    whole = part.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(whole)
+    return whole
 
 
 @contextmanager
