@@ -30,7 +30,7 @@ class AttentionMap:
                 (B, N, Q, *kernel_size) where only some queries were asked for
     window      the memory block
     map_size    cells of the layer's input
-    image_size  pixels of the image
+    image_size  pixels of the image; of a layer whose map has other axes than the image, as tokens have, its own map_size
     queries     those in ``weights``, an index per axis of the output each; None for all of them
     """
 
@@ -175,7 +175,7 @@ def attention_maps(
     Args:
         model: any module that holds nearsight's attention layers; it is run once, in evaluation mode, and left as it was.
             A layer is known by what it offers, :class:`nearsight.layers.AttentionLayer`.
-        images: (B, C, H, W), or one image (C, H, W).
+        images: (B, C, H, W), or one image (C, H, W); with as many axes as the model takes.
         queries: pixels (row, column) of the image; of every layer only the queries that cover them are computed, whose
             memory does not grow with the image. None is all of them.
 
@@ -193,18 +193,22 @@ def attention_maps(
         torch.Size([1, 4, 2, 5, 5])
     """
     layers = attention_layers(model)
-    batch = images if images.ndim == next(iter(layers.values())).rank + 2 else images[None]
+    batch = images if images.ndim >= max(layer.rank for layer in layers.values()) + 2 else images[None]
     maps: list[AttentionMap] = []
 
     def hook(name: str):
-        def record(layer, inputs):
+        def record(layer, args, kwargs):
             room = KEPT - sum(found.weights.numel() for found in maps)
-            maps.append(_look(name, layer, inputs[0], tuple(batch.shape[2:]), queries, room))
+            x = args[0] if args else kwargs["x"]
+            maps.append(_look(name, layer, x, tuple(batch.shape[2:]), queries, room))
 
         return record
 
-    handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]  # pyright: ignore
     training = {module: module.training for module in model.modules()}
+    handles = [
+        layer.register_forward_pre_hook(hook(name), with_kwargs=True)  # pyright: ignore[reportAttributeAccessIssue]
+        for name, layer in layers.items()
+    ]
     try:
         with torch.no_grad():
             model.eval()(batch)
@@ -242,18 +246,22 @@ def _look(
     pixels: Sequence[Sequence[int]] | None,
     room: int,
 ) -> AttentionMap:
+    x = x if x.ndim == layer.rank + 2 else x[None]
     size = tuple(x.shape[1:-1] if getattr(layer, "channels_last", False) else x.shape[2:])
+    image_size = image_size if len(image_size) == layer.rank else size
     blank = AttentionMap(name, x.new_zeros(0, 0), layer.window_on(size), size, image_size)
     chosen = None if pixels is None else tuple(dict.fromkeys(blank.query(pixel) for pixel in pixels))
     asked = math.prod(blank.out_size) if chosen is None else len(chosen)
     count = len(x) * layer.num_heads * asked * math.prod(table.shape[1] for table in blank.cells)
     if count > room:
+        gigabytes = (KEPT - room + count) * 4 / 2**30
         raise OptionError(
-            f"the weights of all queries up to layer {name} take {(KEPT - room + count) * 4 / 2**30:.1f} GB, more than the 1 GB "
-            "that is kept: name the queries wanted, attention_maps(model, images, queries=[(row, column), ...])"
+            f"the weights of all queries up to layer {name} take {gigabytes:.1f} GB, more than the 1 GB that is "
+            "kept: name the queries wanted, attention_maps(model, images, queries=[(row, column), ...])"
         )
     weights = _weights(layer, x, blank.out_size, chosen, count)
-    return AttentionMap(name, weights.cpu(), blank.window, size, image_size, chosen)
+    weights = weights.to("cpu", torch.promote_types(weights.dtype, torch.float32))
+    return AttentionMap(name, weights, blank.window, size, image_size, chosen)
 
 
 def _weights(
