@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import DataError, OptionError, ShapeError
-from .equivariance import equivariance_by_layer
+from .equivariance import decisive, equivariance_by_layer
 from .maps import AttentionMap, attention_layers, attention_maps
 from .rollout import attention_rollout
 from .statistics import attention_statistics
@@ -31,6 +31,7 @@ WEIGHT_BYTES, ROLLOUT_BYTES, TABLE_BYTES = 2_100_000, 800_000, 300_000
 SHOWN_CLASSES = 5
 SHOWN_PIXELS = 640  # of the picture's longer side
 FEWEST = 4  # queries per axis that a layer keeps before layers are left out
+ONE_CELL = Translation(1, 1)
 COARSE = 28  # cells per axis of a rollout, and queries per axis where there are too many to compute
 
 
@@ -72,7 +73,7 @@ def explore(
     classes: Sequence[str] | None = None,
     title: str | None = None,
     subtitle: str = "",
-    transform: Transform | None = Translation(1, 1),
+    transform: Transform | None = ONE_CELL,
 ) -> Exploration:
     """A page that shows, from every pixel of an image, what each layer and head of a model attends to.
 
@@ -433,7 +434,7 @@ def _equivariance(model: nn.Module, batch: Tensor, transform: Transform | None) 
     """The layers that can break a symmetry, with how far each does."""
     if transform is None:
         return None
-    rows = [asdict(row) for row in equivariance_by_layer(model, batch, transform) if row.mixes]
+    rows = [asdict(row) for row in decisive(equivariance_by_layer(model, batch, transform))]
     for row in rows:  # JSON has no word for what is not finite
         row.update({key: None for key, value in row.items() if isinstance(value, float) and not math.isfinite(value)})
     return {"transform": str(transform), "rows": rows}
