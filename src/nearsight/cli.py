@@ -322,7 +322,7 @@ def _explore(arguments: list[str]) -> None:
     else:
         _need_train_extra("explore DATA:N")
         image, picture, said = _test_image(options.image, view, options.data_root)
-        subtitle += f" Test image {options.image}: {said}."
+        subtitle += f" Test image {options.image}, of class {said}."
     with _taking(options.model, view):
         page = explore(model, image, picture=picture, classes=classes, title=title, subtitle=subtitle)
     print(f"The page: {page.save(options.output)}")
