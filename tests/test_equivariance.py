@@ -22,6 +22,7 @@ from nearsight.inspect import (
     equivariance_error,
 )
 from nearsight.inspect.equivariance import decisive
+from nearsight.inspect.reach import reach_of
 from nearsight.inspect.table import to_csv
 from nearsight.inspect.walk import layers_of
 
@@ -95,6 +96,23 @@ def test_a_permutation_moves_whole_cells():
     assert torch.equal(moved, Permutation(1)(x))
 
 
+def test_a_cell_between_two_is_kept_if_both_are():
+    inside = torch.ones(1, 1, 1, 8, dtype=torch.bool)
+    inside[..., 2] = False
+    assert Translation(0, 1.5).keeps(inside, torus=True)[0, 0, 0].tolist() == [True] * 3 + [False] * 2 + [True] * 3
+    assert Translation(0, -1).keeps(inside, torus=True)[0, 0, 0].tolist() == [True, False] + [True] * 6
+    assert Translation(0, -1).keeps(inside, torus=False)[0, 0, 0].tolist() == [True, False] + [True] * 5 + [False]
+
+
+def test_the_nearest_shift_that_a_grid_can_follow():
+    shift = Translation(7, -3.5)
+    assert shift.on_grid((4, 2), (32, 32)).shift == (8, -4)
+    assert Translation(1, 0).on_grid((4, 4), (32, 32)).shift == (4, 0), "not zero: nothing would have moved"
+    assert shift.on_grid((32, 16), (32, 16)) is None, "once around is no shift either"
+    assert Translation(8, 4).on_grid((4, 2), (32, 32)).shift == (8, 4)
+    assert Rotation90().on_grid((2, 2), (32, 32)) is None
+
+
 def test_transforms_that_cannot_be():
     with pytest.raises(OptionError, match="one shift per axis of the map, 1 to 3"):
         Translation()
@@ -107,10 +125,24 @@ def test_transforms_that_cannot_be():
 # ------------------------------------------------------------------------------------------------------ whole modules
 
 
-@pytest.mark.parametrize("position", ["none", "relative", "bias", "rope"])
+def stirred(module):
+    """With every parameter at random: tables that start with zeros would prove nothing."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(torch.randn_like(parameter) / 2)
+    return module
+
+
+@pytest.mark.parametrize("position", ["none", "relative", "bias", "cpb", "quadratic", "rope", "mixed_rope"])
 def test_on_a_torus_attention_commutes_with_every_roll(position):
-    module = layer(border="wrap", position=position)
+    module = stirred(layer(border="wrap", position=position))
     assert equivariance_error(module, image(), Translation(3, -5)) < EXACT
+
+
+@pytest.mark.parametrize("position", ["learned", "sinusoidal"])
+def test_an_absolute_position_breaks_it_on_a_torus_too(position):
+    module = stirred(layer(border="wrap", position=position))
+    assert equivariance_error(module, image(), Translation(3, -5)) > 1e-2
 
 
 def test_the_output_of_a_stride_is_moved_by_less():
@@ -249,6 +281,12 @@ def test_convolutions_and_pools_have_borders_and_strides_only(name):
     assert (moved.stride > 1e-3) == (name in ("patches", "strided", "average"))
 
 
+def test_only_padding_cuts_a_kernel_off():
+    assert [name for name, module in CONVOLUTIONS.items() if not reach_of(module, (16, 16), (16, 16)).is_cut] == [
+        "circular"
+    ]
+
+
 def test_rotations_have_parts_where_nothing_is_strided():
     row = alone(layer(position="relative"), Rotation90())
     assert row.own == pytest.approx(row.border + row.encoding)
@@ -360,7 +398,8 @@ def test_looking_leaves_the_model_as_it_was():
     model.train()
     model[1].eval()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    equivariance_by_layer(model, image()[0], Translation(1, 0))
+    rows = equivariance_by_layer(model, image()[0], Translation(1, 0))
+    assert rows[-1].error == rows[-2].error, "dropout does nothing in evaluation mode"
     assert [module.training for module in model] == [True, False, True]
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())

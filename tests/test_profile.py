@@ -57,6 +57,11 @@ def test_an_attention_layer_by_hand():
     assert row.bytes == 4 * (2 * 8 * cells + row.parameters) + buffers
 
 
+def test_buffers_are_read_too():
+    row = rows_of(nn.Sequential(nn.BatchNorm2d(6)), torch.randn(1, 6, 4, 5))["0"]
+    assert row.bytes == 4 * (2 * 6 * 4 * 5 + 2 * 6 + 2 * 6) + 8  # and a counter
+
+
 class Doubled(nn.Module):
     """Adds its input to that of its layer, which runs twice."""
 
@@ -183,8 +188,8 @@ def test_times_are_medians_and_the_passes_take_turns(monkeypatch):
 @pytest.fixture(scope="module")
 def found():
     rows = [
-        Row("stem", "Conv2d", 1200, 4_000_000, 3_000_000, 2.0, 0.5, 0.3, 2.0 / 0.3),
-        Row("body", "ResNet.forward", 0, 0, 500_000, 1.5, 0.375, 0.05, 30.0),
+        Row("stem", "Conv2d", 1200, 4_000_000, 3_000_000, 1.5, 0.375, 0.3, 5.0),
+        Row("body", "ResNet.forward", 0, 0, 500_000, 2.0, 0.5, 0.05, 40.0),
         Row("unused", "Conv2d", 10, 0, 0, 0.5, 0.125, 0.0, None),
     ]
     return Profile(rows, (1, 3, 32, 32), 3.9, GFLOPS, GBS, {"threads": 1})
@@ -198,7 +203,7 @@ def test_the_table_says_everything(found, capsys):
     assert "forward pass of 1 x 3 x 32 x 32 on 1 thread(s): 3.90 ms" in text
     assert "floor: 50 GFLOP/s (matrix product) or 10.0 GB/s (copy)" in text
     lines = {line.split()[0]: line.split() for line in text.splitlines() if line.strip()}
-    assert lines["stem"] == ["stem", "1,200", "4.0", "3.00", "2.000", "50.0%", "0.300", "6.7"]
+    assert lines["stem"] == ["stem", "1,200", "4.0", "3.00", "1.500", "37.5%", "0.300", "5.0"]
     assert lines["body"][:2] == ["body", "(ResNet.forward)"]
     assert lines["sum"] == ["sum", "1,210", "4.0", "3.50", "4.000", "0.350", "11.4"]
 
@@ -207,8 +212,8 @@ def test_the_plot_shows_the_longest_in_the_order_of_their_running(found, monkeyp
     monkeypatch.setattr(profiling, "DRAWN", 2)
     (axes,) = draw_profile(found, "a network").axes
     assert [label.get_text() for label in axes.get_yticklabels()] == ["stem (Conv2d)", "body (ResNet.forward)"]
-    assert [[bar.get_width() for bar in bars] for bars in axes.containers] == [[2.0, 1.5], [0.3, 0.05]]
-    assert [text.get_text().strip() for text in axes.texts] == ["50%", "38%"]
+    assert [[bar.get_width() for bar in bars] for bars in axes.containers] == [[1.5, 2.0], [0.3, 0.05]]
+    assert [text.get_text().strip() for text in axes.texts] == ["38%", "50%"]
 
 
 # -------------------------------------------------------------------------------------------------------------- growth
