@@ -34,6 +34,7 @@ commands:
   eval      measure a trained network on test images
   compare   train several networks with several seeds: a table, plots and a page
   convert   put attention in the place of a network's convolutions
+  export    a trained network as an ONNX file, or a program of torch.export
   explore   a page that shows where a network looks, from every pixel of an image
   profile   what each layer of a network costs, and how attention grows with the image
   models    list nearsight's networks
@@ -87,6 +88,15 @@ examples:
 
 Without --pretrained and --checkpoint the weights are fresh. The output folder then holds model.safetensors, which
 `nearsight eval` reads, and report.json.
+"""
+
+EXPORT_EXAMPLES = """\
+examples:
+  nearsight export runs/demo --format onnx                   writes runs/demo/model.onnx
+  nearsight export runs/demo/last.ckpt --format pt2 --output sasa.pt2
+
+The file takes batches and pictures of any size, where the network does, and runs without nearsight. Before it is written
+it has run on sizes other than the one it was made with, and computed what the network does.
 """
 
 EXPLORE_EXAMPLES = """\
@@ -441,6 +451,21 @@ def _test_image(name: str, view: Any, root: str | None) -> tuple[Any, Any, str]:
     return image, (image * std + mean).clamp(0, 1), pictures.classes[int(label)]
 
 
+def _export(arguments: list[str]) -> None:
+    parser = _parser("export", "Write a trained network as one file that runs without nearsight.", EXPORT_EXAMPLES)
+    parser.add_argument("run", metavar="DIR|FILE", type=Path, help="folder of a run, a .safetensors or a .ckpt file")
+    parser.add_argument("--format", required=True, choices=("onnx", "pt2"), help="ONNX, or a torch.export program")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="where to write it (default: beside the weights)")
+    options = _parse(parser, arguments)
+
+    from .training.export import export_to_file
+
+    exported = export_to_file(options.run, options.format, options.output)
+    tried = " and ".join("x".join(map(str, shape)) for shape in exported.tried)
+    print(f"{exported.file}: takes {' x '.join(map(str, exported.shape))}")
+    print(f"run on {tried}: at most {exported.difference:.0e} from the network")
+
+
 def _models(arguments: list[str]) -> None:
     _parse(_parser("models", "List nearsight's own networks; every model of timm can be trained too."), arguments)
     import torch
@@ -489,6 +514,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "eval": _eval,
     "compare": _compare,
     "convert": _convert,
+    "export": _export,
     "explore": _explore,
     "profile": _profile,
     "models": _models,

@@ -48,11 +48,16 @@ def attend(
     scale: float,
 ) -> tuple[Tensor, Tensor | None]:
     dtype = problem.compute_dtype
-    block = BLOCK[problem.rank] if torch.compiler.is_compiling() else _block_size(problem)
-    axes = [_cut(axis, n, query.device, block) for axis, n in zip(problem.axes, problem.in_size, strict=True)]
+    block = BLOCK[problem.rank] if problem.compiling else _block_size(problem)
+    cut = _cut_any_size if problem.exporting else _cut
+    axes = [cut(axis, n, query.device, block) for axis, n in zip(problem.axes, problem.in_size, strict=True)]
     bias = None if bias is None else _block_bias(bias.to(dtype), axes)
     relative = [table.to(dtype) for table in relative or ()]
     places = _combine(axes, problem)
+    if problem.exporting:  # whole: how many slices there are would depend on sizes that are open
+        tensors = (tensor.to(dtype).flatten(2, -2) for tensor in (query, key, value))
+        out, *lse = _attend_blocks(*tensors, axes, places, bias, relative, scale, problem.lse)
+        return out.to(query.dtype), lse[0] if lse else None
 
     images, heads = _slice_sizes(problem, axes)
     parts = -(-problem.num_heads // heads)
@@ -75,7 +80,7 @@ def attend(
 
 def _slice_sizes(problem: Problem, axes: list[AxisBlocks]) -> tuple[int, int]:
     """Images and heads to take at once; compiled code fuses instead and takes all."""
-    if torch.compiler.is_compiling():
+    if problem.compiling:
         return problem.batch, problem.num_heads
     at_once = max(1, SLICE_SCORES // prod(axis.visible.numel() for axis in axes))
     return max(1, at_once // problem.num_heads), min(at_once, problem.num_heads)
@@ -158,13 +163,41 @@ def _flat_index(indices: list[Tensor], size: Sequence[Any]) -> Tensor:
 def _cut(axis: Axis, cells: Any, device: torch.device, block: int) -> AxisBlocks:
     """Cut the queries of every dilation phase into blocks."""
     queries = axis.output_size(cells)
-    # Query p lies on phase p * stride % dilation, which repeats every `groups` queries; on one phase, neighbouring queries
-    # of a group are `stride` steps apart.
-    groups = smaller(axis.dilation // gcd(axis.stride, axis.dilation), queries)
-    stride = axis.stride // gcd(axis.stride, axis.dilation)
+    groups = smaller(_groups(axis), queries)
     longest = (queries + groups - 1) // groups
     blocks = (longest + block - 1) // block
     block = (longest + blocks - 1) // blocks  # no larger than it need be: what pads the last block is wasted
+    span = _span(axis, block)
+    if axis.border in ("mask", "shift"):
+        # No cell outside takes part, so the span need not reach there.
+        span = smaller(span, axis.steps(0, cells))
+    return _lay_out(axis, cells, device, groups, blocks, block, span)
+
+
+def _cut_any_size(axis: Axis, cells: Any, device: torch.device, block: int) -> AxisBlocks:
+    """The same for a size that is left open: the number of blocks depends on it and nothing else, however small the map.
+
+    Every other size is a number then, so that PyTorch has one short formula to reason about.
+    """
+    groups = _groups(axis)
+    blocks = (axis.output_size(cells) + groups * block - 1) // (groups * block)
+    return _lay_out(axis, cells, device, groups, blocks, block, _span(axis, block))
+
+
+def _groups(axis: Axis) -> int:
+    """Query p lies on phase p * stride % dilation, which repeats every so many queries."""
+    return axis.dilation // gcd(axis.stride, axis.dilation)
+
+
+def _span(axis: Axis, block: int) -> Any:
+    """Cells that the windows of a block reach; neighbouring queries of a group are so many steps of a phase apart."""
+    return (block - 1) * (axis.stride // gcd(axis.stride, axis.dilation)) + axis.kernel_size
+
+
+def _lay_out(
+    axis: Axis, cells: Any, device: torch.device, groups: Any, blocks: Any, block: Any, span: Any
+) -> AxisBlocks:
+    queries = axis.output_size(cells)
     group = torch.arange(groups, device=device)[:, None, None]
     nth = torch.arange(blocks * block, device=device).view(1, blocks, block)
     query = group + groups * nth
@@ -172,11 +205,8 @@ def _cut(axis: Axis, cells: Any, device: torch.device, block: int) -> AxisBlocks
     phase = (query * axis.stride % axis.dilation)[..., :1]
     steps = axis.steps(phase, cells)
     first = axis.first_step(step, steps)
-    span = (block - 1) * stride + axis.kernel_size
     start = first[..., :1]
     if axis.border in ("mask", "shift"):
-        # No cell outside takes part, so the span need not reach there.
-        span = smaller(span, axis.steps(0, cells))
         start = larger(smaller(start, steps - span), 0 * start)
     place = start + torch.arange(span, device=device)
     offset = place[..., None, :] - first[..., None]

@@ -49,7 +49,7 @@ def why_not(problem: Problem) -> str | None:
         return "FlexAttention is not for torch.func and has no forward-mode derivative"
     if problem.head_dim < 1 or problem.value_dim < 1:
         return "FlexAttention takes vectors of at least one channel"
-    if torch.compiler.is_compiling():
+    if problem.compiling:
         return "FlexAttention's block masks are kept from call to call, which code inside torch.compile cannot do"
     return None
 

@@ -54,7 +54,7 @@ def why_not(problem: Problem) -> str | None:
     if problem.head_dim < 1 or problem.value_dim < 1:
         return "the native kernel takes vectors of at least one channel"
     # A compiler knows sizes by their symbols only; then the kernel itself has to refuse, when it runs.
-    return None if torch.compiler.is_compiling() else _refusal(problem)
+    return None if problem.compiling else _refusal(problem)
 
 
 def second_best(problem: Problem) -> str | None:

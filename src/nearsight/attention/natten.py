@@ -60,7 +60,7 @@ def why_not(problem: Problem) -> str | None:
         return f"NATTEN takes query, key and value of one head_dim, a multiple of {CHANNELS}"
     if problem.forward_ad or problem.transformed:
         return "NATTEN is not for torch.func and has no forward-mode derivative"
-    if torch.compiler.is_compiling():
+    if problem.compiling:
         return "NATTEN chooses its kernels at run time, outside of torch.compile"
     return None
 
@@ -82,7 +82,9 @@ def attend(
     return out.movedim(-2, 1), None
 
 
+@lru_cache(maxsize=1)
 def _natten() -> ModuleType:
+    """Kept: what is installed in its place later (nearsight.compat) sends its calls here."""
     import natten
 
     return natten

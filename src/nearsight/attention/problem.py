@@ -33,6 +33,7 @@ class Problem:
     needs_grad: bool = False
     forward_ad: bool = False
     transformed: bool = False  # inside torch.func's grad, vmap or jvp
+    compiling: bool = False  # inside torch.compile or torch.export, which trace the call
     exporting: bool = False  # inside torch.export: sizes are symbols, and the program has to run without nearsight
     groups: int = 1  # query heads for each of those of key and value
     lse: bool = False  # whether the log-sum-exp of the logits is asked for
@@ -100,6 +101,7 @@ def describe(
         needs_grad=torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors),
         forward_ad=_in_forward_ad(tensors),
         transformed=not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active(),
+        compiling=torch.compiler.is_compiling(),
         exporting=_exporting(),
         groups=query.shape[1] // key.shape[1] if key.shape[1] else 1,
         lse=lse,

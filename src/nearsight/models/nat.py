@@ -115,7 +115,7 @@ class Nat(Backbone):
             self.feature_info.append({"num_chs": channels, "reduction": 4 * 2**index, "module": f"levels.{index}"})
         self.num_features = channels
         self.norm: nn.Module = nn.LayerNorm(channels)
-        self.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool))
+        self.global_pool = _pool(global_pool)
         self.head_drop = nn.Dropout(drop_rate)
         self.reset_classifier(num_classes)
         self.apply(_initialise)
@@ -142,7 +142,7 @@ class Nat(Backbone):
         """Swap the classifier for a fresh one of ``num_classes`` outputs; 0 removes it."""
         self.num_classes = num_classes
         if global_pool is not None:
-            self.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool))
+            self.global_pool = _pool(global_pool)
         self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
         like = self.levels[0].blocks[0].norm1.weight  # pyright: ignore
         self.head = nn.Identity()
@@ -277,6 +277,12 @@ class NeighbourhoodAttention(nn.Module):
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, kernel_size={self.window.kernel_size}, dilation={self.window.dilation}"
+
+
+def _pool(kind: str) -> SelectAdaptivePool2d:
+    """The mean as a plain one: PyTorch's pooling asks how its input lies in memory, which ties an exported program to
+    batches and maps of two and more."""
+    return SelectAdaptivePool2d(pool_type="fastavg" if kind == "avg" else kind, flatten=bool(kind))
 
 
 def _scaled(x: Tensor, gamma: Tensor | None) -> Tensor:
