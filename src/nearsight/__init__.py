@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Stand-alone self-attention for vision: the exact operation, its layers, and networks made of them."""
 
+from . import compat as compat
 from .attention import (
     attention_scores,
     attention_weights,

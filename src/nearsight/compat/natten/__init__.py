@@ -25,8 +25,8 @@ from ...errors import OptionError
 
 __all__ = ["install", "uninstall"]
 
-# The newest NATTEN whose calls are all here. The label after the plus says who answers.
-NATTEN_VERSION = "0.21.0"
+# The NATTEN that decides where versions differ. The label after the plus says who answers.
+NATTEN_VERSION = "0.21.7"
 # The modules of NATTEN 0.14 to 0.21 that clients import from, and the files here that hold their names.
 MODULES: Mapping[str, tuple[str, ...]] = {
     "natten": ("context", "functional", "modules"),
@@ -76,7 +76,8 @@ class _Finder(DistributionFinder, Loader):
 
 class _Distribution(Distribution):
     def read_text(self, filename: str) -> str | None:
-        return f"Metadata-Version: 2.1\nName: natten\nVersion: {natten_version()}\n" if filename == "METADATA" else None
+        metadata = f"Metadata-Version: 2.1\nName: natten\nVersion: {natten_version()}\n"
+        return {"METADATA": metadata, "top_level.txt": "natten\n"}.get(filename)
 
     def locate_file(self, path: Any) -> Path:
         return Path(__file__).parent / path
@@ -87,10 +88,10 @@ _replaced: dict[str, ModuleType] = {}
 
 
 def natten_version() -> str:
-    """What ``natten.__version__`` says: the NATTEN whose calls are here, and whose they are.
+    """What ``natten.__version__`` says: the NATTEN that is followed, and who stands in for it.
 
     Example:
-        >>> natten_version().startswith("0.21.0+nearsight.")
+        >>> natten_version().startswith("0.21.7+nearsight.")
         True
     """
     return f"{NATTEN_VERSION}+nearsight.{version('nearsight')}"

@@ -20,6 +20,10 @@ __all__ = [
     "MemoryUsagePreference",
     "NattenContext",
     "are_deterministic_algorithms_enabled",
+    "disable_fna",
+    "disable_fused_na",
+    "enable_fna",
+    "enable_fused_na",
     "get_memory_usage_preference",
     "has_bfloat",
     "has_cuda",
@@ -66,6 +70,18 @@ class NattenContext:
 def use_fused_na(mode: bool = True, *_: Any, **__: Any) -> None:
     """Whether the modules attend in one call (the default) or hold the weights between two."""
     NattenContext.is_fused_na_enabled = bool(mode)
+
+
+def enable_fused_na() -> bool:
+    """The modules attend in one call; and whether they do."""
+    use_fused_na(True)
+    return is_fused_na_enabled()
+
+
+def disable_fused_na() -> bool:
+    """The modules hold the weights between two calls; and whether they attend in one."""
+    use_fused_na(False)
+    return is_fused_na_enabled()
 
 
 def is_fused_na_enabled() -> bool:
@@ -131,6 +147,7 @@ def has_bfloat(device: Any = None) -> bool:
 
 
 has_fna, use_fna, is_fna_enabled = has_fused_na, use_fused_na, is_fused_na_enabled
+enable_fna, disable_fna = enable_fused_na, disable_fused_na
 
 # What is asked of kernels, and chosen between them, that are not here.
 QUESTIONS = [
@@ -176,15 +193,27 @@ SWITCHES = [
 ]
 
 
-def _no(name: str, doc: str) -> Callable:
-    def no(*_: Any, **__: Any) -> bool:
-        return False
+CONFIGURATIONS = [
+    f"get_{direction}configs_for_{kernel}_{operation}"
+    for direction, kernels in (
+        ("", ("cutlass", "cutlass_blackwell", "cutlass_hopper", "flex")),
+        ("bwd_", ("cutlass", "cutlass_blackwell", "cutlass_hopper")),
+    )
+    for kernel in kernels
+    for operation in ("fmha", "fna")
+]
 
-    no.__name__, no.__qualname__, no.__doc__ = name, name, doc
-    return no
+
+def _answer(name: str, doc: str, kind: type) -> Callable:
+    def answer(*_: Any, **__: Any) -> Any:
+        return kind()
+
+    answer.__name__, answer.__qualname__, answer.__doc__ = name, name, doc
+    return answer
 
 
 ABSENT: dict[str, Callable] = {
-    **{name: _no(name, "No: what it asks for is not here.") for name in QUESTIONS},
-    **{name: _no(name, "Taken, without effect: what it chooses is not here.") for name in SWITCHES},
+    **{name: _answer(name, "No: what it asks for is not here.", bool) for name in QUESTIONS},
+    **{name: _answer(name, "Taken, without effect: what it chooses is not here.", bool) for name in SWITCHES},
+    **{name: _answer(name, "None: the kernel that they are of is not here.", list) for name in CONFIGURATIONS},
 }

@@ -178,9 +178,9 @@ def attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    *,
     is_causal: bool = False,
     scale: float | None = None,
-    *,
     backend: str | None = None,
     q_tile_size: int | None = None,
     kv_tile_size: int | None = None,
@@ -197,7 +197,7 @@ def attention(
 
     Shapes: query (B, L, N, D), key (B, S, M, D), value (B, S, M, E) with M dividing N -> (B, L, N, E), and with
     ``return_lse`` the log-sum-exp (B, L, N). ``is_causal`` hides key s from query l where s > l. It holds the L x S weights.
-    Arguments that choose a kernel are not used.
+    Arguments that choose a kernel are not used. The fourth has to be named: it was the scale up to 0.21.0.
 
     Raises:
         ShapeError: shapes that do not fit together.
@@ -247,6 +247,13 @@ def merge_attentions(
 # --------------------------------------------------------------------------------------------------------- split calls
 
 
+def _check_map(name: str, tensor: Any, rank: int, last: str) -> None:
+    """Of a split call: heads first."""
+    _check_rank(name, tensor, rank, f"(batch, heads, *map, {last})")
+    if 0 in tensor.shape[2:-1]:
+        raise ShapeError(f"the map must have at least one cell; {name} is {tuple(tensor.shape)}")
+
+
 def _qk(rank: int) -> Callable:
     def qk(
         query: Tensor,
@@ -258,7 +265,7 @@ def _qk(rank: int) -> Callable:
         rpb: Tensor | None = None,
     ) -> Tensor:
         axes = neighborhoods(rank, kernel_size, 1, dilation, is_causal)
-        _check_rank("query", query, rank, "(batch, heads, *map, head_dim)")
+        _check_map("query", query, rank, "head_dim")
         if not isinstance(key, Tensor) or key.shape != query.shape:
             received = tuple(key.shape) if isinstance(key, Tensor) else type(key).__name__
             raise ShapeError(f"key must have the shape of query, {tuple(query.shape)}; received {received}")
@@ -300,8 +307,8 @@ def _av(rank: int) -> Callable:
         is_causal: Causal = False,
     ) -> Tensor:
         axes = neighborhoods(rank, kernel_size, 1, dilation, is_causal)
-        _check_rank("attn", attn, rank, "(batch, heads, *map, weights)")
-        _check_rank("value", value, rank, "(batch, heads, *map, head_dim)")
+        _check_map("attn", attn, rank, "weights")
+        _check_map("value", value, rank, "head_dim")
         cells = cells_of(axes)
         others = 0 if additional_values is None else additional_values.shape[-2]
         if attn.shape != (*value.shape[:-1], cells + others):

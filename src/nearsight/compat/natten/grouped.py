@@ -54,12 +54,16 @@ def _recomputed(query, key, value, blocks, scale) -> tuple[Tensor, Tensor]:
 
 
 def _attend_blocks(query, key, value, blocks: Sequence[Blocks], scale: float) -> tuple[Tensor, Tensor]:
-    wide = torch.promote_types(query.dtype, torch.float32)
+    dtype, wide = query.dtype, torch.promote_types(query.dtype, torch.float32)
     with without_autocast(query):
-        logits = scale * (gather_queries(query.to(wide), blocks) @ gather_spans(key.to(wide), blocks).mT)
+        query, key, value = (tensor.to(wide) for tensor in (query, key, value))
+        # A hidden pair has weight 0, but 0 * inf is NaN: a value that is not finite is carried by its key, which is masked.
+        key = key + (value.detach() * 0).sum(-1, keepdim=True)
+        value = torch.where(value.isfinite(), value, 0)
+        logits = scale * (gather_queries(query, blocks) @ gather_spans(key, blocks).mT)
         logits = logits.masked_fill(_hidden(blocks), float("-inf"))
-        out = logits.softmax(-1) @ gather_spans(value.to(wide), blocks)
-    return out.to(query.dtype).flatten(2, -2), logits.logsumexp(-1).flatten(2)
+        out = logits.softmax(-1) @ gather_spans(value, blocks)
+    return out.to(dtype).flatten(2, -2), logits.logsumexp(-1).flatten(2)
 
 
 def _hidden(blocks: Sequence[Blocks]) -> Tensor:
@@ -67,7 +71,5 @@ def _hidden(blocks: Sequence[Blocks]) -> Tensor:
     rank = len(blocks)
     visible = torch.ones((), dtype=torch.bool, device=blocks[0].cells.device)
     for axis, block in enumerate(blocks):
-        # Padding sees everything: what it computes is thrown away, but a softmax over nothing would be NaN.
-        seen = (block.place < block.column.shape[-1]) | block.padding[..., None]
-        visible = visible & align(seen, rank, axis)
+        visible = visible & align(block.place < block.column.shape[-1], rank, axis)
     return ~visible.flatten(2 * rank).flatten(rank, 2 * rank - 1)

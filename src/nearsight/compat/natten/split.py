@@ -10,7 +10,8 @@ are derivatives of every order, forwards and backwards.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -28,11 +29,11 @@ from .windows import (
     gather_spans,
     places,
     slices,
-    ungather,
     without_autocast,
 )
 
 Axes = tuple[Neighborhood, ...]
+Parts = Iterator[tuple[Sequence[Blocks], Tensor]]
 
 
 def qk(query: Tensor, key: Tensor, axes: Axes, rpb: Tensor | None = None) -> Tensor:
@@ -95,15 +96,15 @@ class QK(_Bilinear):
 
     @staticmethod
     def forward(query: Tensor, key: Tensor, axes: Axes) -> Tensor:
-        blocks = _cut(axes, query)
-        with without_autocast(query):
-            scores = [
-                _take_windows(gather_queries(query, part) @ gather_spans(key, part).mT, part)
-                for part in slices(blocks, query.shape[0] * query.shape[1])
-            ]
-        products = ungather(torch.cat(scores, 2), axes, blocks, query.shape[2:-1])
+        def parts() -> Parts:
+            for part in slices(_cut(axes, query), query.shape[0] * query.shape[1]):
+                with without_autocast(query):
+                    scores = gather_queries(query, part) @ gather_spans(key, part).mT
+                yield part, _take_windows(scores, part)
+
+        products = _assembled(parts(), query.shape[2:-1])
         outside = _outside(axes, query)
-        return products if outside is None else products.masked_fill(outside, 0)
+        return products if outside is None else products.masked_fill_(outside, 0)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor):
@@ -125,13 +126,13 @@ class AV(_Bilinear):
 
     @staticmethod
     def forward(weights: Tensor, value: Tensor, axes: Axes) -> Tensor:
-        blocks = _cut(axes, value)
-        with without_autocast(value):
-            sums = [
-                (_spread_windows(weights, axes, part) @ gather_spans(value, part)).flatten(2, -2)
-                for part in slices(blocks, value.shape[0] * value.shape[1])
-            ]
-        return ungather(torch.cat(sums, 2), axes, blocks, value.shape[2:-1])
+        def parts() -> Parts:
+            for part in slices(_cut(axes, value), value.shape[0] * value.shape[1]):
+                with without_autocast(value):
+                    sums = _spread_windows(weights, axes, part) @ gather_spans(value, part)
+                yield part, sums.flatten(2, -2)
+
+        return _assembled(parts(), value.shape[2:-1])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor):
@@ -155,11 +156,14 @@ class Scatter(_Bilinear):
     def forward(weights: Tensor, x: Tensor, axes: Axes) -> Tensor:
         size = x.shape[2:-1]
         dtype = torch.promote_types(x.dtype, torch.float32)  # many blocks add to a cell
-        out = x.new_zeros((*x.shape[:2], size.numel(), x.shape[-1]), dtype=dtype)
-        for part in slices(_cut(axes, x), x.shape[0] * x.shape[1]):
+        out = None
+        blocks = [block.without_padding() for block in _cut(axes, x)]
+        for part in slices(blocks, x.shape[0] * x.shape[1]):
             with without_autocast(x):
-                sums = (_spread_windows(weights, axes, part).mT @ gather_queries(x, part)).flatten(2, -2)
-            out.index_add_(2, flat_index([axis.cells for axis in part], size).flatten(), sums.to(dtype))
+                sums = (_spread_windows(weights, axes, part).mT @ gather_queries(x, part)).flatten(2, -2).to(dtype)
+            out = sums.new_zeros((*sums.shape[:2], size.numel(), sums.shape[-1])) if out is None else out
+            out.index_add_(2, flat_index([axis.cells for axis in part], size).flatten(), sums)
+        assert out is not None
         return out.unflatten(2, size).to(x.dtype)
 
     @staticmethod
@@ -179,6 +183,16 @@ class Scatter(_Bilinear):
 
 def _cut(axes: Axes, tensor: Tensor) -> list[Blocks]:
     return [cut(axis, cells, tensor.device) for axis, cells in zip(axes, tensor.shape[2:-1], strict=True)]
+
+
+def _assembled(parts: Parts, size: torch.Size) -> Tensor:
+    """The results of some queries at a time, (B, N, product of G and b, D), in one tensor (B, N, *map, D)."""
+    first = next(parts)
+    _, results = first
+    out = results.new_empty((*results.shape[:2], size.numel(), results.shape[-1]))
+    for blocks, some in chain([first], parts):
+        out[:, :, flat_index([axis.queries for axis in blocks], size).flatten()] = some
+    return out.unflatten(2, size)
 
 
 def _take_windows(scores: Tensor, axes: Sequence[Blocks]) -> Tensor:

@@ -61,10 +61,10 @@ def cells_of(axes: Sequence[Neighborhood]) -> int:
 def window_of(axis: Neighborhood, step: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
     """The first and the last step that the query at ``step`` sees, on its dilation phase of ``steps`` cells.
 
-    Queries ``g * stride .. g * stride + stride - 1`` are a group and see the window of their leader: the query in the middle,
-    the right one of two, or the last that there is. The window is shifted inside; an even one has one more cell to the left.
-    On a causal axis the leader is the group's last query, whose window ends at it, and of it a query sees what is not
-    behind it. (NATTEN's documentation of the ``stride`` of generalized neighborhood attention, 0.20.)
+    Queries ``g * stride .. g * stride + stride - 1`` are a group and see the window of their leader: the query in the
+    middle, the right one of two, or the last that there is. The window is shifted inside; an even one has one more cell
+    to the left. On a causal axis the leader is the group's last query, whose window ends at it, and of it a query sees
+    what is not behind it. (NATTEN's documentation of the ``stride`` of generalized neighborhood attention, 0.20.)
     """
     group = step // axis.stride * axis.stride
     if axis.causal:
@@ -101,6 +101,10 @@ class Blocks(NamedTuple):
     def sizes(self) -> tuple[int, int, int]:
         return self.place.shape[0], self.place.shape[1], self.place.shape[2]
 
+    def without_padding(self) -> Blocks:
+        """The same, in which places past the end see nothing: where results are added up, the last query counts once."""
+        return self._replace(place=self.place.masked_fill(self.padding[..., None], self.column.shape[-1]))
+
 
 def cut(axis: Neighborhood, cells: int, device: torch.device) -> Blocks:
     """Cut the queries of every dilation phase into blocks that hold whole groups."""
@@ -117,7 +121,7 @@ def cut(axis: Neighborhood, cells: int, device: torch.device) -> Blocks:
     first, last = window_of(axis, step, steps)
     start = torch.minimum(first[..., :1], steps - span).clamp(min=0)
     seen = (start + torch.arange(span, device=device))[..., None, :]
-    inside = (seen >= first[..., None]) & (seen <= last[..., None]) & ~padding[..., None]
+    inside = (seen >= first[..., None]) & (seen <= last[..., None])
     place = torch.where(inside, seen - first[..., None], k)
     column = (first - start)[..., None] + torch.arange(k, device=device)
     cell = phase + seen[..., 0, :] * dilation
