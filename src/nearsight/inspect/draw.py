@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-BLUE, ORANGE, SKY = "#0072b2", "#e69f00", "#56b4e9"
+BLUE, ORANGE, GREEN, PINK, RED, SKY = "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9"
+GREY = "#999999"
 INK = "#0b0c0d"  # stands for the page's text colour until the picture becomes SVG
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text: sharp, selectable, in the page's font
@@ -98,6 +99,26 @@ def memory_blocks(image: np.ndarray, maps: Sequence[BlockMap], pixel: tuple[int,
     for place, layer in enumerate(maps, start=2):
         weights = layer.memory_block(pixel, index).mean(0)
         _panel(figure.add_subplot(1, columns, place), image, pixel, layer.layer, weights)
+    return figure
+
+
+@_in_style
+def grid(pictures: Sequence[Sequence[np.ndarray]], rows: Sequence[str], columns: Sequence[str]) -> Figure:
+    """Maps of numbers, each on a scale of its own: above zero blue, below orange.
+
+    Args:
+        pictures: rows of (H, W).
+        rows, columns: what stands beside and above them.
+    """
+    wide, high = max(map(len, pictures)), len(pictures)
+    figure = _figure(0.6 + 1.1 * wide, 0.3 + 1.1 * high)
+    for row, (label, maps) in enumerate(zip(rows, pictures, strict=True)):
+        for column, values in enumerate(maps):
+            axes = figure.add_subplot(high, wide, row * wide + column + 1)
+            axes.imshow(_signed(values), interpolation="nearest")
+            axes.set(xticks=[], yticks=[])
+            axes.set_title(columns[column] if row == 0 else "", fontsize=7)
+            axes.set_ylabel(label if column == 0 else "", fontsize=7)
     return figure
 
 
@@ -183,6 +204,13 @@ def _shades(share: np.ndarray) -> np.ndarray:
     shades[...] = _rgb(ORANGE)
     np.einsum("iic->ic", shades)[...] = _rgb(BLUE)
     shades[..., 3] = np.sqrt(share)
+    return shades
+
+
+def _signed(values: np.ndarray) -> np.ndarray:
+    """Blue above zero, orange below, as strong as the number is large."""
+    shades = np.where((values < 0)[..., None], _rgb(ORANGE), _rgb(BLUE))
+    shades[..., 3] = np.abs(values) / max(np.abs(values).max(), 1e-12)
     return shades
 
 

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map
 
 from ..errors import OptionError, ShapeError
 from ..layers import AttentionLayer
-from .draw import BLUE, INK, ORANGE, SKY, _figure, _in_style
+from .draw import BLUE, GREY, INK, ORANGE, SKY, _figure, _in_style
 from .reach import Reach, closes, everywhere, inside_of, reach_of, strides_of
 from .transforms import Transform
 from .walk import layers_of
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 ROUNDING = 1e-5  # float32: an error below it is not the layer's
-PARTS = {"border": (ORANGE, ""), "stride": (SKY, "////"), "encoding": (BLUE, "...."), "undivided": ("#999999", "")}
+PARTS = {"border": (ORANGE, ""), "stride": (SKY, "////"), "encoding": (BLUE, "...."), "undivided": (GREY, "")}
 
 # -------------------------------------------------------------------------------------------------------- whole modules
 

@@ -9,19 +9,19 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .draw import BLUE, INK, ORANGE, SKY, STYLE, _figure, _in_style
+from .draw import BLUE, GREEN, INK, ORANGE, PINK, RED, SKY, STYLE, _figure, _in_style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLOURS = (BLUE, ORANGE, "#009e73", "#cc79a7", "#d55e00", SKY)
+COLOURS = (BLUE, ORANGE, GREEN, PINK, RED, SKY)
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")  # seven to six colours, so that no pair comes twice within 42 series
 DASHES = ("-", "--", "-.", ":")
 BAND = 0.18  # opacity of a band
@@ -60,14 +60,27 @@ class Chart:
 
     def to_csv(self) -> str:
         """Every point that is drawn: panel, series, x, y and the standard deviation of y, which may be empty."""
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(["panel", "series", self.x, self.y, "standard deviation"])
+        return _table(["panel", "series", self.x, self.y, "standard deviation"], self._points())
+
+    def _points(self) -> Iterator[list[Any]]:
         for title, series in self.panels.items():
             for one in series:
                 spread = [""] * len(one.x) if one.sd is None else one.sd
-                writer.writerows([title, one.label, *point] for point in zip(one.x, one.y, spread, strict=True))
-        return text.getvalue()
+                yield from ([title, one.label, *point] for point in zip(one.x, one.y, spread, strict=True))
+
+
+def to_csv(charts: Sequence[Chart]) -> str:
+    """The points of several charts over one x, in one table whose first column says what y is."""
+    points = ([chart.y, *point] for chart in charts for point in chart._points())
+    return _table(["y is", "panel", "series", charts[0].x, "y", "standard deviation"], points)
+
+
+def _table(header: Sequence[str], lines: Iterable[Sequence[Any]]) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(lines)
+    return text.getvalue()
 
 
 @_in_style
@@ -139,5 +152,5 @@ def _dress(axes: Axes, chart: Chart, title: str) -> None:
     axes.set(xlabel=chart.x, ylabel=chart.y if title else "")
     axes.set_title(title or chart.y, loc="left")
     axes.grid(alpha=0.2, color=INK)
-    if chart.x == "epoch":
+    if chart.x in ("epoch", "layer"):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))

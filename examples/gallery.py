@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Draws the pictures of docs/gallery.md, each with its numbers as CSV beside it.
+
+.venv/bin/python examples/gallery.py
+
+Trains sasa_nano on digits and, for one epoch, sasa_micro on Fashion-MNIST into runs/gallery, unless they are there already;
+then it draws them into docs/images/gallery.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import nearsight as ns
+from nearsight.inspect import Translation, draw, draw_equivariance, plots, table
+from nearsight.inspect.equivariance import decisive
+from nearsight.training.data import load_pictures
+from nearsight.training.files import make_folder, write_plot
+from nearsight.training.recipe import Recipe
+from nearsight.training.train import train
+from nearsight.training.weights import WEIGHTS_FILE, load_model
+
+RECIPES = {
+    "digits": Recipe(model="sasa_nano", data="digits"),
+    "fashion-mnist": Recipe(model="sasa_micro", data="fashion-mnist", epochs=1),
+}
+LOOKED_AT = 64  # test images, for what is a mean over images
+SHOWN = {"digits": 3, "fashion-mnist": 0}  # number of the test image that is drawn
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=Path, default=Path("runs/gallery"), help="where the trained networks are")
+    parser.add_argument("--output", type=Path, default=Path("docs/images/gallery"), help="where the pictures go")
+    options = parser.parse_args()
+    make_folder(options.output)
+    for data, recipe in RECIPES.items():
+        run = options.runs / data
+        if not (run / WEIGHTS_FILE).exists():
+            train(recipe, run)
+        model, blueprint = load_model(run)
+        test = load_pictures(data).test.seen(blueprint.view, training=False)
+        images = torch.stack([test[index][0] for index in range(LOOKED_AT)])
+        image = images[SHOWN[data]]
+        grey = (image * blueprint.view.std[0] + blueprint.view.mean[0]).clamp(0, 1)[0].numpy()
+        for name, (figure, numbers) in pictures(model, images, image, grey).items():
+            write_plot(options.output / f"{data}-{name}", figure, numbers, formats=("svg",))
+            print(options.output / f"{data}-{name}.svg")
+
+
+def pictures(model: nn.Module, images: Tensor, image: Tensor, grey: np.ndarray) -> dict[str, tuple[Any, str]]:
+    """Name -> figure and CSV."""
+    maps = ns.attention_maps(model, image)
+    pixel = tuple(n // 2 for n in grey.shape)
+    rollouts = [
+        Rollout(layer.layer, places[0]) for layer, places in zip(maps, ns.attention_rollout(maps, [pixel]), strict=True)
+    ]
+    charts = statistics(ns.attention_statistics(ns.attention_maps(model, images)))
+    rows = ns.equivariance_by_layer(model, images, Translation(1, 1))
+    vectors = position_vectors(model, maps)
+    return {
+        "heads": (draw.heads(grey, maps, pixel), blocks_csv(maps, pixel)),
+        "rollout": (draw.memory_blocks(grey, rollouts, pixel), blocks_csv(rollouts, pixel)),
+        "positions": (draw_vectors(vectors), vectors_csv(vectors)),
+        "statistics": (plots.draw(charts), plots.to_csv(charts)),
+        "equivariance": (
+            draw_equivariance(rows, "moved by one pixel, down and to the right"),
+            table.to_csv(decisive(rows)),
+        ),
+    }
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """In the form in which blocks are drawn: one head on the pixels of the image."""
+
+    layer: str
+    weights: np.ndarray
+
+    def memory_block(self, pixel: tuple[int, int], image_index: int = 0) -> np.ndarray:
+        return self.weights[None]
+
+
+def statistics(layers: Sequence[Any]) -> list[plots.Chart]:
+    """Distance, entropy and diversity of every layer, in the order in which they run."""
+    number = list(range(1, len(layers) + 1))
+
+    def over_heads(name: str) -> plots.Series:
+        values = [getattr(layer, name) for layer in layers]
+        return plots.Series(
+            "mean, and spread over heads", number, [v.mean() for v in values], [v.std() for v in values]
+        )
+
+    uniform = plots.Series("all cells alike", number, [layer.uniform for layer in layers])
+    diversity = plots.Series("diversity", number, [layer.diversity for layer in layers])
+    return [
+        plots.Chart("layer", "distance, pixels", {"": [over_heads("distance")]}),
+        plots.Chart("layer", "entropy, bits", {"": [over_heads("entropy"), uniform]}),
+        plots.Chart("layer", "difference between heads", {"": [diversity]}),
+    ]
+
+
+def position_vectors(model: nn.Module, maps: Sequence[Any]) -> dict[tuple[str, str], np.ndarray]:
+    """Of the first and the last layer: (layer, axis) -> vectors (heads, offsets, channels)."""
+    modules: dict[str, Any] = dict(model.named_modules())
+    found = {}
+    for layer in (maps[0], maps[-1]):
+        _, relative = modules[layer.layer].tables_on(layer.map_size)
+        for axis, vectors in zip(("rows", "columns"), relative, strict=True):
+            used = vectors[..., vectors.abs().amax((0, 1)) > 0]  # every axis has a share of the channels
+            found[layer.layer, axis] = used.detach().numpy()
+    return found
+
+
+def draw_vectors(vectors: dict[tuple[str, str], np.ndarray]) -> Any:
+    most = max(map(len, vectors.values()))
+    labels = [f"{layer}\n{axis}" for layer, axis in vectors]
+    return draw.grid(list(vectors.values()), labels, [f"head {head + 1}" for head in range(most)])
+
+
+# ------------------------------------------------------------------------------------------------------------- numbers
+
+
+def blocks_csv(maps: Sequence[draw.BlockMap], pixel: tuple[int, int]) -> str:
+    """Every weight that is drawn, rows and columns counted from 0."""
+    lines = []
+    for layer in maps:
+        block = layer.memory_block(pixel)
+        lines += [
+            (layer.layer, head + 1, row, column, block[head, row, column]) for head, row, column in np.argwhere(block)
+        ]
+    return written(("layer", "head", "row", "column", "weight"), lines)
+
+
+def vectors_csv(vectors: dict[tuple[str, str], np.ndarray]) -> str:
+    lines = []
+    for (layer, axis), values in vectors.items():
+        places = np.ndindex(values.shape)
+        lines += [
+            (layer, axis, head + 1, offset, channel, values[head, offset, channel]) for head, offset, channel in places
+        ]
+    return written(("layer", "axis", "head", "offset", "channel", "value"), lines)
+
+
+def written(header: Sequence[str], lines: Iterable[Sequence[Any]]) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows([f"{value:.5g}" if isinstance(value, np.floating) else value for value in line] for line in lines)
+    return text.getvalue()
+
+
+if __name__ == "__main__":
+    main()
