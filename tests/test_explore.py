@@ -368,9 +368,11 @@ def test_screens(visit, file, width, colours):
     ground = page.evaluate("() => getComputedStyle(document.body).backgroundColor")
     assert bool(brightness(ground) > 0.5) == (colours == "light")
     if width != 320:
-        page.evaluate(
-            "() => { for (let y = 0; y < document.body.scrollHeight; y += 500) scrollTo(0, y); scrollTo(0, 0); }"
-        )
+        height = page.evaluate("() => document.documentElement.scrollHeight")
+        page.set_viewport_size(
+            {"width": width, "height": height}
+        )  # small pictures are drawn when they are on the screen
+        page.wait_for_timeout(200)
         ARTIFACTS.mkdir(exist_ok=True)
         page.screenshot(
             path=ARTIFACTS / f"explore-{'desktop' if width > 500 else 'phone'}-{colours}.png", full_page=True

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 
 import numpy as np
 import torch
@@ -75,14 +76,13 @@ def _starts(layer: AttentionMap, pixels: Sequence[Sequence[int]]) -> Tensor:
 
 def _attended(layer: AttentionMap, rows: Tensor, image_index: int) -> Tensor:
     """rows (A / 2 + S / 2): (n, *out) -> (n, *map_size)."""
-    count, queries, cells = len(rows), np.prod(layer.out_size), np.prod(layer.map_size)
+    count, queries, cells = len(rows), prod(layer.out_size), prod(layer.map_size)
     key = layer.key_cells().reshape(queries, -1)
     weights = layer.weights[image_index].float().mean(0).reshape(queries, -1)
     inside = key >= 0
     query = torch.arange(queries)[:, None].expand_as(key)
     indices = torch.stack([key[inside], query[inside]])
-    shape = (int(cells), int(queries))
-    matrix = torch.sparse_coo_tensor(indices, weights[inside], shape, check_invariants=True)
+    matrix = torch.sparse_coo_tensor(indices, weights[inside], (cells, queries), check_invariants=True)
     attended = (matrix @ rows.reshape(count, -1).T).T.reshape(count, *layer.map_size)
     own = torch.zeros_like(attended)
     own[(slice(None), *[slice(None, None, axis.stride) for axis in layer.window.axes(rows.ndim - 1)])] = rows
@@ -92,7 +92,7 @@ def _attended(layer: AttentionMap, rows: Tensor, image_index: int) -> Tensor:
 def _resampled(rows: Tensor, size: Sequence[int]) -> Tensor:
     """rows T: (n, *cells) -> (n, *size)."""
     for axis, wanted in enumerate(size, start=1):
-        rows = torch.tensordot(rows, _shares(rows.shape[axis], wanted), ([axis], [0])).movedim(-1, axis)
+        rows = (rows.movedim(axis, -1) @ _shares(rows.shape[axis], wanted)).movedim(-1, axis)
     return rows
 
 
