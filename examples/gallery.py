@@ -10,9 +10,7 @@ then it draws them into docs/images/gallery.
 from __future__ import annotations
 
 import argparse
-import csv
-import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,8 +67,8 @@ def pictures(model: nn.Module, images: Tensor, image: Tensor, grey: np.ndarray) 
     rows = ns.equivariance_by_layer(model, images, Translation(1, 1))
     vectors = position_vectors(model, maps)
     return {
-        "heads": (draw.heads(grey, maps, pixel), blocks_csv(maps, pixel)),
-        "rollout": (draw.memory_blocks(grey, rollouts, pixel), blocks_csv(rollouts, pixel)),
+        "heads": (draw.heads(grey, maps, pixel), draw.blocks_to_csv(maps, pixel)),
+        "rollout": (draw.memory_blocks(grey, rollouts, pixel), draw.blocks_to_csv(rollouts, pixel)),
         "positions": (draw_vectors(vectors), vectors_csv(vectors)),
         "statistics": (plots.draw(charts), plots.to_csv(charts)),
         "equivariance": (
@@ -131,17 +129,6 @@ def draw_vectors(vectors: dict[tuple[str, str], np.ndarray]) -> Any:
 # ------------------------------------------------------------------------------------------------------------- numbers
 
 
-def blocks_csv(maps: Sequence[draw.BlockMap], pixel: tuple[int, int]) -> str:
-    """Every weight that is drawn, rows and columns counted from 0."""
-    lines = []
-    for layer in maps:
-        block = layer.memory_block(pixel)
-        lines += [
-            (layer.layer, head + 1, row, column, block[head, row, column]) for head, row, column in np.argwhere(block)
-        ]
-    return written(("layer", "head", "row", "column", "weight"), lines)
-
-
 def vectors_csv(vectors: dict[tuple[str, str], np.ndarray]) -> str:
     lines = []
     for (layer, axis), values in vectors.items():
@@ -149,15 +136,7 @@ def vectors_csv(vectors: dict[tuple[str, str], np.ndarray]) -> str:
         lines += [
             (layer, axis, head + 1, offset, channel, values[head, offset, channel]) for head, offset, channel in places
         ]
-    return written(("layer", "axis", "head", "offset", "channel", "value"), lines)
-
-
-def written(header: Sequence[str], lines: Iterable[Sequence[Any]]) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows([f"{value:.5g}" if isinstance(value, np.floating) else value for value in line] for line in lines)
-    return text.getvalue()
+    return table.write_csv(("layer", "axis", "head", "offset", "channel", "value"), lines)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import os
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 import torch
@@ -270,8 +271,30 @@ def test_the_report_is_one_page_with_described_pictures(run):
     assert "prefers-color-scheme: dark" in text
     assert "currentColor" in text
     outside = [value for _, attributes in page.found for name, value in attributes.items() if name in ("src", "href")]
-    assert outside == []
+    assert all(value.startswith("data:text/csv;charset=utf-8,") for value in outside)
     assert f"{100 * run.evaluation.accuracy:.2f} %" in text
+
+
+def test_every_picture_of_the_report_can_be_had_as_numbers(run):
+    page = Page((run.output / "report.html").read_text())
+    links = [attributes for tag, attributes in page.found if tag == "a"]
+    assert len(links) == sum(tag == "svg" for tag, _ in page.found)
+    tables = {
+        link["download"]: list(csv.DictReader(io.StringIO(unquote(link["href"].partition(",")[2])))) for link in links
+    }
+    assert list(tables) == ["learning_curve.csv", "confusion.csv", *(f"weights_{n}.csv" for n in range(1, 6))]
+    curve = [float(line["y"]) for line in tables["learning_curve.csv"] if line["series"] == "validation"]
+    metrics = list(csv.DictReader(io.StringIO((run.output / "metrics.csv").read_text())))
+    assert curve[: len(metrics)] == pytest.approx([float(row["val_loss"]) for row in metrics])
+    assert curve[len(metrics) :] == pytest.approx([100 * float(row["val_accuracy"]) for row in metrics])
+    counts = [int(line["images"]) for line in tables["confusion.csv"]]
+    assert counts == run.evaluation.confusion.flatten().tolist()
+    weights = {}
+    for line in tables["weights_5.csv"]:
+        head = line["layer"], line["head"]
+        weights[head] = weights.get(head, 0) + float(line["weight"])
+    assert len(weights) == 16
+    assert list(weights.values()) == pytest.approx([1] * 16, abs=1e-4)
 
 
 def test_a_network_without_attention_trains_and_says_so(few_digits, tmp_path):

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, ParamSpec, Protocol
 
 import numpy as np
 
+from .table import write_csv
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -135,6 +137,17 @@ def heads(image: np.ndarray, maps: Sequence[BlockMap], pixel: tuple[int, int], i
             if head == 0:
                 axes.set_ylabel(layer.layer, fontsize=7)
     return figure
+
+
+def blocks_to_csv(maps: Sequence[BlockMap], pixel: tuple[int, int], index: int = 0) -> str:
+    """The weights that :func:`memory_blocks` and :func:`heads` draw, above zero; rows and columns of the map, from 0."""
+    lines = []
+    for layer in maps:
+        block = layer.memory_block(pixel, index)
+        lines += [
+            (layer.layer, head + 1, row, column, block[head, row, column]) for head, row, column in np.argwhere(block)
+        ]
+    return write_csv(("layer", "head", "row", "column", "weight"), lines)
 
 
 def to_svg(figure: Figure, alt: str) -> str:

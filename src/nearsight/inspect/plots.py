@@ -7,15 +7,15 @@ in marker and in dashes, so that no chart needs its colours to be read.
 
 from __future__ import annotations
 
-import csv
 import io
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .draw import BLUE, GREEN, INK, ORANGE, PINK, RED, SKY, STYLE, _figure, _in_style
+from .table import write_csv
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -60,7 +60,7 @@ class Chart:
 
     def to_csv(self) -> str:
         """Every point that is drawn: panel, series, x, y and the standard deviation of y, which may be empty."""
-        return _table(["panel", "series", self.x, self.y, "standard deviation"], self._points())
+        return write_csv(["panel", "series", self.x, self.y, "standard deviation"], self._points())
 
     def _points(self) -> Iterator[list[Any]]:
         for title, series in self.panels.items():
@@ -72,15 +72,7 @@ class Chart:
 def to_csv(charts: Sequence[Chart]) -> str:
     """The points of several charts over one x, in one table whose first column says what y is."""
     points = ([chart.y, *point] for chart in charts for point in chart._points())
-    return _table(["y is", "panel", "series", charts[0].x, "y", "standard deviation"], points)
-
-
-def _table(header: Sequence[str], lines: Iterable[Sequence[Any]]) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows(lines)
-    return text.getvalue()
+    return write_csv(["y is", "panel", "series", charts[0].x, "y", "standard deviation"], points)
 
 
 @_in_style

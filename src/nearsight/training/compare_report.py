@@ -152,9 +152,7 @@ def write_comparison(output: Path, table: Table, recipe: Recipe, pictures: Pictu
     for name, (chart, caption) in charts(table).items():
         figure = draw_charts([chart], legend_below=True)
         write_plot(output / PLOTS / name, figure, chart.to_csv())
-        shown.append(
-            Picture(draw.to_svg(figure, _described(chart, caption)), f"{caption} Numbers: {PLOTS}/{name}.csv.")
-        )
+        shown.append(Picture(draw.to_svg(figure, _described(chart, caption)), caption, chart.to_csv()))
     write_text(output / PAGE_FILE, _page(table, shown, recipe, pictures))
     _show(table)
     print(f"table    {output / TABLE_FILE}\npage     {output / PAGE_FILE}")

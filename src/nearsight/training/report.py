@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 
 from ..inspect import draw, plots
 from ..inspect.maps import AttentionMap, attention_maps
+from ..inspect.table import write_csv
 from ..layers import SelfAttention
 from .data import View
 from .evaluate import Evaluation
@@ -31,10 +32,11 @@ SHOWN_MISTAKES = 5
 
 @dataclass(frozen=True)
 class Picture:
-    """An SVG element and the sentence under it."""
+    """An SVG element, the sentence under it, and as CSV the numbers that it shows."""
 
     svg: str
     caption: str
+    numbers: str
 
 
 def write_report(
@@ -98,14 +100,16 @@ def _curve(rows: Sequence[Mapping[str, float]]) -> Picture:
         parts = (("training", "train"), ("validation", "val"))
         series = [plots.Series(label, epochs, [unit * row[f"{part}_{what}"] for row in rows]) for label, part in parts]
         charts.append(plots.Chart("epoch", name, {"": series}))
-    return Picture(draw.to_svg(plots.draw(charts), f"Learning curve. {text}"), text)
+    return Picture(draw.to_svg(plots.draw(charts), f"Learning curve. {text}"), text, plots.to_csv(charts))
 
 
 def _confusion(evaluation: Evaluation, classes: Sequence[str]) -> Picture:
     wrong = evaluation.count - evaluation.correct
     text = f"{evaluation.correct} of {evaluation.count} test images are right, {wrong} wrong."
     figure = draw.confusion_matrix(evaluation.confusion, classes)
-    return Picture(draw.to_svg(figure, f"Confusion matrix of {len(classes)} classes. {text}"), text)
+    pairs = ((classes[true], classes[said], count) for (true, said), count in np.ndenumerate(evaluation.confusion))
+    numbers = write_csv(("true class", "predicted", "images"), pairs)
+    return Picture(draw.to_svg(figure, f"Confusion matrix of {len(classes)} classes. {text}"), text, numbers)
 
 
 def _mistakes(evaluation: Evaluation, classes: Sequence[str]) -> list[tuple[str, str, int]]:
@@ -136,9 +140,11 @@ def _attention(model: nn.Module, blueprint: Blueprint, evaluation: Evaluation, t
         verdict = f"a {true}, recognised" if said == true else f"a {true}, taken for a {said}"
         text = f"Test image {index}: {verdict}. The query is the pixel in row {pixel[0] + 1}, column {pixel[1] + 1}."
         figure = draw.memory_blocks(image, maps, pixel, place)
-        pictures.append(Picture(draw.to_svg(figure, f"{text} {_where(maps, pixel, place)}"), text))
+        numbers = draw.blocks_to_csv(maps, pixel, place)
+        pictures.append(Picture(draw.to_svg(figure, f"{text} {_where(maps, pixel, place)}"), text, numbers))
     text = f"The same query in test image {chosen[0]}, head by head."
-    pictures.append(Picture(draw.to_svg(draw.heads(shown[0], maps, pixels[0]), text), text))
+    figure = draw.heads(shown[0], maps, pixels[0])
+    pictures.append(Picture(draw.to_svg(figure, text), text, draw.blocks_to_csv(maps, pixels[0])))
     return pictures
 
 
