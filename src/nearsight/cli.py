@@ -428,7 +428,7 @@ def _model_and_view(name: str, size: int | None) -> tuple[Any, Any, Sequence[str
     if path.exists() or path.suffix in (".safetensors", ".ckpt") or (os.sep in name and ":" not in name):
         model, blueprint = load_model(path)
         view, classes, title = blueprint.view, blueprint.classes, blueprint.model
-        subtitle = f"Trained on {blueprint.data}."
+        subtitle = "" if blueprint.data == "nothing" else f"Trained on {blueprint.data}."
     else:
         model = create_model(name)
         view, classes, title = View(**view_of(model)), None, name
