@@ -85,6 +85,6 @@ def attend(
 @lru_cache(maxsize=1)
 def _natten() -> ModuleType:
     """Kept: what is installed in its place later (nearsight.compat) sends its calls here."""
-    import natten
+    import natten  # pyright: ignore[reportMissingImports]
 
     return natten

@@ -138,14 +138,14 @@ def neighborhood_attention_generic(
 
 def _attend(query, key, value, axes: split.Axes, rpb, scale, additional, return_lse: bool) -> Any:
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    maps = [tensor.movedim(-2, 1) for tensor in (query, key, value)]
-    wants_lse = return_lse or bool(additional)
+    heads_first = query.movedim(-2, 1), key.movedim(-2, 1), value.movedim(-2, 1)
+    wants_lse: Any = return_lse or bool(additional)
     if any(axis.stride > 1 for axis in axes):
-        found = _grouped(*maps, axes, scale)
+        found = _grouped(*heads_first, axes, scale)
     else:
         kernel_size, _, dilation, causal = zip(*axes, strict=True)
         window = Window(kernel_size, dilation=dilation, border="shift", causal=causal)
-        found = local_attention(*maps, window, bias=rpb, scale=scale, return_lse=wants_lse)
+        found = local_attention(*heads_first, window, bias=rpb, scale=scale, return_lse=wants_lse)
     if isinstance(found, Tensor):
         return found.movedim(1, -2)
     out, lse = found[0].movedim(1, -2), found[1].movedim(1, -1)
@@ -217,10 +217,10 @@ def attention(
             f"divide those of query; received {shapes}"
         )
     wide = torch.promote_types(query.dtype, torch.float32)
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    factor = query.shape[-1] ** -0.5 if scale is None else scale
     with without_autocast(query):
         q, k, v = (tensor.to(wide).transpose(1, 2) for tensor in (query, key, value))
-        logits = scale * q.unflatten(1, (-1, shared)) @ k.unsqueeze(2).mT
+        logits = factor * q.unflatten(1, (-1, shared)) @ k.unsqueeze(2).mT
         if is_causal:
             behind = torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device).triu(1)
             logits = logits.masked_fill(behind, float("-inf"))
@@ -269,7 +269,7 @@ def _qk(rank: int) -> Callable:
         if not isinstance(key, Tensor) or key.shape != query.shape:
             received = tuple(key.shape) if isinstance(key, Tensor) else type(key).__name__
             raise ShapeError(f"key must have the shape of query, {tuple(query.shape)}; received {received}")
-        describe(query, key, key, Window(kernel_size, border="shift"), rpb, None)
+        describe(query, key, key, Window(tuple(axis.kernel_size for axis in axes), border="shift"), rpb, None)
 
         def call(query: Tensor, key: Tensor, rpb: Tensor | None, additional_keys: Tensor | None) -> Tensor:
             logits = split.qk(query, key, axes, rpb)

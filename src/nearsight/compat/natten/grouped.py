@@ -37,10 +37,9 @@ def attend(
     blocks = [cut(axis, cells, query.device) for axis, cells in zip(axes, size, strict=True)]
     at_once = max(1, SLICE_SCORES // prod(prod(block.sizes) for block in blocks))
     images, heads = max(1, at_once // query.shape[1]), min(at_once, query.shape[1])
-    tensors = (query, key, value)
     slices = [
-        [_recomputed(*part, blocks, scale) for part in zip(*(tensor.split(heads, 1) for tensor in some), strict=True)]
-        for some in zip(*(tensor.split(images) for tensor in tensors), strict=True)
+        [_recomputed(q, k, v, blocks, scale) for q, k, v in zip(*(one.split(heads, 1) for one in some), strict=True)]
+        for some in zip(*(tensor.split(images) for tensor in (query, key, value)), strict=True)
     ]
     out, lse = (torch.cat([torch.cat([part[i] for part in row], 1) for row in slices]) for i in (0, 1))
     return ungather(out, axes, blocks, size), ungather(lse[..., None], axes, blocks, size)[..., 0]

@@ -137,9 +137,17 @@ class NeighborhoodAttentionGeneric(nn.Module):
         return pad(x, [0, 0, *(amount for cells in reversed(missing) for amount in (0, cells))])
 
     def _in_one_call(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        geometry = {"stride": self.stride, "dilation": self.dilation, "is_causal": self.is_causal}
-        maps = (query, key, value, self.kernel_size)
-        out = neighborhood_attention_generic(*maps, **geometry, scale=self.scale, rpb=self.rpb)
+        out = neighborhood_attention_generic(
+            query,
+            key,
+            value,
+            self.kernel_size,
+            stride=self.stride,
+            dilation=self.dilation,
+            is_causal=self.is_causal,
+            scale=self.scale,
+            rpb=self.rpb,
+        )
         assert isinstance(out, Tensor)
         return out
 

@@ -87,8 +87,11 @@ class _Bilinear(Function):
 
 def _tangent(function: type[_Bilinear], ctx: Any, tangents: Sequence[Tensor | None]) -> Tensor:
     first, second = ctx.saved_tensors
-    terms = [(tangents[0], second), (first, tangents[1])]
-    return sum(function.apply(*term, ctx.axes) for term in terms if None not in map(id, term))
+    moved_first, moved_second, _ = tangents
+    if moved_first is None:
+        return function.apply(first, moved_second, ctx.axes)
+    moved = function.apply(moved_first, second, ctx.axes)
+    return moved if moved_second is None else moved + function.apply(first, moved_second, ctx.axes)
 
 
 class QK(_Bilinear):

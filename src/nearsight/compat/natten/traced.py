@@ -39,7 +39,7 @@ class _Node(Function):
             inputs = [None if tensor is None else tensor.detach().requires_grad_(want) for tensor, want in saved]
             outputs = ctx.call(*inputs)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        sources = [tensor for tensor, want in zip(inputs, wanted, strict=True) if want]
+        sources = [tensor for tensor in inputs if tensor is not None and tensor.requires_grad]
         found = iter(torch.autograd.grad(outputs, sources, grads))
         return (None, None, *(next(found) if want else None for want in wanted))
 
@@ -51,9 +51,10 @@ NODES: dict[str, type[Function]] = {
 
 @contextmanager
 def _untraced() -> Iterator[None]:
-    state = torch._C._get_tracing_state()
-    torch._C._set_tracing_state(None)
+    interface: Any = torch._C  # whose stubs lack these two
+    state = interface._get_tracing_state()
+    interface._set_tracing_state(None)
     try:
         yield
     finally:
-        torch._C._set_tracing_state(state)
+        interface._set_tracing_state(state)

@@ -36,4 +36,23 @@ class KernelSchedule(Enum):
     WarpSpecializedPingpong = 2
 
 
-__all__ = sorted(name for name in globals() if name.endswith(("Type", "TypeOrDed", "Schedule")))
+__all__ = [
+    "CausalArg1DType",
+    "CausalArg1DTypeOrDed",
+    "CausalArg2DType",
+    "CausalArg2DTypeOrDed",
+    "CausalArg3DType",
+    "CausalArg3DTypeOrDed",
+    "CausalArgType",
+    "CausalArgTypeOrDed",
+    "Dimension1DType",
+    "Dimension1DTypeOrDed",
+    "Dimension2DType",
+    "Dimension2DTypeOrDed",
+    "Dimension3DType",
+    "Dimension3DTypeOrDed",
+    "DimensionType",
+    "DimensionTypeOrDed",
+    "KernelSchedule",
+    "NoneType",
+]
