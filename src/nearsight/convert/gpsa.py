@@ -49,7 +49,8 @@ class GatedPositionalSelfAttention(nn.Module):
     - A linear gate in [0, 1] in place of a sigmoid, which is never zero. ConViT starts at sigmoid(1) = 0.73 of position.
     - What leaves its range (a gate outside [0, 1], a spread below 0, a centre outside the block) counts as the nearest
       value inside, and the gradient passes as if it were inside, so that nothing is stuck at the edge.
-    - Cells off the map vote with zeros, as they do in the convolution: ``border="zeros"``.
+    - Cells off the map vote with zeros, as they do in the convolution: ``border="zeros"``. With another padding mode they
+      vote with what it puts there, and so do those of the margin: circular padding stays a torus.
 
     What attends by position alone is linear in x and the same everywhere, so all heads together are one convolution with
     the kernel sum_h (1 - g_h) W_h hat_h, and that is how it is computed: heads that have moved cost the same. Content is
@@ -152,9 +153,9 @@ class GatedPositionalSelfAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         self._check(x)
-        x = self._padded(x)
         if self._is_convolution():
-            return self._convolve(x, self.weight, margin=0)
+            return self._convolve(self._padded(x, margin=0), self.weight, margin=0)
+        x = self._padded(x, self.margin)
         y = self._convolve(x, self._kernel(), self.margin)
         return y + self._content(x) if self._sees_content() else y
 
@@ -173,7 +174,7 @@ class GatedPositionalSelfAttention(nn.Module):
         chosen = _everywhere(out) if queries is None else queries.cpu()
         if chosen.shape[1:] != (self.rank,) or not ((chosen >= 0) & (chosen < torch.tensor(out))).all():
             raise ShapeError(f"queries must be (Q, {self.rank}) and lie in an output of {out}; received {queries}")
-        padded = self._padded(x)
+        padded = self._padded(x, self.margin)
         aligned = self._aligned(padded.shape[2:])
         first, count = (torch.tensor(column) for column in list(zip(*aligned, strict=True))[2:])
         weights = self._hats()[:, None].expand(len(x), -1, len(chosen), *self._block())
@@ -208,8 +209,8 @@ class GatedPositionalSelfAttention(nn.Module):
     # ------------------------------------------------------------------------------------------------ by position
 
     def _convolve(self, x: Tensor, weight: Tensor, margin: int) -> Tensor:
-        padding = [zeros + margin * step for zeros, step in zip(self._zeros(), self.dilation, strict=True)]
-        return _convolve[self.rank](x, weight, self.bias, self.stride, padding, self.dilation, self.groups)
+        zeros = self._zeros(margin)
+        return _convolve[self.rank](x, weight, self.bias, self.stride, zeros, self.dilation, self.groups)
 
     def _kernel(self) -> Tensor:
         """sum_h (1 - g_h) W_h hat_h: what all heads do by position, as one kernel of the block's size."""
@@ -278,8 +279,8 @@ class GatedPositionalSelfAttention(nn.Module):
         return Window(self._block(), stride=self.stride, dilation=self.dilation, border="zeros")
 
     def _aligned(self, size: Sequence[int]) -> list[Aligned]:
-        around = [(zeros, zeros) for zeros in self._zeros()]
-        geometry = zip(size, self.kernel_size, self.stride, self.dilation, around, strict=True)
+        around = [(zeros, zeros) for zeros in self._zeros(self.margin)]
+        geometry = zip(size, self._block(), self.stride, self.dilation, around, strict=True)
         return [align(*axis) for axis in geometry]
 
     # ---------------------------------------------------------------------------------------- what is to be computed
@@ -304,13 +305,19 @@ class GatedPositionalSelfAttention(nn.Module):
                 f"received {tuple(x.shape)}"
             )
 
-    def _padded(self, x: Tensor) -> Tensor:
+    def _padded(self, x: Tensor, margin: int) -> Tensor:
+        """x with all that a block may see around it, the margin included, unless :meth:`_zeros` says it."""
+        if not self._copies:
+            return x
+        reach = zip(self._around, self.dilation, strict=True)
+        around = [(before + margin * step, after + margin * step) for (before, after), step in reach]
         mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
-        return F.pad(x, list(chain(*reversed(self._around))), mode) if self._copies else x
+        return F.pad(x, list(chain(*reversed(around))), mode)
 
-    def _zeros(self) -> list[int]:
-        """The convolution's zeros on each side of an axis, where they were not copied in already."""
-        return [0 if self._copies else before for before, _ in self._around]
+    def _zeros(self, margin: int) -> list[int]:
+        """The zeros on each side of an axis that were not copied in."""
+        sides = zip(self._around, self.dilation, strict=True)
+        return [0 if self._copies else before + margin * step for (before, _), step in sides]
 
     def _block(self) -> tuple[int, ...]:
         return tuple(k + 2 * self.margin for k in self.kernel_size)

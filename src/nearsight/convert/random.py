@@ -9,7 +9,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import ShapeError
+from ..errors import OptionError, ShapeError
 from ..layers import LocalSelfAttention1d, LocalSelfAttention2d, LocalSelfAttention3d
 from .geometry import align, is_same, padding_of
 
@@ -47,7 +47,12 @@ def attention_like(
     """Attention that takes and gives what the convolution did, and what is worth saying about it.
 
     Stride, dilation and bias (as that of the projections) are the convolution's, and circular padding becomes a torus.
+
+    Raises:
+        OptionError: a number of heads below 1, or what the layer itself refuses.
     """
+    if not isinstance(num_heads, int) or num_heads < 1:
+        raise OptionError(f"num_heads must be an int of at least 1; received {num_heads!r}")
     options: dict[str, Any] = {
         "stride": convolution.stride,
         "dilation": convolution.dilation,

@@ -70,6 +70,8 @@ def _open(model: str, pretrained: bool, checkpoint: Path | None) -> tuple[nn.Mod
 def _by_name(model: str, pretrained: bool, checkpoint: Path | None) -> tuple[nn.Module, Blueprint]:
     if pretrained and checkpoint is not None:
         raise OptionError("--pretrained and --checkpoint both name weights: leave one out")
+    if own := sorted({"num_classes", "in_chans"} & set(parse_spec(model)[1])):
+        raise OptionError(f"{own[0]} of {model} follows from its weights; leave it out of the name")
     weights = {} if checkpoint is None else _read(checkpoint)
     classes, channels = _borders(model, weights)
     kwargs = {"num_classes": classes, "in_chans": channels}
@@ -98,10 +100,10 @@ def _by_name(model: str, pretrained: bool, checkpoint: Path | None) -> tuple[nn.
 
 
 def _read(checkpoint: Path) -> dict[str, Any]:
+    if not checkpoint.is_file():
+        raise DataError(f"there is no {checkpoint}")
     try:
         return load_state_dict(str(checkpoint), weights_only=True)
-    except FileNotFoundError as error:
-        raise DataError(f"there is no {checkpoint}") from error
     except Exception as error:  # as many kinds as there are formats; each means the same to the user
         raise DataError(f"cannot read {checkpoint}: it is damaged, of another kind, or would run code") from error
 
