@@ -136,7 +136,9 @@ class Classifier(L.LightningModule):
         assert self.trainer is not None
         assert self.recipe.warmup_share is not None
         optimizer = make_optimizer(self.model, self.recipe)
-        schedule = make_schedule(optimizer, int(self.trainer.estimated_stepping_batches), self.recipe.warmup_share)
+        # Not Lightning's estimate: that makes the workers load before a resumed run knows its epoch.
+        steps = self.trainer.datamodule.steps  # pyright: ignore[reportAttributeAccessIssue]
+        schedule = make_schedule(optimizer, steps, self.recipe.warmup_share)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
@@ -153,14 +155,28 @@ class Batches(L.LightningDataModule):
         super().__init__()
         self.pictures, self.view, self.recipe = pictures, view, recipe
 
-    def train_dataloader(self) -> DataLoader:
+    @property
+    def parts(self) -> int:
+        """Of a step: over all processes, and one after the other."""
+        return self.recipe.processes * self.recipe.accumulate
+
+    @property
+    def step(self) -> int:
+        """Images of a step. A ragged last one would weigh its images more than the others, and upset the batch norms."""
         assert self.recipe.batch_size is not None
-        split, parts = self.pictures.train, self.recipe.processes * self.recipe.accumulate
-        # A ragged last batch would weigh more than the others, and upset the batch norms.
-        step = min(self.recipe.batch_size, len(split) // parts * parts)
+        step = min(self.recipe.batch_size, len(self.pictures.train) // self.parts * self.parts)
         if step == 0:
-            raise DataError(f"{len(split)} training images cannot be dealt out in {parts} parts")
-        return self._loader(split, step // parts, training=True, step=step)
+            raise DataError(f"{len(self.pictures.train)} training images cannot be dealt out in {self.parts} parts")
+        return step
+
+    @property
+    def steps(self) -> int:
+        """Of the whole training."""
+        assert self.recipe.epochs is not None
+        return self.recipe.epochs * (len(self.pictures.train) // self.step)
+
+    def train_dataloader(self) -> DataLoader:
+        return self._loader(self.pictures.train, self.step // self.parts, training=True, step=self.step)
 
     def val_dataloader(self) -> DataLoader:
         assert self.recipe.batch_size is not None
@@ -171,4 +187,7 @@ class Batches(L.LightningDataModule):
         seed, rank, world = self.recipe.seed, self.trainer.global_rank, self.trainer.world_size
         data = split.seen(self.view, training, seed, self.recipe.max_broken)
         workers = split.workers if self.recipe.workers is None else self.recipe.workers
-        return loader(data, batch_size, workers, Dealer(split, rank, world, step=step, seed=seed))
+        dealer = Dealer(split, rank, world, step=step, seed=seed)
+        # Lightning tells the epoch only after a resumed run's workers have begun to load.
+        dealer.set_epoch(self.trainer.fit_loop.epoch_progress.total.processed)
+        return loader(data, batch_size, workers, dealer)
