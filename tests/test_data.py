@@ -2,13 +2,17 @@
 """Data by name: fixed stratified splits, the files' formats, what a model sees, and clear errors."""
 
 import gzip
+import io
 import struct
+from collections import Counter
 
+import datasets
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch.utils.data import ConcatDataset
+from webdataset import TarWriter
 
 from nearsight.errors import DataError, OptionError
 from nearsight.training.data import IGNORED, Dealer, RandomAffine, View, load_pictures, loader, warn_of_broken
@@ -311,3 +315,193 @@ def test_random_affine_of_nothing_is_the_identity_and_mirrors_half():
     turned = [torch.allclose(new, old.flip(-1), atol=1e-5) for new, old in zip(mirrored, image, strict=True)]
     assert sum(kept) + sum(turned) == 40
     assert 5 < sum(kept) < 35
+
+
+# ------------------------------------------------------------------------------------------- the Hub's library and shards
+
+
+def picture_bytes(shade, size=(12, 10)):
+    content = io.BytesIO()
+    Image.new("RGB", size, (shade, 0, 255 - shade)).save(content, "PNG")
+    return content.getvalue()
+
+
+def hub_table(count, classes=("cat", "dog"), label="label"):
+    rows = [{"bytes": picture_bytes(index), "path": None} for index in range(count)]
+    labels = [index % len(classes) for index in range(count)]
+    features = datasets.Features({"image": datasets.Image(), label: datasets.ClassLabel(names=list(classes))})
+    return datasets.Dataset.from_dict({"image": rows, label: labels}, features=features)
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch, tmp_path):
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def shade_of(image):
+    """The shade that a picture was made of, back from what the model sees with mean 0 and deviation 1."""
+    return round(image[0].mean().item() * 255)
+
+
+RAW = View(3, 8, (0.0,) * 3, (1.0,) * 3)
+
+
+@pytest.mark.parametrize("form", ["save_to_disk", "parquet", "folder of images"])
+def test_local_data_of_the_hubs_library_is_read(tmp_path, form):
+    folder = tmp_path / "pets"
+    if form == "save_to_disk":
+        datasets.DatasetDict(train=hub_table(40), test=hub_table(6)).save_to_disk(str(folder))
+    elif form == "parquet":
+        folder.mkdir()
+        for part, count in (("train", 40), ("test", 6)):
+            hub_table(count).to_parquet(folder / f"{part}.parquet")
+    else:
+        for part, count in (("train", 20), ("test", 3)):
+            write_folder(folder / part, images=count)
+    pictures = load_pictures(f"hf:{folder}")
+    assert pictures.classes == ("cat", "dog")
+    assert [len(part) for part in (pictures.train, pictures.validation, pictures.test)] == [36, 4, 6]
+    image, label = pictures.test.seen(RAW, training=False)[5]
+    assert image.shape == (3, 8, 8)
+    assert int(label) == 1
+    if form != "folder of images":
+        assert shade_of(image) == 5
+
+
+def test_a_broken_row_is_named(tmp_path):
+    table = hub_table(20).cast_column("image", datasets.Image(decode=False))
+    table = table.map(
+        lambda row, index: {"image": {"bytes": row["image"]["bytes"][:30], "path": None}}, with_indices=True
+    )
+    table.cast_column("image", datasets.Image()).save_to_disk(str(tmp_path / "pets"))
+    test = load_pictures(f"hf:{tmp_path / 'pets'}").test
+    with pytest.raises(DataError, match=r"cannot read the image row \d+ of train"):
+        test.seen(RAW, training=False, max_broken=0)[0]
+
+
+def test_hub_data_without_images_or_labels_or_a_train_split_is_refused(tmp_path):
+    datasets.Dataset.from_dict({"text": ["a"], "label": [0]}).save_to_disk(str(tmp_path / "text"))
+    with pytest.raises(DataError, match=r"must have one column of images.* its columns are text \(Value\)"):
+        load_pictures(f"hf:{tmp_path / 'text'}")
+    datasets.DatasetDict(test=hub_table(4)).save_to_disk(str(tmp_path / "test"))
+    with pytest.raises(DataError, match="must have a split named train; it has test"):
+        load_pictures(f"hf:{tmp_path / 'test'}")
+    with pytest.raises(DataError, match=r"datasets cannot load .*nobody/nothing"):
+        load_pictures("hf:nobody/nothing")
+
+
+SHARDS = {"train-000": 13, "train-001": 1, "train-002": 26, "val-000": 7}
+
+
+def write_shards(folder, shards=SHARDS, classes=4):
+    """Samples numbered through all shards; the shade of a picture is its number, its label the number modulo the classes."""
+    folder.mkdir(exist_ok=True)
+    number = 0
+    for name, count in shards.items():
+        with TarWriter(str(folder / f"{name}.tar")) as tar:
+            for _ in range(count):
+                tar.write({"__key__": f"{number:04}", "png": picture_bytes(number), "cls": number % classes})
+                number += 1
+    return folder
+
+
+def seen_by(split, world, workers, training, epoch=0, step=None):
+    """The shades that each of ``world`` ranks loads with ``workers`` processes, and their labels."""
+    shades, labels = [], []
+    for rank in range(world):
+        dealer = Dealer(split, rank, world, step=step, seed=1)
+        dealer.set_epoch(epoch)
+        # As validation sees them, so that a picture shows which it is; the order is that of training.
+        data = split.seen(RAW, training=False)
+        for images, truth in loader(UnitEpoch(data) if training else data, 3, workers, dealer):
+            counts = truth != IGNORED
+            shades += [shade_of(image) for image in images[counts]]
+            labels += truth[counts].tolist()
+    return shades, labels
+
+
+class UnitEpoch(torch.utils.data.Dataset):
+    """Draws of any epoch as those of the first, as training takes them."""
+
+    def __init__(self, data):
+        self.data = data
+
+    def __len__(self):
+        return len(self.data)
+
+    def __getitem__(self, draw):
+        return self.data[draw % len(self)]
+
+
+@pytest.mark.parametrize(("world", "workers"), [(1, 0), (2, 0), (2, 2), (3, 2)])
+def test_each_sample_of_the_shards_is_seen_once_per_epoch(tmp_path, world, workers):
+    pictures = load_pictures(f"wds:{write_shards(tmp_path / 'shards')}")
+    assert [len(part) for part in (pictures.train, pictures.validation, pictures.test)] == [36, 4, 7]
+    shades, labels = seen_by(pictures.test, world, workers, training=False)
+    assert sorted(shades) == list(range(40, 47))
+    assert labels == [shade % 4 for shade in shades]
+    trained = {}
+    for epoch in (0, 1):
+        shades, labels = seen_by(pictures.train, world, workers, training=True, epoch=epoch, step=6)
+        assert max(Counter(shades).values()) == 1
+        assert len(shades) == 36
+        assert labels == [shade % 4 for shade in shades]
+        trained[epoch] = shades
+    assert trained[0] != trained[1]
+
+
+def test_what_a_step_leaves_over_comes_in_other_epochs(tmp_path):
+    train = load_pictures(f"wds:{write_shards(tmp_path / 'shards')}").train
+    epochs = [seen_by(train, 2, 0, training=True, epoch=epoch, step=16)[0] for epoch in range(6)]
+    assert all(len(set(shades)) == len(shades) == 32 for shades in epochs)
+    assert len(set().union(*epochs)) == 36
+
+
+def test_shards_come_in_runs_of_their_own(tmp_path, monkeypatch):
+    """With a window of a few pictures, an epoch goes through one shard after the other."""
+    monkeypatch.setattr("nearsight.training.data.stored.WINDOW", 1)
+    train = load_pictures(f"wds:{write_shards(tmp_path / 'shards')}").train
+    order = train.order(torch.Generator().manual_seed(0))
+    shards = train.album.blocks[train.chosen[order]]
+    assert sorted(order.tolist()) == list(range(36))
+    assert (np.diff(shards) != 0).sum() == len(np.unique(shards)) - 1
+
+
+def test_the_index_is_kept_and_made_anew_when_a_shard_changes(tmp_path, monkeypatch):
+    folder = write_shards(tmp_path / "shards")
+    first = load_pictures(f"wds:{folder}")
+    assert (folder / "nearsight-index.npz").is_file()
+    with monkeypatch.context() as patch:
+        patch.setattr("nearsight.training.data.shards._scan", None)  # not needed
+        assert len(load_pictures(f"wds:{folder}").train) == len(first.train)
+    write_shards(folder, {**SHARDS, "val-000": 11})
+    assert len(load_pictures(f"wds:{folder}").test) == len(first.test) + 4
+    (folder / "nearsight-index.npz").write_bytes(b"damaged")
+    assert len(load_pictures(f"wds:{folder}").test) == len(first.test) + 4
+
+
+def test_patterns_and_names_of_classes(tmp_path):
+    folder = write_shards(tmp_path / "shards")
+    (folder / "classes.txt").write_text("ant\nbee\ncat\ndog\n")
+    pictures = load_pictures(f"wds:{folder}/{{train-000,train-002,val-000}}.tar")
+    assert pictures.classes == ("ant", "bee", "cat", "dog")
+    assert (len(pictures.train) + len(pictures.validation), len(pictures.test)) == (39, 7)
+
+
+def test_shards_that_cannot_be_used_are_named(tmp_path):
+    folder = write_shards(tmp_path / "shards")
+    with pytest.raises(DataError, match=r"there is no shard .*train-009\.tar"):
+        load_pictures(f"wds:{folder}/train-009.tar")
+    with pytest.raises(DataError, match=r"they must be files: mount what https://host/train-0\.tar names"):
+        load_pictures("wds:https://host/train-0.tar")
+    (folder / "classes.txt").write_text("ant\n")
+    with pytest.raises(DataError, match=r"labels must be 0 to 0; received 0 to 3 beside .*classes\.txt"):
+        load_pictures(f"wds:{folder}")
+    shard = folder / "train-002.tar"
+    shard.write_bytes(shard.read_bytes()[:5000])
+    with pytest.raises(DataError, match=r"train-002\.tar"):
+        load_pictures(f"wds:{folder}")
+    shard.rename(folder / "other.tar")
+    with pytest.raises(DataError, match=r"must hold the word train, val or test; received .*other\.tar"):
+        load_pictures(f"wds:{folder}")

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """wds:PATH: WebDataset shards, tar files of images with their labels, for data too large to lie about as single files.
 
-The shards are read once to note where each image lies. Then any process can fetch any image with a single read, so shards are
-dealt out, shuffled and resumed as all other data are, and every image is seen exactly once per epoch whatever the number of
+The shards are read once to note where each image lies. Then any process can fetch any image with a single read, so shards
+are dealt out, shuffled and resumed as all other data are, and no image is seen twice in an epoch whatever the number of
 processes. The order goes shard by shard, so that a disk or a network mount is read in long runs.
 """
 
@@ -12,6 +12,7 @@ import json
 import re
 import tarfile
 from collections.abc import Sequence
+from contextlib import suppress
 from glob import glob
 from io import BytesIO
 from pathlib import Path
@@ -116,10 +117,8 @@ def _index(files: Sequence[Path]) -> dict[str, np.ndarray]:
     index = dict(zip(COLUMNS, np.array(rows, dtype=np.int64).T.copy(), strict=True))
     content = BytesIO()
     np.savez(content, files=np.array(json.dumps(stamps)), **index)
-    try:
+    with suppress(TrainingError):  # a folder that cannot be written to: the shards are read again next time
         write_bytes(cache, content.getvalue())
-    except TrainingError:
-        pass  # a folder that cannot be written to: the shards are read again next time
     return index
 
 

@@ -1,0 +1,271 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Comparisons: the table against numbers worked out by hand, what they leave, and that they go on where they stopped."""
+
+import csv
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from nearsight.errors import OptionError, TrainingError
+from nearsight.models import create_model
+from nearsight.training import compare as comparison
+from nearsight.training import data
+from nearsight.training.compare import PRESETS, Stopped, _alone, compare, run_name
+from nearsight.training.compare_report import Spread, Table, common_accuracy, seconds_to
+from nearsight.training.measures import MEASURES_FILE, Measures, moved_by_a_pixel, read_measures
+from nearsight.training.recipe import Recipe
+from nearsight.training.train import train
+
+IN_A_PROCESS_OF_ITS_OWN = comparison._train  # which the fixture below replaces
+MODELS = ["sasa_nano", "sasa_nano,position=none"]
+RECIPE = Recipe(epochs=2, batch_size=64, lr=0.01)
+COLUMNS = {
+    *("accuracy", "accuracy_sd", "parameters", "flops", "train_images_per_second", "inference_images_per_second"),
+    *("peak_memory", "equivariance_error", "seconds_per_epoch", "seconds_to_target", "target"),
+}
+
+
+def rows(file: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(file.read_text().splitlines()))
+
+
+# ------------------------------------------------------------------------------------------------------------ the table
+
+
+def measured(model, seed, accuracy, seconds=(2.0, 3.0, 4.0)):
+    return Measures(model, seed, accuracy, 1000, 5000, 100.0 + seed, 200.0, 1e6, 0.1 * (seed + 1), seconds)
+
+
+def curve(*accuracies):
+    return [{"epoch": n, "val_accuracy": a, "train_loss": 1 / n} for n, a in enumerate(accuracies, start=1)]
+
+
+def hand_made():
+    found = {("a", 0): measured("a", 0, 0.8), ("a", 1): measured("a", 1, 0.9), ("b", 0): measured("b", 0, 0.5)}
+    epochs = {("a", 0): curve(0.5, 0.7, 0.8), ("a", 1): curve(0.6, 0.9, 0.8), ("b", 0): curve(0.3, 0.6, 0.7256)}
+    return found, epochs
+
+
+def test_the_table_is_mean_and_deviation_over_the_seeds():
+    found, epochs = hand_made()
+    a, b = Table.of({"": ["a", "b"]}, found, epochs).rows
+    assert a.accuracy.mean == pytest.approx(0.85)
+    assert a.accuracy.sd == pytest.approx(statistics.stdev([0.8, 0.9]))
+    assert b.accuracy == Spread(0.5, None)  # one seed has no deviation
+    assert a.equivariance_error.mean == pytest.approx(0.15)
+    assert a.train_images_per_second == 100.5
+    assert (a.seconds_per_epoch, a.seconds) == (3.0, 9.0)
+
+
+def test_the_time_to_an_accuracy_ends_with_the_epoch_that_first_reaches_it():
+    assert seconds_to(0.7, curve(0.5, 0.7, 0.8), (2.0, 3.0, 4.0)) == 5.0
+    assert seconds_to(0.81, curve(0.5, 0.7, 0.8), (2.0, 3.0, 4.0)) is None
+    found, epochs = hand_made()
+    assert common_accuracy(list(epochs.values())) == 0.725  # the lowest of 0.8, 0.9 and 0.7256, to a tenth of a percent
+    a, b = Table.of({"": ["a", "b"]}, found, epochs).rows
+    assert (a.seconds_to_target, b.seconds_to_target) == ((9.0 + 5.0) / 2, 9.0)
+    a, b = Table.of({"": ["a", "b"]}, found, epochs, target=0.85).rows
+    assert (a.seconds_to_target, b.seconds_to_target) == (None, None)  # one seed of a does not reach it
+
+
+def test_the_csv_has_a_line_per_model_and_leaves_empty_what_there_is_not():
+    found, epochs = hand_made()
+    table = Table.of({"first": ["a"], "second": ["b", "a"]}, found, epochs)
+    lines = list(csv.DictReader(table.to_csv().splitlines()))
+    assert [(line["group"], line["model"]) for line in lines] == [("first", "a"), ("second", "b"), ("second", "a")]
+    assert set(lines[0]) >= COLUMNS
+    assert lines[1]["accuracy_sd"] == ""
+    assert [line["seed"] for line in csv.DictReader(table.runs_to_csv().splitlines())] == ["0", "1", "0"]
+
+
+def test_an_answer_that_does_not_move_has_no_equivariance_error_and_one_that_does_has():
+    import torch
+    from torch import nn
+
+    images = torch.rand(4, 1, 6, 5)
+    everywhere = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    corner = nn.Sequential(nn.Flatten(), nn.Linear(30, 2, bias=False))
+    assert moved_by_a_pixel(everywhere, images) < 1e-6
+    moves = [images.roll(move, (-2, -1)) for move in ((1, 0), (-1, 0), (0, 1), (0, -1))]
+    still = corner(images)
+    expected = max(((corner(moved) - still).abs().max() / still.abs().max()).item() for moved in moves)
+    assert moved_by_a_pixel(corner, images) == pytest.approx(expected)
+
+
+# ------------------------------------------------------------------------------------------------------- the comparison
+
+
+@pytest.fixture(scope="module")
+def here_and_small():
+    """Runs in this process, on the digits with a tenth of the training images."""
+    whole = data.SOURCES["digits"]
+
+    def few(*args):
+        pictures = whole(*args)
+        parts = {name: getattr(pictures, name) for name in ("train", "validation", "test")}
+        small = {name: data.ArraySplit(part.images[:128], part.labels[:128]) for name, part in parts.items()}
+        return replace(pictures, **small)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(data.SOURCES, "digits", few)
+        patch.setattr(comparison, "_train", lambda run, recipe, lock: train(recipe, run))
+        yield
+
+
+@pytest.fixture(scope="module")
+def compared(here_and_small, tmp_path_factory):
+    output = tmp_path_factory.mktemp("compared")
+    return output, compare({"": MODELS}, RECIPE, 2, output)
+
+
+def test_a_comparison_leaves_table_plots_page_and_runs(compared):
+    output, _ = compared
+    lines = rows(output / "table.csv")
+    assert [line["model"] for line in lines] == MODELS
+    assert set(lines[0]) >= COLUMNS
+    assert all(float(line["accuracy_sd"]) >= 0 and int(line["seeds"]) == 2 for line in lines)
+    assert int(lines[0]["parameters"]) > int(lines[1]["parameters"])  # the position's vectors
+    assert len(rows(output / "runs.csv")) == 4
+    names = ("accuracy_parameters", "accuracy_flops", "accuracy_seconds", "validation_accuracy", "training_loss")
+    assert {file.name for file in (output / "plots").iterdir()} == {
+        f"{name}.{kind}" for name in names for kind in ("csv", "png", "svg")
+    }
+    assert (output / "plots" / "training_loss.png").read_bytes().startswith(b"\x89PNG")
+    page = (output / "compare.html").read_text()
+    assert page.count("<svg") == 5
+    assert "src=" not in page
+    outside = page.replace("xlink:href", "").replace('href="data:text/csv;', "")
+    assert "href=" not in outside  # only the drawings' own marks, and their numbers
+    mean = statistics.fmean(float(line["accuracy"]) for line in rows(output / "runs.csv") if line["model"] == MODELS[0])
+    assert f"{100 * mean:.2f} ±" in page
+
+
+def test_the_measures_are_those_of_the_run(compared):
+    output, table = compared
+    run = output / "runs" / run_name("sasa_nano", 1)
+    found = read_measures(run)
+    assert found == table.measures["sasa_nano", 1]
+    assert found.parameters == sum(
+        p.numel() for p in create_model("sasa_nano", num_classes=10, in_chans=1).parameters()
+    )
+    timing = rows(run / "timing.csv")
+    assert found.seconds == tuple(float(row["seconds"]) for row in timing)
+    assert found.peak_memory == max(float(row["peak_memory"]) for row in timing)
+    assert 0 < found.equivariance_error < 2
+
+
+def test_what_is_finished_is_not_trained_again_and_models_can_be_added(compared, monkeypatch):
+    output, table = compared
+    trained = []
+
+    def noted(run, recipe, lock):
+        trained.append(run.name)
+        train(recipe, run)
+
+    monkeypatch.setattr(comparison, "_train", noted)
+    again = compare({"": MODELS}, RECIPE, 2, output)
+    assert trained == []
+    assert again.rows == table.rows
+    (output / "runs" / run_name("sasa_nano", 0) / MEASURES_FILE).unlink()  # killed between training and measuring
+    more = compare({"": [*MODELS, "sasa_nano,kernel_size=5"]}, RECIPE, 1, output)
+    assert trained == [run_name("sasa_nano,kernel_size=5", 0)]
+    assert more.rows[0].accuracy.mean == table.measures["sasa_nano", 0].accuracy
+
+
+def test_another_recipe_in_the_same_folder_is_refused(compared):
+    with pytest.raises(OptionError, match=r"share one recipe: epochs is 2 in .*compare\.yaml; received 3"):
+        compare({"": MODELS}, replace(RECIPE, epochs=3), 1, compared[0])
+
+
+def test_two_comparisons_do_not_work_in_one_folder(compared):
+    with (
+        _alone(compared[0]),
+        pytest.raises(TrainingError, match="still at work"),
+    ):
+        compare({"": MODELS}, RECIPE, 1, compared[0])
+
+
+@pytest.mark.parametrize(
+    ("groups", "seeds", "target", "message"),
+    [
+        ({"": []}, 1, None, "there is nothing to compare"),
+        ({"": ["sasa_nano", "sasa_nano"]}, 1, None, "once; received 'sasa_nano' twice"),
+        ({"": ["a b", "a_b"]}, 1, None, "share a folder's name"),
+        ({"": ["sasa_nano"]}, 0, None, "seeds must be at least 1; received 0"),
+        ({"": ["sasa_nano"]}, 1, 1.5, "target must be an accuracy above 0 and up to 1; received 1.5"),
+        ({"": ["sasa_nan"]}, 1, None, "did you mean sasa_nano"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_trained(here_and_small, groups, seeds, target, message, tmp_path):
+    with pytest.raises(OptionError, match=message):
+        compare(groups, RECIPE, seeds, tmp_path / "new", target=target)
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_article_has_its_questions_and_its_models_exist():
+    groups = PRESETS["article"]
+    assert len(groups) == 3
+    for model in {model for models in groups.values() for model in models}:
+        assert create_model(model, num_classes=10, in_chans=1) is not None
+    asked = " ".join(model for models in groups.values() for model in models)
+    for word in ("conv_micro", "vit_micro", "global", "stem=attention", "position=none", "position=learned"):
+        assert word in asked
+    assert all(f"kernel_size={k}" in asked for k in (3, 9, 11))
+
+
+@pytest.mark.slow
+def test_a_comparison_that_was_killed_goes_on_where_it_stopped(tmp_path):
+    """kill -9 of everything in the midst of the second run: the first stays, the second goes on from its checkpoint."""
+    command = [
+        *(sys.executable, "-m", "nearsight", "compare", "--models", "test_vit,patch_size=2", "test_vit,patch_size=4"),
+        *("--data=digits", "--epochs=4", "--lr=0.001", "--seeds=1", f"--output={tmp_path}"),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=environment, start_new_session=True)
+    first, second = (tmp_path / "runs" / run_name(f"test_vit,patch_size={size}", 0) for size in (2, 4))
+    while not (second / "last.ckpt").exists():
+        assert process.poll() is None, "it ended before it could be killed"
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (second / "report.html").exists()
+    stamp = (first / "model.safetensors").stat().st_mtime_ns
+    done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    assert (first / "model.safetensors").stat().st_mtime_ns == stamp
+    assert [row["epoch"] for row in rows(second / "metrics.csv")] == ["1", "2", "3", "4"]
+    assert len(rows(tmp_path / "table.csv")) == 2
+    assert "test accuracy, %" in done.stdout
+
+
+def test_ctrl_c_says_that_the_same_command_goes_on(tmp_path, monkeypatch):
+    class Child:
+        stderr, returncode = iter(()), 0
+        signals: list[int] = []  # noqa: RUF012
+
+        def __init__(self, *arguments, **keywords):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+        def send_signal(self, number):
+            self.signals.append(number)
+
+        def wait(self):
+            if not self.signals:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(comparison.subprocess, "Popen", Child)
+    with pytest.raises(Stopped, match="the same command goes on from there"):
+        IN_A_PROCESS_OF_ITS_OWN(tmp_path, RECIPE, 0)
+    assert Child.signals == [signal.SIGINT]
