@@ -102,8 +102,21 @@ def attention(query, key, value, axes, bias=None, relative=(), scale=None):
     return out, weights, largest
 
 
-def gradients(grad, query, key, value, axes, bias=None, relative=(), scale=None):
-    """The derivatives of ``(grad * out).sum()``: [dquery, dkey, dvalue, dbias if given, *drelative]."""
+def log_sum_exp(query, key, axes, bias=None, relative=(), scale=None):
+    """log of the sum of every query's exp(logits), (B, N, *out)."""
+    scale, key = default(scale, query), with_zero_cell(key)
+    lse = np.zeros(query.shape[:-1])
+    for b, n, *p in np.ndindex(lse.shape):
+        _, logits, _ = weights_of(axes, query, key, bias, relative, scale, b, n, p)
+        lse[(b, n, *p)] = logits.max() + np.log(np.exp(logits - logits.max()).sum())
+    return lse
+
+
+def gradients(grad, query, key, value, axes, bias=None, relative=(), scale=None, grad_lse=None):
+    """The derivatives of ``(grad * out).sum()``: [dquery, dkey, dvalue, dbias if given, *drelative].
+
+    With ``grad_lse`` those of ``(grad * out).sum() + (grad_lse * lse).sum()``.
+    """
     scale, key, value = default(scale, query), with_zero_cell(key), with_zero_cell(value)
     dquery, dkey, dvalue = np.zeros_like(query), np.zeros_like(key), np.zeros_like(value)
     dbias = None if bias is None else np.zeros_like(bias)
@@ -113,6 +126,8 @@ def gradients(grad, query, key, value, axes, bias=None, relative=(), scale=None)
         seen, _, softmax = weights_of(axes, query, key, bias, relative, scale, b, n, p)
         dweights = np.array([grad[here] @ value[(b, n, *cell)] for _, cell, _ in seen])
         dlogits = softmax * (dweights - softmax @ dweights)
+        if grad_lse is not None:
+            dlogits += softmax * grad_lse[here]
         for (_, cell, entry), weight, dlogit in zip(seen, softmax, dlogits, strict=True):
             dquery[here] += scale * dlogit * key[(b, n, *cell)]
             dkey[(b, n, *cell)] += scale * dlogit * query[here]

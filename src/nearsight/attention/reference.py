@@ -27,6 +27,8 @@ def unavailable() -> str | None:
 
 
 def why_not(problem: Problem) -> str | None:
+    if problem.exporting:
+        return "the reference looks up every window's cells, which an exported program that leaves its size open cannot"
     return None
 
 

@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Exported networks compute what the networks do, on sizes and batches that were not seen at export; `nearsight export`."""
+
+from __future__ import annotations
+
+from math import prod
+
+import onnx
+import onnxruntime
+import pytest
+import torch
+from timm.models import register_model
+from torch import Tensor, nn
+
+import nearsight as ns
+from nearsight.cli import main
+from nearsight.models.sasa import sasa_nano
+from nearsight.training import export
+from nearsight.training.data import View
+from nearsight.training.weights import Blueprint, save_model
+
+# One attention each, of the family's own kind; neither kernel nor block divides the maps.
+NETWORKS = {
+    "sasa_nano": {"depths": (1,), "widths": (8,), "stem_width": 8, "num_heads": 2},
+    "halo_h0": {"depths": (1,), "widths": (8,), "num_heads": 2, "block_size": 4, "halo_size": 1, "stem_width": 8},
+    "dinat_mini": {"depths": (1,), "num_heads": (2,), "embed_dim": 8, "kernel_size": 3, "dilations": ((2,),)},
+}
+SEEN = (2, 2, 44, 60)
+UNSEEN = [(1, 2, 97, 61), (3, 2, 25, 132), (1, 2, 9, 11)]
+
+
+def network(name: str) -> nn.Module:
+    model = ns.create_model(name, in_chans=2, num_classes=3, **NETWORKS[name]).eval()
+    for parameter in model.parameters():  # as if trained: tables of zeros would hide a wrong entry
+        nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NETWORKS)
+def test_exported_network_computes_the_same_on_other_sizes(name):
+    model = network(name)
+    program = export.trace(model, torch.randn(SEEN))
+    onnx_model = export.to_onnx(program, {})
+    assert {node.domain for node in onnx_model.graph.node} == {""}, "operators of ONNX itself alone"
+    assert not onnx_model.functions
+    run = export.onnx_session(onnx_model.SerializeToString())
+    for shape in UNSEEN:
+        pictures = torch.randn(shape)
+        with torch.no_grad():
+            expected = model(pictures)
+            assert expected.std() > 1e-2  # it depends on the picture
+            torch.testing.assert_close(run(pictures), expected, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(program.module()(pictures), expected, rtol=1e-4, atol=1e-4)
+
+
+# --------------------------------------------------------------------------------------------------------------- memory
+
+
+class Attention(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        heads = x.movedim(1, -1)[:, None]
+        return ns.local_attention(heads, heads, heads, ns.Window(7))
+
+
+class Gathered(nn.Module):
+    """The same but for the borders, with a copy of every window, as F.unfold makes it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows, columns = (
+            (torch.arange(n)[:, None] + torch.arange(-3, 4)).clamp(min=0).minimum(torch.tensor(n - 1))
+            for n in x.shape[2:]
+        )
+        keys = x[:, :, rows[:, None, :, None], columns[:, None, :]].flatten(4)
+        weights = ((x[..., None] * keys).sum(1) / 32**0.5).softmax(-1)
+        return (weights[:, None] * keys).sum(-1)
+
+
+def largest(module: nn.Module, shape: tuple[int, ...]) -> int:
+    """Numbers in the largest tensor that the exported operator makes on a size that it was not exported with."""
+    model = export.to_onnx(export.trace(module, torch.randn(2, shape[1], 28, 42)), {})
+    made = [name for node in model.graph.node for name in node.output]
+    del model.graph.output[:]
+    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in made)
+    session = onnxruntime.InferenceSession(model.SerializeToString())
+    return max(array.size for array in session.run(None, {"pictures": torch.randn(shape).numpy()}))
+
+
+@pytest.mark.slow
+def test_exported_attention_holds_no_copy_of_every_window():
+    """For each query it holds the scores of a block's 13 x 13 cells; a copy of its window would be 49 x 32 numbers."""
+    shape = (1, 32, 35, 49)
+    assert largest(Gathered(), shape) == 49 * prod(shape)
+    assert largest(Attention(), shape) == 13 * 13 * 35 * 49
+
+
+# --------------------------------------------------------------------------------------------------------- the command
+
+
+@register_model
+def sasa_for_export(pretrained: bool = False, **kwargs) -> nn.Module:
+    return sasa_nano(pretrained, **{**NETWORKS["sasa_nano"], **kwargs})
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """A run's folder, without the time of a run."""
+
+    def make(model: str):
+        blueprint = Blueprint(model, ("cat", "dog", "owl"), View(1, 8, (0.5,), (0.25,)), "pets")
+        network = blueprint.build().eval()
+        save_model(tmp_path / "model.safetensors", network, blueprint)
+        return tmp_path, network, blueprint
+
+    return make
+
+
+def fails(capsys, *arguments) -> str:
+    """The one line that a mistake leaves on stderr."""
+    assert main([str(one) for one in ("export", *arguments)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+@pytest.mark.slow
+def test_command_writes_onnx(trained, capsys):
+    folder, network, blueprint = trained("sasa_for_export")
+    assert main(["export", str(folder), "--format", "onnx"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(
+        f"{folder / 'model.onnx'}: takes batch x 1 x height x width\nrun on 1x1x72x40 and 3x1x8x8: at most"
+    )
+    assert sorted(path.name for path in folder.iterdir()) == ["model.onnx", "model.safetensors"]
+    model = onnx.load(folder / "model.onnx")
+    onnx.checker.check_model(model, full_check=True)
+    notes = {note.key: note.value for note in model.metadata_props}
+    assert Blueprint.from_json(notes["nearsight"]) == blueprint
+    pictures = torch.randn(5, 1, 13, 21)
+    found = onnxruntime.InferenceSession(folder / "model.onnx").run(["logits"], {"pictures": pictures.numpy()})[0]
+    torch.testing.assert_close(torch.from_numpy(found), network(pictures).detach(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_command_writes_a_program_of_torch_export(trained, capsys):
+    folder, network, blueprint = trained("sasa_for_export")
+    file = folder / "other.pt2"
+    assert main(["export", str(folder / "model.safetensors"), "--format", "pt2", "--output", str(file)]) == 0
+    notes = {"nearsight.json": ""}
+    program = torch.export.load(file, extra_files=notes)
+    assert Blueprint.from_json(notes["nearsight.json"]) == blueprint
+    operators = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    assert not [name for name in operators if "nearsight" in name], "it needs no nearsight to run"
+    pictures = torch.randn(1, 1, 13, 21)
+    torch.testing.assert_close(program.module()(pictures), network(pictures), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_network_of_one_size_says_so(trained):
+    folder, _, _ = trained("sasa_for_export,kernel_size=global")
+    assert export.export_to_file(folder, "pt2").shape == ("batch", 1, 8, 8)
+
+
+def test_program_that_computes_something_else_is_not_written(trained, monkeypatch, capsys):
+    folder, network, _ = trained("sasa_for_export")
+    before = sorted(folder.iterdir())
+    program = export.Traced(None, ("batch", 1, 8, 8), ((1, 1, 8, 8),))
+    monkeypatch.setattr(export, "_trace", lambda *_: program)
+    for wrong, amount in ((lambda x: network(x) + 0.01, "1.0e-02"), (lambda x: network(x) * float("nan"), "nan")):
+        monkeypatch.setattr(export, "_pt2", lambda *_, wrong=wrong: (b"program", wrong))
+        line = fails(capsys, folder, "--format", "pt2")
+        assert f"differs from the network by {amount} of its largest output, where 1e-04 is allowed" in line
+        assert sorted(folder.iterdir()) == before
+    monkeypatch.setattr(export, "_pt2", lambda *_: (b"program", network))
+    assert main(["export", str(folder), "--format", "pt2"]) == 0
+    assert (folder / "model.pt2").read_bytes() == b"program"
+
+
+def test_mistakes_are_one_line(trained, tmp_path, monkeypatch, capsys):
+    folder, _, _ = trained("sasa_for_export")
+    assert "--format" in fails(capsys, folder)
+    assert "choose from" in fails(capsys, folder, "--format", "tflite")
+    assert "must end in .onnx" in fails(capsys, folder, "--format", "onnx", "--output", folder / "model.pt2")
+    assert "there is no folder" in fails(capsys, folder, "--format", "pt2", "--output", folder / "a" / "b.pt2")
+    assert "`nearsight train` leaves them" in fails(capsys, tmp_path / "nothing", "--format", "pt2")
+    monkeypatch.setattr(export, "_trace", lambda *_: 1 / 0)
+    monkeypatch.setattr(export, "find_spec", lambda name: None if name == "onnxscript" else name)
+    line = fails(capsys, folder, "--format", "onnx")
+    assert "needs onnxscript: pip install 'nearsight[export]'" in line
+    assert [path.name for path in folder.iterdir()] == ["model.safetensors"]
+
+
+def test_network_that_cannot_be_exported_says_why(capsys, trained, monkeypatch):
+    folder, _, _ = trained("sasa_for_export")
+
+    def refuse(*_):
+        raise RuntimeError("this network asks its pictures\nfor more")
+
+    monkeypatch.setattr(export, "trace", refuse)
+    line = fails(capsys, folder, "--format", "pt2")
+    assert line == "nearsight: error: sasa_for_export cannot be exported: this network asks its pictures"
