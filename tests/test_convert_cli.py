@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`nearsight convert`: a folder that loads, evaluates and converts as any other; and mistakes in one line."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+from nearsight import cli
+from nearsight.convert import GatedPositionalSelfAttention
+from nearsight.models import create_model
+from nearsight.training.data import load_pictures
+from nearsight.training.weights import Blueprint, load_model, save_model
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """A convolutional network in a folder as a run leaves it."""
+    pictures = load_pictures("digits")
+    torch.manual_seed(0)
+    folder = tmp_path / "run"
+    folder.mkdir()
+    blueprint = Blueprint("conv_nano", pictures.classes, pictures.view(8), "digits")
+    save_model(folder / "model.safetensors", create_model("conv_nano", num_classes=10, in_chans=1), blueprint)
+    return folder
+
+
+def output_of(capsys, *arguments) -> str:
+    assert cli.main([str(argument) for argument in arguments]) == 0
+    return capsys.readouterr().out
+
+
+def fails(capsys, *arguments) -> str:
+    """The one line that a mistake leaves on stderr."""
+    assert cli.main([str(argument) for argument in arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("nearsight: error: ")
+    assert captured.err.count("\n") == 1, captured.err
+    return captured.err
+
+
+def test_a_trained_network_answers_the_same_after_conversion(trained, tmp_path, capsys):
+    exact = tmp_path / "exact"
+    shown = output_of(capsys, "convert", trained, "--init", "exact", "--margin", 1, "--output", exact)
+    assert "4 converted (exact), 1 skipped" in shown
+    assert "largest relative difference of the outputs: 0.0e+00" in shown
+    answers = [
+        json.loads(output_of(capsys, "eval", folder, "--data", "digits", "--json")) for folder in (trained, exact)
+    ]
+    assert answers[0] == answers[1]
+    network, blueprint = load_model(exact)
+    layers = [module for module in network.modules() if isinstance(module, GatedPositionalSelfAttention)]
+    assert [layer.margin for layer in layers] == [1] * 4
+    assert blueprint.converted["init"] == "exact"
+    report = json.loads((exact / "report.json").read_text())
+    assert report["model"] == "conv_nano"
+    assert len(report["converted"]) == 4
+    message = fails(capsys, "convert", exact, "--init", "random", "--output", tmp_path / "again")
+    assert "is converted already (exact)" in message
+    assert "holds a model already" in fails(capsys, "convert", trained, "--init", "exact", "--output", exact)
+
+
+def test_weights_from_a_file(tmp_path, capsys):
+    """The classifier and the stem of the file say how many classes and channels there are."""
+    network = timm.create_model("test_resnet", num_classes=7, in_chans=1)
+    save_file(network.state_dict(), tmp_path / "mine.safetensors")
+    arguments = (
+        "convert",
+        "test_resnet",
+        "--init",
+        "exact",
+        "--stages",
+        4,
+        "--checkpoint",
+        tmp_path / "mine.safetensors",
+    )
+    report = json.loads(output_of(capsys, *arguments, "--output", tmp_path / "late", "--json"))
+    assert report["converted"] == ["layer4.0.conv1", "layer4.0.conv2"]
+    loaded, _ = load_model(tmp_path / "late")
+    x = torch.randn(1, 1, 64, 50)
+    with torch.no_grad():
+        assert torch.allclose(loaded.eval()(x), network.eval()(x), rtol=1e-5, atol=1e-6)
+
+
+def test_fresh_attention_with_its_options(tmp_path, capsys):
+    arguments = ("--kernel-size", 3, "--num-heads", 4, "--position", "bias", "--kernels", 3, "--names", "layer2.*")
+    shown = output_of(capsys, "convert", "test_resnet", "--init", "random", *arguments, "--output", tmp_path / "fresh")
+    assert "2 converted (random)" in shown
+    network, _ = load_model(tmp_path / "fresh")
+    assert network.get_submodule("layer2.0.conv1").num_heads == 4
+
+
+MISTAKES = {
+    ("nope18", "--init", "exact"): "there is no model 'nope18'",
+    ("test_resnet",): "the following arguments are required: --init",
+    ("test_resnet", "--init", "exact", "--names", "zz*"): "names: the model has no spatial convolution for 'zz*'",
+    ("test_resnet", "--init", "exact", "--kernel-size", "3"): "kernel_size cannot be set with init='exact'",
+    ("test_resnet", "--init", "random", "--num-heads", "0"): "num_heads must be an int of at least 1; received 0",
+    ("test_resnet", "--init", "exact", "--checkpoint", "nowhere.pth"): "there is no nowhere.pth",
+    ("test_resnet,num_classes=5", "--init", "exact"): "follows from its weights; leave it out of the name",
+    ("test_vit", "--init", "exact"): "test_vit: nothing to convert",
+    ("sasa_nano", "--init", "random"): "sasa_nano: nothing to convert: 4 layers attend already",
+}
+
+
+@pytest.mark.parametrize("arguments", MISTAKES)
+def test_mistakes(arguments, tmp_path, capsys):
+    assert MISTAKES[arguments] in fails(capsys, "convert", *arguments, "--output", tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_damaged_checkpoint(tmp_path, capsys):
+    damaged = tmp_path / "mine.pth"
+    damaged.write_bytes(b"no weights")
+    arguments = ("convert", "test_resnet", "--init", "exact", "--checkpoint", damaged, "--output", tmp_path / "x")
+    assert "it is damaged, of another kind, or would run code" in fails(capsys, *arguments)
+    save_file({"a": torch.ones(1)}, tmp_path / "other.safetensors")
+    arguments = (*arguments[:5], tmp_path / "other.safetensors", *arguments[6:])
+    assert "does not fit test_resnet" in fails(capsys, *arguments)
+    assert not (tmp_path / "x").exists()
