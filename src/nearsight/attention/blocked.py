@@ -55,8 +55,8 @@ def attend(
     relative = [table.to(dtype) for table in relative or ()]
     places = _combine(axes, problem)
     if problem.exporting:  # whole: how many slices there are would depend on sizes that are open
-        tensors = (tensor.to(dtype).flatten(2, -2) for tensor in (query, key, value))
-        out, *lse = _attend_blocks(*tensors, axes, places, bias, relative, scale, problem.lse)
+        q, k, v = (tensor.to(dtype).flatten(2, -2) for tensor in (query, key, value))
+        out, *lse = _attend_blocks(q, k, v, axes, places, bias, relative, scale, problem.lse)
         return out.to(query.dtype), lse[0] if lse else None
 
     images, heads = _slice_sizes(problem, axes)

@@ -58,12 +58,12 @@ def weights_of(
     ]
     block = [table.shape[1] for table in places]
     per_query = query.shape[0] * query.shape[1] * query.shape[-1] * torch.Size(block).numel()
-    scale = max(query.shape[-1], 1) ** -0.5 if scale is None else scale
+    factor = max(query.shape[-1], 1) ** -0.5 if scale is None else scale
     key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)  # a key may serve a group of query heads
     wide = torch.promote_types(query.dtype, torch.float32)
     with torch.autocast(query.device.type, enabled=False):  # it would narrow the logits
         chunks = [
-            _weights(some, query.to(wide), key.to(wide), places, bias, relative, scale)
+            _weights(some, query.to(wide), key.to(wide), places, bias, relative, factor)
             for some in queries.to(key.device).split(max(1, GATHERED // max(per_query, 1)))
         ]
         return torch.cat(chunks, 2) if chunks else query.new_zeros(*query.shape[:2], 0, *block, dtype=wide)
