@@ -38,6 +38,7 @@ BATCH_SIZE = 128
 TRAIN_LR, TUNE_LR, HEADS_LR = 3e-3, 1e-3, 3e-3
 WEIGHT_DECAY = 0.05
 ARMS = ("trained", "convolution", "attention")
+LONGER = 4  # in the picture, where a move of a tenth of a cell is to be seen
 
 # Images are in [0, 1]; each corruption has five severities.
 CORRUPTIONS: dict[str, tuple[tuple[float, ...], Callable[[Tensor, float], Tensor]]] = {
@@ -277,7 +278,8 @@ def _mean_and_sd(values: list[float]) -> tuple[float, float]:
 
 
 def draw_heads(seeds: list[dict[str, Any]]) -> bytes:
-    """One panel per layer: an arrow from where each head began to where it looks, the dot as large as its gate is open."""
+    """One panel per layer: from where each head began a line the way it moved, its dot as large as its gate is open."""
+    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     from nearsight.inspect.draw import BLUE, ORANGE, SKY
@@ -291,6 +293,7 @@ def draw_heads(seeds: list[dict[str, Any]]) -> bytes:
             steps = torch.arange(side) - side // 2
             home = torch.cartesian_prod(steps, steps)
             for (y, x), (row, column), gate in zip(home, centres, heads[layer]["gate"], strict=True):
+                column, row = x + LONGER * (column - x), y + LONGER * (row - y)
                 panel.plot([x, column], [y, row], color=colour, linewidth=1)
                 panel.scatter([column], [row], s=8 + 120 * gate, color=colour, alpha=0.7, linewidths=0)
         panel.set(
@@ -298,7 +301,8 @@ def draw_heads(seeds: list[dict[str, Any]]) -> bytes:
         )
         panel.grid(alpha=0.3)
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "nearsight"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
     return buffer.getvalue()
 
 
