@@ -147,8 +147,9 @@ def _among(name: str, value: str, known: tuple[str, ...]) -> None:
 def _check_optimiser(name: str) -> None:
     from timm.optim import list_optimizers
 
-    if name not in list_optimizers():
-        near = get_close_matches(name, list_optimizers(), n=3)
+    known = [str(one) for one in list_optimizers()]
+    if name not in known:
+        near = get_close_matches(name, known, n=3)
         advice = f"did you mean {', '.join(near)}?" if near else "adamw and sgd are usual"
         raise OptionError(f"opt must be an optimiser of timm; received {name!r}; {advice}")
 

@@ -48,7 +48,9 @@ class Classifier(L.LightningModule):
         self.mix = None
         self.train_loss: nn.Module = LabelSmoothingCrossEntropy(recipe.label_smoothing)
         if recipe.mixup or recipe.cutmix:
-            self.mix = Mixup(recipe.mixup, recipe.cutmix, label_smoothing=recipe.label_smoothing, num_classes=classes)
+            self.mix = Mixup(
+                recipe.mixup or 0.0, recipe.cutmix or 0.0, label_smoothing=recipe.label_smoothing, num_classes=classes
+            )
             self.train_loss = SoftTargetCrossEntropy()
         self.train_accuracy = MulticlassAccuracy(classes, average="micro")
         self.val_loss = MeanMetric()
@@ -189,5 +191,5 @@ class Batches(L.LightningDataModule):
         workers = split.workers if self.recipe.workers is None else self.recipe.workers
         dealer = Dealer(split, rank, world, step=step, seed=seed)
         # Lightning tells the epoch only after a resumed run's workers have begun to load.
-        dealer.set_epoch(self.trainer.fit_loop.epoch_progress.total.processed)
+        dealer.set_epoch(self.trainer.fit_loop.epoch_progress.total.processed)  # pyright: ignore[reportAttributeAccessIssue]
         return loader(data, batch_size, workers, dealer)

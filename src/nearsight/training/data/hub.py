@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ def load_hub(name: str) -> Pictures:
     if "train" not in tables:
         raise DataError(f"{source} must have a split named train; it has {', '.join(found)}")
     image, label = _columns(source, tables["train"].features)
-    albums: dict[str, Album] = {part: Rows(table, image, label, part) for part, table in tables.items()}
+    albums = {part: Rows(table, image, label, part) for part, table in tables.items()}
     return divided(name, _classes(source, tables["train"].features[label], albums), albums)
 
 
@@ -81,7 +82,7 @@ def _columns(source: str, features: Any) -> tuple[str, str]:
     return images[0], label[0]
 
 
-def _classes(source: str, feature: Any, albums: dict[str, Album]) -> tuple[str, ...]:
+def _classes(source: str, feature: Any, albums: Mapping[str, Album]) -> tuple[str, ...]:
     labels = np.concatenate([album.labels for album in albums.values()])
     names = getattr(feature, "names", None) or [str(number) for number in range(int(labels.max()) + 1)]
     if labels.min() < 0 or labels.max() >= len(names):

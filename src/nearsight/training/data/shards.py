@@ -22,7 +22,7 @@ import numpy as np
 from ...errors import DataError, TrainingError
 from ..files import write_bytes
 from .pictures import Pictures
-from .stored import Album, divided
+from .stored import divided
 
 INDEX_FILE = "nearsight-index.npz"
 CLASSES_FILE = "classes.txt"
@@ -66,7 +66,7 @@ def load_shards(name: str) -> Pictures:
         raise DataError(f"{name} must match shards with the word train in their names; it matches {files[0].name} ...")
     index = _index(files)
     part_of_shard = np.array(parts)
-    albums: dict[str, Album] = {}
+    albums = {}
     for part in dict.fromkeys(parts):
         chosen = part_of_shard[index["shard"]] == part
         albums[part] = Shards(files, {column: values[chosen] for column, values in index.items()})
@@ -114,9 +114,9 @@ def _index(files: Sequence[Path]) -> dict[str, np.ndarray]:
     rows = [(shard, *row) for shard, file in enumerate(files) for row in _scan(file)]
     if not rows:
         raise DataError(f"there are no samples in {files[0]} ...")
-    index = dict(zip(COLUMNS, np.array(rows, dtype=np.int64).T.copy(), strict=True))
+    index: dict[str, np.ndarray] = dict(zip(COLUMNS, np.array(rows, dtype=np.int64).T.copy(), strict=True))
     content = BytesIO()
-    np.savez(content, files=np.array(json.dumps(stamps)), **index)
+    np.savez(content, files=np.array(json.dumps(stamps)), **index)  # pyright: ignore[reportArgumentType]
     with suppress(TrainingError):  # a folder that cannot be written to: the shards are read again next time
         write_bytes(cache, content.getvalue())
     return index
@@ -132,6 +132,8 @@ def _scan(file: Path) -> list[tuple[int, int, int]]:
         with tarfile.open(file, "r:") as tar:
             for member in tar:
                 key, extension = base_plus_ext(member.name) if member.isfile() else (None, None)
+                if key is None:
+                    continue
                 content = tar.extractfile(member) if extension == "cls" else None
                 if extension in IMAGES:
                     images[key] = (member.offset_data, member.size)

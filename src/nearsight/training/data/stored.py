@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import random
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
@@ -30,8 +31,11 @@ class Album(Protocol):
         blocks: the number of the block, as a shard, in which each is stored; None where the order of reading is free.
     """
 
-    labels: np.ndarray
-    blocks: np.ndarray | None
+    @property
+    def labels(self) -> np.ndarray: ...
+
+    @property
+    def blocks(self) -> np.ndarray | None: ...
 
     def name(self, index: int) -> str:
         """What to call a picture in a message."""
@@ -42,7 +46,7 @@ class Album(Protocol):
         ...
 
 
-def divided(name: str, classes: tuple[str, ...], albums: dict[str, Album]) -> Pictures:
+def divided(name: str, classes: tuple[str, ...], albums: Mapping[str, Album]) -> Pictures:
     """A data set from its parts ``train`` and, where there are, ``val`` and ``test``.
 
     A lone val or test is taken as the test set, as is usual for ImageNet; what is missing is split off train, every class
