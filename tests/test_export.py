@@ -37,8 +37,9 @@ def network(name: str) -> nn.Module:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", ["halo_h0", "dinat_mini"])
 def test_exported_network_computes_the_same_on_other_sizes(name):
+    """The third, SASA, goes through the command below."""
     model = network(name)
     program = export.trace(model, torch.randn(SEEN))
     onnx_model = export.to_onnx(program, {})
@@ -60,7 +61,7 @@ def test_exported_network_computes_the_same_on_other_sizes(name):
 class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         heads = x.movedim(1, -1)[:, None]
-        return ns.local_attention(heads, heads, heads, ns.Window(7))
+        return ns.local_attention(heads, heads, heads, ns.Window(7, border="wrap"))
 
 
 class Gathered(nn.Module):
@@ -76,14 +77,16 @@ class Gathered(nn.Module):
         return (weights[:, None] * keys).sum(-1)
 
 
+@torch.no_grad()
 def largest(module: nn.Module, shape: tuple[int, ...]) -> int:
     """Numbers in the largest tensor that the exported operator makes on a size that it was not exported with."""
     model = export.to_onnx(export.trace(module, torch.randn(2, shape[1], 28, 42)), {})
-    made = [name for node in model.graph.node for name in node.output]
-    del model.graph.output[:]
+    made = [name for node in model.graph.node for name in node.output if name != "logits"]
     model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in made)
-    session = onnxruntime.InferenceSession(model.SerializeToString())
-    return max(array.size for array in session.run(None, {"pictures": torch.randn(shape).numpy()}))
+    session, pictures = onnxruntime.InferenceSession(model.SerializeToString()), torch.randn(shape)
+    result, *others = session.run(None, {"pictures": pictures.numpy()})
+    torch.testing.assert_close(torch.from_numpy(result), module(pictures), rtol=1e-4, atol=1e-4)
+    return max(array.size for array in others)
 
 
 @pytest.mark.slow
@@ -137,7 +140,9 @@ def test_command_writes_onnx(trained, capsys):
     assert Blueprint.from_json(notes["nearsight"]) == blueprint
     pictures = torch.randn(5, 1, 13, 21)
     found = onnxruntime.InferenceSession(folder / "model.onnx").run(["logits"], {"pictures": pictures.numpy()})[0]
-    torch.testing.assert_close(torch.from_numpy(found), network(pictures).detach(), rtol=1e-4, atol=1e-4)
+    expected = network(pictures).detach()
+    assert expected.std() > 1e-2  # it depends on the picture
+    torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.slow

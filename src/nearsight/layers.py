@@ -558,8 +558,9 @@ class _HaloAxis(NamedTuple):
 
 
 def _halo_axis(cells: int, block: int, halo: int, stride: int, device: torch.device) -> _HaloAxis:
-    blocks, slots, span = -(-cells // block), -(-block // stride), block + 2 * halo
-    query = torch.arange(-(-cells // stride), device=device)
+    # Rounded up without numbers below zero: ONNX divides those towards zero, and sizes may be symbols.
+    blocks, slots, span = (cells + block - 1) // block, (block + stride - 1) // stride, block + 2 * halo
+    query = torch.arange((cells + stride - 1) // stride, device=device)
     start = block * torch.arange(blocks, device=device)
     first = (start + stride - 1) // stride  # the first query that lies in each block
     queries = first[:, None] + torch.arange(slots, device=device)
