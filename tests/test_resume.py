@@ -36,10 +36,15 @@ def photos(tmp_path_factory):
     generator = np.random.default_rng(0)
     for number, name in enumerate(("dark", "light")):
         (folder / name).mkdir()
-        for index in range(24):
+        for index in range(16):
             pixels = generator.integers(96 * number, 128 + 96 * number, (12, 14, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(folder / name / f"{index}.png")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def _no_page(monkeypatch):
+    monkeypatch.setattr("nearsight.training.train.write_report", lambda *arguments: None)
 
 
 def recipe_for(photos):
@@ -50,7 +55,9 @@ def recipe_for(photos):
 def whole(photos, tmp_path_factory):
     """The run that nothing stopped."""
     output = tmp_path_factory.mktemp("whole")
-    train(recipe_for(photos), output)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("nearsight.training.train.write_report", lambda *arguments: None)
+        train(recipe_for(photos), output)
     return output
 
 
@@ -149,7 +156,7 @@ def test_the_comparison_sees_what_is_not_restored(fault, whole, photos, tmp_path
 # ---------------------------------------------------------------------------------------------- real data, real signals
 
 GARMENTS = Path("/usr/share/datasets/fashion-mnist")
-SIZES = {"train": 2000, "t10k": 400}
+SIZES = {"train": 1200, "t10k": 200}
 
 
 @pytest.fixture(scope="module")
@@ -169,8 +176,8 @@ def garments(tmp_path_factory):
 def train_command(garments, output, devices=2):
     return [
         *(sys.executable, "-m", "nearsight", "train", "--model=test_vit,patch_size=7"),
-        *("--data=fashion-mnist", f"--data-root={garments}", "--epochs=3", "--batch-size=64", "--lr=0.003"),
-        *(f"--devices={devices}", "--ema-decay=0.95", f"--output={output}"),
+        *("--data=fashion-mnist", f"--data-root={garments}", "--epochs=2", "--batch-size=40", "--lr=0.003"),
+        *(f"--devices={devices}", "--ema-decay=0.9", f"--output={output}"),
     ]
 
 
@@ -181,9 +188,7 @@ def test_two_processes_learn_fashion_mnist_and_survive_a_kill_to_the_same_bytes(
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     subprocess.run(train_command(garments, whole), env=environment, check=True)
     said = (whole / "metrics.csv").read_text().splitlines()
-    assert (
-        float(said[-1].split(",")[-1]) > 0.3
-    )  # validation accuracy after three epochs of 1,800 pictures; 0.445 when written
+    assert float(said[-1].split(",")[-1]) > 0.3  # validation accuracy after two epochs of 1,080 pictures
 
     process = subprocess.Popen(train_command(garments, killed), env=environment, start_new_session=True)
     while not (killed / "last.ckpt").exists():
