@@ -37,6 +37,14 @@ by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)
 FLEX = Contestant(flex)  # its forward runs on the CPU
 
 
+@pytest.fixture(autouse=True)
+def _flex_as_it_stands(monkeypatch):
+    """FlexAttention written out, where PyTorch would trace it anew for every case."""
+    from torch.nn.attention import flex_attention
+
+    monkeypatch.setattr(flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
+
+
 def takes(contestant: Contestant, case: Case, *, grad: bool = True) -> bool:
     """Whether a backend takes the case; what it does not take, it has to refuse when it is named."""
     _, inputs, arguments = tensors_of(case, grad=grad)

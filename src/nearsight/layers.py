@@ -560,7 +560,8 @@ class _HaloAxis(NamedTuple):
 def _halo_axis(cells: int, block: int, halo: int, stride: int, device: torch.device) -> _HaloAxis:
     # Rounded up without numbers below zero: ONNX divides those towards zero, and sizes may be symbols.
     blocks, slots, span = (cells + block - 1) // block, (block + stride - 1) // stride, block + 2 * halo
-    query = torch.arange((cells + stride - 1) // stride, device=device)
+    count = (cells + stride - 1) // stride
+    query = torch.arange(count, device=device)
     start = block * torch.arange(blocks, device=device)
     first = (start + stride - 1) // stride  # the first query that lies in each block
     queries = first[:, None] + torch.arange(slots, device=device)
@@ -568,7 +569,7 @@ def _halo_axis(cells: int, block: int, halo: int, stride: int, device: torch.dev
     entries = places[:, None] - stride * queries[..., None] + span - 1
     home = stride * query // block
     return _HaloAxis(
-        queries=queries.clamp(max=len(query) - 1),
+        queries=queries.clamp(max=count - 1),
         cells=places.clamp(0, cells - 1),
         inside=(places >= 0) & (places < cells),
         entries=entries.clamp(0, 2 * span - 2),

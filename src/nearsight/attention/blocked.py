@@ -220,7 +220,10 @@ def _lay_out(
     return AxisBlocks(
         queries=query.clamp(max=queries - 1).flatten(0, 1),
         out=_out(torch.arange(queries, device=device), groups, blocks * block),
-        cells=(cell % cells if axis.border == "wrap" else cell.clamp(0, cells - 1)).flatten(0, 1),
+        # By a tensor: there is no ONNX for a remainder by a size that is left open.
+        cells=(cell % torch.full_like(cell, cells) if axis.border == "wrap" else cell.clamp(0, cells - 1)).flatten(
+            0, 1
+        ),
         zero=~inside.flatten(0, 1) if axis.border == "zeros" else None,
         # Padding sees everything: what it computes is thrown away, but a softmax over nothing would be NaN.
         visible=(visible | padding[..., None]).flatten(0, 1),
