@@ -366,7 +366,7 @@ def test_chosen_queries_of_a_large_image_need_little_more_than_a_forward_pass():
     assert finished.returncode == 0, finished.stderr[-2000:]
     few, whole = map(int, finished.stdout.split())
     assert few < 32e6
-    assert whole > 100e6, "the measure is blind"
+    assert whole > 80e6, "the measure is blind"
 
 
 def test_too_many_weights_are_refused_before_they_are_made():

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..window import Axis, larger, smaller
-from .problem import Problem
+from .problem import Problem, is_exporting
 
 name = "blocked"
 
@@ -152,6 +152,22 @@ def _combine(axes: list[AxisBlocks], problem: Problem) -> Places:
     )
 
 
+def _settled(index: Tensor) -> Tensor:
+    """The same indices, read from memory where code is compiled: with all formulas put into one another, PyTorch's inductor
+    goes on simplifying those of a sliding, dilated window without end."""
+    return _written_out(index) if torch.compiler.is_compiling() and not is_exporting() else index
+
+
+@torch.library.custom_op("nearsight::written_out", mutates_args=())
+def _written_out(index: Tensor) -> Tensor:
+    return index.clone()
+
+
+@_written_out.register_fake
+def _(index: Tensor) -> Tensor:
+    return torch.empty_like(index)
+
+
 def _flat_index(indices: list[Tensor], size: Sequence[Any]) -> Tensor:
     """The row-major index of a place from its index along every axis."""
     flat = torch.zeros_like(indices[0])
@@ -204,7 +220,7 @@ def _lay_out(
     step = query * axis.stride // axis.dilation
     phase = (query * axis.stride % axis.dilation)[..., :1]
     steps = axis.steps(phase, cells)
-    first = axis.first_step(step, steps)
+    first = _settled(axis.first_step(step, steps))
     start = first[..., :1]
     if axis.border in ("mask", "shift"):
         start = larger(smaller(start, steps - span), 0 * start)

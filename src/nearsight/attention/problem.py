@@ -102,13 +102,13 @@ def describe(
         forward_ad=_in_forward_ad(tensors),
         transformed=not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active(),
         compiling=torch.compiler.is_compiling(),
-        exporting=_exporting(),
+        exporting=is_exporting(),
         groups=query.shape[1] // key.shape[1] if key.shape[1] else 1,
         lse=lse,
     )
 
 
-def _exporting() -> bool:
+def is_exporting() -> bool:
     # torch.compiler.is_exporting came with PyTorch 2.7.
     return torch.compiler.is_compiling() and getattr(torch.compiler, "is_exporting", lambda: False)()
 
