@@ -27,7 +27,7 @@ from pathlib import Path
 from ..errors import OptionError, TrainingError
 from .compare_report import Table, write_comparison
 from .data import Pictures, load_pictures
-from .files import write_text
+from .files import make_folder, write_text
 from .measures import MEASURES_FILE, Measures, measure, read_measures, read_rows
 from .recipe import Recipe, read_recipe
 from .report import REPORT_FILE
@@ -107,7 +107,7 @@ def compare(
         Blueprint(model, pictures.classes, pictures.view(input_size(model)), recipe.data).build()
     # Seed by seed, so that a comparison that is looked at early has all models in it.
     runs = [(model, seed) for seed in range(seeds) for model in models]
-    _make(output / "runs")
+    make_folder(output / "runs")
     with _alone(output) as lock, _termination_as_interrupt():
         _keep_settings(output / RECIPE_FILE, recipe)
         found = {}
@@ -185,13 +185,6 @@ def _train(run: Path, recipe: Recipe, lock: int) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------- the folder
-
-
-def _make(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise TrainingError(f"cannot make the folder {folder}: {error.strerror}; name another --output") from error
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from ..convert import Report, convert
 from ..errors import DataError, NearsightError, OptionError, TrainingError
 from ..models import create_model, parse_spec
 from .data import View
-from .files import write_text
+from .files import make_folder, write_text
 from .weights import WEIGHTS_FILE, Blueprint, input_size, load_model, save_model
 
 REPORT_FILE = "report.json"
@@ -46,10 +46,7 @@ def convert_to_folder(
     report = convert(network, input_size=(view.channels, view.size, view.size), **options)
     if not report.converted:
         raise OptionError(f"{model}: {report.summary()[0]}")
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise TrainingError(f"cannot write {output}: {error.strerror}") from error
+    make_folder(output)
     save_model(output / WEIGHTS_FILE, network, replace(blueprint, converted=report.options))
     write_text(output / REPORT_FILE, json.dumps({"model": blueprint.model, **report.to_dict()}, indent=2) + "\n")
     return report

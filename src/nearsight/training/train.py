@@ -29,7 +29,7 @@ from .batchnorm import synced_batch_norms
 from .callbacks import Forecast, Journal, StopTogether, WholeFiles
 from .data import load_pictures, loader
 from .evaluate import Evaluation, evaluate
-from .files import remove_leftovers, write_text
+from .files import make_folder, remove_leftovers, write_text
 from .recipe import Recipe, read_recipe
 from .report import REPORT_FILE, write_report
 from .task import Batches, Classifier
@@ -123,7 +123,7 @@ def _run(recipe: Recipe, output: Path, checkpoint: Path | None, download: bool) 
     model = blueprint.build(recipe.drop_path).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     task = Classifier(model, pictures.augment, blueprint, recipe)
     if _is_main_process():
-        _make_folder(output)
+        make_folder(output)
         remove_leftovers(output)
         write_text(output / CONFIG_FILE, recipe.to_yaml())
         print(announcement(recipe, pictures, view, model, output), flush=True)
@@ -195,14 +195,6 @@ def _fit(trainer: L.Trainer, task: Classifier, data: Batches, checkpoint: Path |
         launcher = trainer.strategy.launcher
         if sys.exc_info()[0] is not None and isinstance(launcher, _SubprocessScriptLauncher):
             launcher.kill(signal.SIGKILL)  # they would wait for this process
-
-
-def _make_folder(output: Path) -> None:
-    """Make the folder, or say why not."""
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise TrainingError(f"cannot make the folder {output}: {error.strerror}; name another --output") from error
 
 
 def _is_main_process() -> bool:
