@@ -295,6 +295,41 @@ def test_split_calls_under_vmap():
     torch.testing.assert_close(torch.vmap(lambda key: functional.na2d_qk(query, key, 3))(keys), one_by_one)
 
 
+COMPILED = {
+    "fused": lambda q: functional.na2d(q, q, q, kernel_size=5, dilation=2),
+    "causal, with log-sum-exp": lambda q: functional.na2d(q, q, q, kernel_size=5, is_causal=True, return_lse=True)[1],
+    "window stride": lambda q: functional.na2d(q, q, q, kernel_size=6, stride=3),
+    "extra keys": lambda q: functional.na2d(
+        q, q, q, kernel_size=3, additional_keys=q[:, :2, 0], additional_values=q[:, :2, 0]
+    ),
+}
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_fused_calls_compile_as_one_graph(name):
+    query = torch.randn(2, 12, 13, 2, 8, requires_grad=True)
+    torch._dynamo.reset()
+    compiled = torch.compile(COMPILED[name], backend="aot_eager", fullgraph=True)
+    eager = COMPILED[name](query)
+    expected = torch.autograd.grad(eager.square().sum(), query)
+    found = compiled(query)
+    torch.testing.assert_close(found, eager)
+    torch.testing.assert_close(torch.autograd.grad(found.square().sum(), query), expected)
+
+
+def test_split_calls_compile_in_pieces():
+    query = torch.randn(1, 2, 9, 8, 4, requires_grad=True)
+
+    def attend(query):
+        return functional.na2d_av(functional.na2d_qk(query, query, 5, 1).softmax(-1), query, 5, 1)
+
+    torch._dynamo.reset()
+    found = torch.compile(attend, backend="aot_eager")(query)
+    torch.testing.assert_close(found, attend(query))
+    found.sum().backward()
+    assert query.grad is not None
+
+
 def test_autocast_leaves_the_calls_alone():
     query, key, value = torch.randn(3, 1, 2, 6, 7, 8)
     weights = functional.na2d_qk(query, key, 3)

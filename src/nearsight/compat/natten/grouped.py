@@ -35,7 +35,7 @@ def attend(
     """The mixed values (B, N, *map, E), and the log-sum-exp of the logits (B, N, *map) in float32 or wider."""
     size = query.shape[2:-1]
     blocks = [cut(axis, cells, query.device) for axis, cells in zip(axes, size, strict=True)]
-    at_once = max(1, SLICE_SCORES // prod(prod(block.sizes) for block in blocks))
+    at_once = max(1, SLICE_SCORES // prod([prod(block.sizes) for block in blocks]))
     images, heads = max(1, at_once // query.shape[1]), min(at_once, query.shape[1])
     slices = [
         [_recomputed(q, k, v, blocks, scale) for q, k, v in zip(*(one.split(heads, 1) for one in some), strict=True)]

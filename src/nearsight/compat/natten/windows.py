@@ -55,7 +55,7 @@ def neighborhoods(rank: int, kernel_size: Any, stride: Any, dilation: Any, is_ca
 
 def cells_of(axes: Sequence[Neighborhood]) -> int:
     """How many cells a window holds."""
-    return prod(axis.kernel_size for axis in axes)
+    return prod([axis.kernel_size for axis in axes])  # a list, which torch.compile can follow
 
 
 def window_of(axis: Neighborhood, step: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
@@ -132,7 +132,7 @@ def cut(axis: Neighborhood, cells: int, device: torch.device) -> Blocks:
 def slices(axes: Sequence[Blocks], rows: int) -> Iterator[list[Blocks]]:
     """All axes, a few blocks of the first axis at a time. ``rows`` counts the maps that are worked on at once."""
     first, *others = axes
-    per_block = max(1, rows * prod(first.sizes[1:]) * prod(prod(axis.sizes) for axis in others))
+    per_block = max(1, rows * prod(first.sizes[1:]) * prod([prod(axis.sizes) for axis in others]))
     at_once = max(1, SLICE_SCORES // per_block)
     for part in zip(*(table.split(at_once) for table in first), strict=True):
         yield [Blocks(*part), *others]
