@@ -96,6 +96,7 @@ CONVOLUTIONS = {
     "same": (lambda: nn.Conv2d(3, 4, 3, stride=2, padding=1), 1),
     "valid": (lambda: nn.Conv2d(3, 4, (3, 4)), 0),
     "circular": (lambda: nn.Conv2d(3, 4, 3, padding=1, padding_mode="circular"), 0),
+    "circular with a margin": (lambda: nn.Conv2d(3, 4, 3, padding=1, padding_mode="circular"), 1),
     "dilated groups": (lambda: nn.Conv2d(3, 6, 3, padding=2, dilation=2, groups=3), 0),
     "1d": (lambda: nn.Conv1d(3, 4, 5, padding=2), 0),
     "3d": (lambda: nn.Conv3d(3, 4, 2), 0),
