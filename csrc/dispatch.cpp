@@ -201,8 +201,8 @@ thread_local Scratch scratch;
 
 typedef void (*Work)(const Plan*, int64_t head, int64_t job, char* workspace);
 
-int run(const Plan& plan, const Pass& pass, size_t bytes, Work work, int num_threads) {
-    const int64_t count = plan.heads * pass.jobs;
+int run(const Plan& plan, size_t bytes, Work work, int num_threads) {
+    const int64_t count = plan.heads * plan.query_pass.jobs;
     std::atomic<bool> failed{false};
     // Heads innermost: neighbouring heads share cache lines of heads-last memory.
     const auto one = [&](int64_t i) {
@@ -281,14 +281,23 @@ Call::Call(const nearsight_problem& p, const nearsight_inputs& inputs, const Ker
     plan.key = place(p, inputs.key);
     plan.value = place(p, inputs.value);
 
-    int64_t tile = choose_tile_cells(geometry, p.head_dim + p.value_dim, lanes);
+    plan.key_planes = geometry.axes[0].cells;
+    const auto choose = backward ? choose_backward_tile_cells : choose_tile_cells;
+    int64_t tile = choose(geometry, p.head_dim + p.value_dim, lanes);
     if (plan.batch_group > 1) tile = lanes * ((plan.batch_group * geometry.axes[2].cells + lanes - 1) / lanes);
-    query_lists = std::make_unique<PassLists>(geometry, Home::queries, lanes, p.batch, p.heads, plan.batch_group, tile);
-    plan.query_pass = query_lists->pass();
+    const int group = plan.batch_group;
+    query_lists = std::make_unique<PassLists>(geometry, Home::queries, lanes, group, tile, backward);
+    const RowAxis &z = query_lists->pass().z, &y = query_lists->pass().y;
     if (backward) {
-        key_lists = std::make_unique<PassLists>(geometry, Home::keys, lanes, p.batch, p.heads, plan.batch_group, tile);
+        key_lists = std::make_unique<PassLists>(geometry, Home::keys, lanes, group, tile);
+        PassLists::join(geometry, *query_lists, *key_lists);
         plan.key_pass = key_lists->pass();
+        query_lists->deal(p.batch, p.heads, plan.key_pass.y.group_count, geometry.axes[1].cells * plan.out[0]);
+    } else {
+        const int64_t groups = (int64_t)z.group_count * y.group_count;
+        query_lists->deal(p.batch, p.heads, groups, groups * kGroupRows);
     }
+    plan.query_pass = query_lists->pass();
 
     if (inputs.bias) {
         bias.resize((size_t)(p.heads * plan.bias_entries));
@@ -316,7 +325,7 @@ int forward(const nearsight_problem& p, const nearsight_inputs& inputs, const ne
     call.plan.lse = lse;
     const size_t bytes = call.kernel->forward_bytes(&call.plan);
     if (bytes > (size_t)kMostScratch) return NEARSIGHT_ERROR_UNSUPPORTED;
-    return run(call.plan, call.plan.query_pass, bytes, call.kernel->forward, p.num_threads);
+    return run(call.plan, bytes, call.kernel->forward, p.num_threads);
 }
 
 // Adds up the jobs' partial sums, in the order of the jobs.
@@ -344,9 +353,7 @@ int backward(const nearsight_problem& p, const nearsight_inputs& inputs, const n
     if (gradients.value) plan.grad_value = place(p, *gradients.value);
 
     const int64_t parts = p.heads * plan.query_pass.jobs;
-    std::vector<float> delta((size_t)(p.batch * p.heads * plan.out[0] * plan.out[1] * plan.out[2]));
     std::vector<float> bias_parts, relative_parts[3];
-    plan.delta = delta.data();
     if (gradients.bias) {
         bias_parts.resize((size_t)(parts * plan.bias_entries));
         plan.bias_parts = bias_parts.data();
@@ -358,10 +365,9 @@ int backward(const nearsight_problem& p, const nearsight_inputs& inputs, const n
         plan.relative_parts[axis] = relative_parts[axis].data();
     }
 
-    const size_t query_bytes = call.kernel->query_gradient_bytes(&plan);
-    const size_t key_bytes = call.kernel->key_gradient_bytes(&plan);
-    if (query_bytes > (size_t)kMostScratch || key_bytes > (size_t)kMostScratch) return NEARSIGHT_ERROR_UNSUPPORTED;
-    if (int error = run(plan, plan.query_pass, query_bytes, call.kernel->query_gradient, p.num_threads)) return error;
+    const size_t bytes = call.kernel->backward_bytes(&plan);
+    if (bytes > (size_t)kMostScratch) return NEARSIGHT_ERROR_UNSUPPORTED;
+    if (int error = run(plan, bytes, call.kernel->backward, p.num_threads)) return error;
     if (gradients.bias) reduce(bias_parts, p.heads, plan.query_pass.jobs, plan.bias_entries, gradients.bias);
     for (int i = 0; i < p.rank; ++i) {
         const int axis = 3 - p.rank + i;
@@ -369,8 +375,7 @@ int backward(const nearsight_problem& p, const nearsight_inputs& inputs, const n
             reduce(relative_parts[axis], p.heads, plan.query_pass.jobs, plan.entries[axis] * p.head_dim,
                    gradients.relative[i]);
     }
-    if (!plan.want_key && !plan.want_value) return NEARSIGHT_OK;
-    return run(plan, plan.key_pass, key_bytes, call.kernel->key_gradient, p.num_threads);
+    return NEARSIGHT_OK;
 }
 
 // A backward over no cells: the tables still have gradients, of zero.

@@ -9,7 +9,8 @@
 //     dot   multiplies home channels with shifted away channels, rows x entries sums in registers: the logits;
 //     mix   multiplies weights with shifted away channels, rows x channels sums in registers: the output;
 // and between the two the softmax is taken on a tile of logits that never leaves the first cache level. The gradients
-// are the same two steps with other operands. No lane ever meets a cell that its query does not see: entries that only
+// are the same two steps with other operands, and the tiles of weights and of their gradients stay in a ring of rows
+// until the keys that they belong to have gathered them. No lane ever meets a cell that its query does not see: entries that only
 // some lanes of a vector see go through a mask.
 
 #include "plan.h"
@@ -43,7 +44,7 @@ void entry_range(const Plan& plan, const Spot& s, int axis, int* first, int* las
     *first = 0;
     *last = plan.entries[axis];
     if (axis == 1) *first = s.y->first_entry, *last = s.y->last_entry;
-    if (axis == 2) *first = s.lanes->first_entry, *last = *first + s.lanes->entries;
+    if (axis == 2) *first = s.lanes->first_entry, *last = *first + s.entries;
 }
 
 void query_terms(const Plan& plan, const Spot& s) {
@@ -125,8 +126,8 @@ void logits(const Spot& s, Vector* greatest) {
         const QueryTerms<kTerms> terms(s, source);
         LogitPart<kTerms> part = {&terms, {}, s.mask, greatest + visit.first};
         for (int r = visit.first; r < visit.last; ++r)
-            part.target[r - visit.first] = s.tile.at(r, order(source, s.y->count, r));
-        dot_apart(dot_operands(s, source, 0, 0, s.plan->head_dim), visit.last - visit.first, s.lanes->entries, part);
+            part.target[r - visit.first] = s.scores_of(source, r);
+        dot_apart(dot_operands(s, source, 0, 0, s.plan->head_dim), visit.last - visit.first, s.entries, part);
     }
 }
 
@@ -152,11 +153,12 @@ void forward_spot(const Spot& s) {
         case kAllTerms: logits<kAllTerms>(s, greatest); break;
     }
     Vector sum[kGroupRows];
-    for (int r = 0; r < s.y->rows; ++r) sum[r] = softmax(s.tile.at(r, 0), s.visits[r] * s.tile.entries, greatest[r]);
+    for (int r = 0; r < s.y->rows; ++r)
+        sum[r] = softmax(s.tile.rows[r], s.z->visits * s.y->count[r] * s.entries, greatest[r]);
 
     const ptrdiff_t result_row = (plan.value_dim + 1) * kLanes;
     float* result = s.w->result;
-    mix_all(mix_operands(s, plan.head_dim), plan.value_dim, result, result_row);
+    mix_all(mix_operands(s, plan.head_dim, 0), plan.value_dim, result, result_row);
     for (int r = 0; r < s.y->rows; ++r) {
         float* row = result + r * result_row;
         const Vector share = 1.0f / sum[r];
@@ -165,9 +167,15 @@ void forward_spot(const Spot& s) {
     }
 }
 
+ptrdiff_t forward_tile_row(const Pass& pass) {
+    return (ptrdiff_t)pass.z.max_count * pass.y.max_count * pass.max_entries * kLanes;
+}
+
 Workspace forward_workspace(const Plan& plan, Arena& arena) {
-    return carve(plan, plan.query_pass, plan.head_dim + plan.value_dim, plan.head_dim, plan.value_dim + 1, false,
-                 arena);
+    const Pass& pass = plan.query_pass;
+    Workspace w = carve(plan, pass, plan.head_dim + plan.value_dim, plan.head_dim, plan.value_dim + 1, arena);
+    w.scores = arena.floats(kGroupRows * forward_tile_row(pass));
+    return w;
 }
 
 void pack_keys(const Plan& plan, const RowAddress& at, Runs runs, Planar row) {
@@ -194,6 +202,12 @@ struct ForwardWalk : Walk {
     void pack_away(int64_t z, int64_t y, Planar row) const {
         pack_keys(plan, address(z, y), away_runs(0, tile.away_pitch), row);
     }
+    void place(Spot& spot, int) const {
+        for (int r = 0; r < kGroupRows; ++r) spot.tile.rows[r] = w.scores + r * forward_tile_row(pass);
+        spot.tile.visit = (ptrdiff_t)spot.entries * kLanes;
+        spot.tile.entry = kLanes;
+        spot.orders = spot.y->count;
+    }
     void compute(const Spot& spot) const { forward_spot(spot); }
     void unpack(int r, const RowAddress& at, Runs runs) const {
         float* row = w.result + r * (plan.value_dim + 1) * kLanes;
@@ -202,7 +216,7 @@ struct ForwardWalk : Walk {
     }
 };
 
-// ---- Gradients of query, bias and relative --------------------------------------------------------------------------
+// ---- Backward: queries at home --------------------------------------------------------------------------------------
 
 // Home channels: query, gradient of out, -lse in base 2, -delta.
 struct QueryHome {
@@ -215,37 +229,59 @@ struct QueryHome {
           channels(minus_delta + 1) {}
 };
 
+// A row of the ring: query, gradient of out, then weights and gradients of the logits, [visit][entry] each.
+struct RingRow {
+    int64_t query, grad_out, weights, gradients, visits_y, entries, channels;
+    explicit RingRow(const Plan& plan)
+        : query(0),
+          grad_out(plan.head_dim),
+          weights(grad_out + plan.value_dim),
+          visits_y(plan.query_pass.y.max_count),
+          entries(plan.entries[2]) {
+        const int64_t scores = plan.query_pass.z.max_count * visits_y * entries;
+        gradients = weights + scores;
+        channels = gradients + scores;
+    }
+};
+
+float* ring_row(const Plan& plan, const Workspace& w, int slot) {
+    return w.ring + slot * RingRow(plan).channels * plan.key_pass.max_away_pitch;
+}
+
 // Logits minus log-sum-exp become weights.
 template <Terms kTerms>
 struct WeightPart {
     const QueryTerms<kTerms>* terms;
     Vector minus_lse[kGroupRows];
     float* target[kGroupRows];
+    ptrdiff_t target_entry;
+    const int32_t* mask;
     Vector start(int r, int e) const { return terms->at(r, e) + minus_lse[r]; }
     template <int kEntries>
     void finish(int r, int entry, const Vector* logits) {
-        for (int e = 0; e < kEntries; ++e) store(target[r] + (entry + e) * kLanes, exp2(logits[e]));
+        Vector weights[kEntries];
+        for (int e = 0; e < kEntries; ++e) weights[e] = exp2(logits[e]);
+        if (mask)
+            for (int e = 0; e < kEntries; ++e) weights[e] = keep(load_mask(mask + (entry + e) * kLanes), weights[e]);
+        for (int e = 0; e < kEntries; ++e) store(target[r] + (entry + e) * target_entry, weights[e]);
     }
 };
 
 // weight * (grad_out . value - delta) is the gradient of the logit.
-template <int kEntries>
-NEARSIGHT_INLINE void multiply_weights(float* weights, const int32_t* mask, const Vector* sums) {
-    Vector gradients[kEntries];
-    for (int e = 0; e < kEntries; ++e) gradients[e] = sums[e] * load(weights + e * kLanes);
-    if (mask)
-        for (int e = 0; e < kEntries; ++e) gradients[e] = keep(load_mask(mask + e * kLanes), gradients[e]);
-    for (int e = 0; e < kEntries; ++e) store(weights + e * kLanes, gradients[e]);
-}
-
 struct LogitGradientPart {
     Vector minus_delta[kGroupRows];
-    float* target[kGroupRows];
+    float* weights[kGroupRows];
+    ptrdiff_t target_entry, target;  // target: from a weight to its gradient
     const int32_t* mask;
     Vector start(int r, int) const { return minus_delta[r]; }
     template <int kEntries>
     void finish(int r, int entry, const Vector* sums) {
-        multiply_weights<kEntries>(target[r] + entry * kLanes, mask ? mask + entry * kLanes : nullptr, sums);
+        Vector gradients[kEntries];
+        for (int e = 0; e < kEntries; ++e) gradients[e] = sums[e] * load(weights[r] + (entry + e) * target_entry);
+        if (mask)
+            for (int e = 0; e < kEntries; ++e)
+                gradients[e] = keep(load_mask(mask + (entry + e) * kLanes), gradients[e]);
+        for (int e = 0; e < kEntries; ++e) store(weights[r] + (entry + e) * target_entry + target, gradients[e]);
     }
 };
 
@@ -261,19 +297,20 @@ void logit_gradients(const Spot& s) {
         WeightPart<kTerms> weights;
         LogitGradientPart gradients;
         weights.terms = &terms;
-        gradients.mask = s.mask;
+        weights.mask = gradients.mask = s.mask;
+        weights.target_entry = gradients.target_entry = s.tile.entry;
+        gradients.target = s.gradients;
         for (int r = visit.first; r < visit.last; ++r) {
             const float* home = s.w->home + r * s.home_row;
             const int i_row = r - visit.first;
             weights.minus_lse[i_row] = load(home + channel.minus_lse * kLanes);
             gradients.minus_delta[i_row] = load(home + channel.minus_delta * kLanes);
-            weights.target[i_row] = gradients.target[i_row] = s.tile.at(r, order(source, s.y->count, r));
+            weights.target[i_row] = gradients.weights[i_row] = s.scores_of(source, r);
         }
         const int rows = visit.last - visit.first;
-        dot_all(dot_operands(s, source, channel.query, 0, plan.head_dim), rows, s.lanes->entries, weights);
+        dot_all(dot_operands(s, source, channel.query, 0, plan.head_dim), rows, s.entries, weights);
         s.w->prefetches->issue();
-        dot_all(dot_operands(s, source, channel.grad_out, plan.head_dim, plan.value_dim), rows, s.lanes->entries,
-                gradients);
+        dot_all(dot_operands(s, source, channel.grad_out, plan.head_dim, plan.value_dim), rows, s.entries, gradients);
     }
 }
 
@@ -288,11 +325,11 @@ NEARSIGHT_INLINE void sum_entries(const Spot& s, int r, int entry, int entries) 
     for (int i = 0; i < s.source_count; ++i) {
         const Source& source = w.sources[i];
         if (r < source.visit->first || r >= source.visit->last) continue;
-        const float* row = s.tile.at(r, order(source, s.y->count, r)) + entry * kLanes;
+        const float* row = s.scores_of(source, r) + s.gradients + entry * s.tile.entry;
         Vector sum = {};
 #pragma GCC unroll 8
         for (int e = 0; e < kEntries; ++e) {
-            const Vector gradient = load(row + e * kLanes);
+            const Vector gradient = load(row + e * s.tile.entry);
             sums[e] += gradient;
             sum += gradient;
         }
@@ -310,35 +347,42 @@ void sum_over_axes(const Spot& s) {
     for (int axis = 0; axis < 3; ++axis)
         memset(s.w->sums[axis], 0, (size_t)s.plan->entries[axis] * kGroupRows * kLanes * sizeof(float));
     for (int r = 0; r < s.y->rows; ++r)
-        for (int entry = 0; entry < s.tile.entries; entry += kBlock)
-            sum_entries<kBlock>(s, r, entry, s.tile.entries - entry);
+        for (int entry = 0; entry < s.entries; entry += kBlock) sum_entries<kBlock>(s, r, entry, s.entries - entry);
+}
+
+// The lanes that belong to the tile, or NULL for all: what another tile counts must not be counted twice.
+const int32_t* own_mask(const LaneVector& lanes, int32_t* mask) {
+    if (lanes.first_own == 0 && lanes.last_own == kLanes) return nullptr;
+    for (int lane = 0; lane < kLanes; ++lane) mask[lane] = lane >= lanes.first_own && lane < lanes.last_own ? -1 : 0;
+    return mask;
 }
 
 void add_bias_gradient(const Spot& s) {
+    int32_t lanes[kLanes];
+    const int32_t* own = own_mask(*s.lanes, lanes);
     for (int i = 0; i < s.source_count; ++i) {
         const Source& source = s.w->sources[i];
         for (int r = source.visit->first; r < source.visit->last; ++r) {
-            const float* row = s.tile.at(r, order(source, s.y->count, r));
+            const float* row = s.scores_of(source, r) + s.gradients;
             float* target = s.w->bias_gradient + bias_entry(*s.plan, source, r, s.lanes->first_entry) * kLanes;
-            for (int e = 0; e < s.tile.entries; ++e) add_to(target + e * kLanes, load(row + e * kLanes));
+            for (int e = 0; e < s.entries; ++e) {
+                const Vector gradient = load(row + e * s.tile.entry);
+                add_to(target + e * kLanes, own ? keep(load_mask(own), gradient) : gradient);
+            }
         }
     }
 }
 
-void query_gradient_spot(const Spot& s) {
-    const Plan& plan = *s.plan;
-    query_terms(plan, s);
-    switch (terms_of(plan)) {
-        case kNoTerms: logit_gradients<kNoTerms>(s); break;
-        case kRelativeTerms: logit_gradients<kRelativeTerms>(s); break;
-        case kAllTerms: logit_gradients<kAllTerms>(s); break;
-    }
-    if (plan.bias_parts) add_bias_gradient(s);
+// Lanes of other tiles are dropped from the sums of entries first to last - 1.
+void keep_own(const Spot& s, float* sums, int first, int last) {
+    int32_t lanes[kLanes];
+    const int32_t* own = own_mask(*s.lanes, lanes);
+    for (int i = first * kGroupRows; own && i < last * kGroupRows; ++i)
+        store(sums + i * kLanes, keep(load_mask(own), load(sums + i * kLanes)));
+}
 
-    const ptrdiff_t result_row = plan.head_dim * kLanes;
-    float* result = s.w->result;
-    if (plan.want_query) mix_all(mix_operands(s, 0), plan.head_dim, result, result_row);
-    if (!plan.relative[0] && !plan.relative[1] && !plan.relative[2]) return;
+void relative_gradients(const Spot& s, float* result, ptrdiff_t result_row) {
+    const Plan& plan = *s.plan;
     sum_over_axes(s);
     for (int axis = 0; axis < 3; ++axis) {
         if (!plan.relative[axis]) continue;
@@ -347,18 +391,38 @@ void query_gradient_spot(const Spot& s) {
         if (plan.want_query)
             add_table_gradient(s.w->sums[axis], relative_table(plan, axis, s.head), plan.head_dim,
                                plan.nonzero[axis][s.head], first, last, result, result_row);
-        if (plan.relative_parts[axis])
-            add_relative_gradient(s.w->sums[axis], s.w->home, s.home_row, plan.head_dim, first, last,
-                                  s.w->relative_gradient[axis]);
+        if (!plan.relative_parts[axis]) continue;
+        keep_own(s, s.w->sums[axis], first, last);
+        add_relative_gradient(s.w->sums[axis], s.w->home, s.home_row, plan.head_dim, first, last,
+                              s.w->relative_gradient[axis]);
     }
 }
 
-Workspace query_gradient_workspace(const Plan& plan, Arena& arena) {
-    const int64_t result = plan.head_dim > plan.value_dim ? plan.head_dim : plan.value_dim;
-    return carve(plan, plan.query_pass, plan.head_dim + plan.value_dim, QueryHome(plan).channels, result, true, arena);
+void query_gradients(const Spot& s) {
+    const Plan& plan = *s.plan;
+    if (plan.bias_parts) add_bias_gradient(s);
+    const ptrdiff_t result_row = plan.head_dim * kLanes;
+    float* result = s.w->result;
+    if (plan.want_query) mix_all(mix_operands(s, 0, s.gradients), plan.head_dim, result, result_row);
+    if (plan.relative[0] || plan.relative[1] || plan.relative[2]) relative_gradients(s, result, result_row);
 }
 
-// Packs a home row, and computes delta, which the gradients of key and value need as well.
+void weights_and_gradients(const Spot& s) {
+    const Plan& plan = *s.plan;
+    query_terms(plan, s);
+    switch (terms_of(plan)) {
+        case kNoTerms: logit_gradients<kNoTerms>(s); break;
+        case kRelativeTerms: logit_gradients<kRelativeTerms>(s); break;
+        case kAllTerms: logit_gradients<kAllTerms>(s); break;
+    }
+}
+
+bool wants_query_gradients(const Plan& plan) {
+    return plan.want_query || plan.bias_parts || plan.relative_parts[0] || plan.relative_parts[1] ||
+           plan.relative_parts[2];
+}
+
+// Packs a home row, and computes delta, the sum over channels of out * grad_out.
 void pack_query_home(const Plan& plan, const RowAddress& at, Runs runs, Planar home, float* scratch) {
     const QueryHome channel(plan);
     const auto plane = [&](int64_t c) { return home.data + c * home.pitch; };
@@ -370,11 +434,15 @@ void pack_query_home(const Plan& plan, const RowAddress& at, Runs runs, Planar h
     for (int64_t c = 0; c < plan.value_dim; ++c)
         sum += load(scratch + c * home.pitch) * load(plane(channel.grad_out + c));
     store(plane(channel.minus_delta), sum);
-    unpack_scalars(plan, plan.delta, at, runs, -1.0f, plane(channel.minus_delta));
 }
 
-struct QueryGradientWalk : Walk {
-    QueryGradientWalk(const Plan& plan, const Item& item, Workspace& w) : Walk(plan, plan.query_pass, item, w) {
+struct QueryWalk : Walk {
+    const RingRow ring;
+    const ptrdiff_t ring_pitch;
+    int32_t orders[kGroupRows];
+    bool own = true;  // whether the gradients of the query and the tables are this item's business
+    QueryWalk(const Plan& plan, const Item& item, Workspace& w)
+        : Walk(plan, plan.query_pass, item, w), ring(plan), ring_pitch(plan.key_pass.tiles[item.tile].away_pitch) {
         home_streams[0] = {&plan.query, plan.head_dim};
         home_streams[1] = {&plan.grad_out, plan.value_dim};
         home_streams[2] = {&plan.out_tensor, plan.value_dim};
@@ -382,6 +450,10 @@ struct QueryGradientWalk : Walk {
         away_streams[1] = {&plan.value, plan.value_dim};
         if (plan.want_query) result_streams[0] = {&plan.grad_query, plan.head_dim};
         calls = 2 + mix_calls(plan.head_dim);
+        for (int32_t& visits : orders) visits = (int32_t)ring.visits_y;
+    }
+    float* ring_vector(const Spot& spot, int r) const {
+        return ring_row(plan, w, spot.y->slot[r]) + tile.ring_lane + (spot.lanes - pass.vectors - tile.first_vector) * kLanes;
     }
     void pack_home(const RowAddress& at, Runs runs, Planar row) const {
         pack_query_home(plan, at, runs, row, w.result);
@@ -389,217 +461,180 @@ struct QueryGradientWalk : Walk {
     void pack_away(int64_t z, int64_t y, Planar row) const {
         pack_keys(plan, address(z, y), away_runs(0, tile.away_pitch), row);
     }
-    void compute(const Spot& spot) const { query_gradient_spot(spot); }
+    void place(Spot& spot, int) const {
+        for (int r = 0; r < spot.y->rows; ++r)
+            spot.tile.rows[r] = ring_vector(spot, r) + (ring.weights + spot.lanes->first_entry) * ring_pitch;
+        spot.tile.visit = ring.entries * ring_pitch;
+        spot.tile.entry = ring_pitch;
+        spot.gradients = (ring.gradients - ring.weights) * ring_pitch;
+        spot.orders = orders;
+    }
+    void compute(const Spot& spot) const {
+        for (int r = 0; r < spot.y->rows; ++r)
+            for (int64_t c = 0; c < plan.head_dim + plan.value_dim; ++c)
+                store(ring_vector(spot, r) + (ring.query + c) * ring_pitch, load(home_row(r) + c * kLanes));
+        weights_and_gradients(spot);
+        if (own && wants_query_gradients(plan)) query_gradients(spot);
+    }
     void unpack(int r, const RowAddress& at, Runs runs) const {
         float* row = w.result + r * plan.head_dim * kLanes;
-        if (plan.want_query) unpack_row(plan, plan.grad_query, plan.head_dim, at, runs, plan.scale, {row, kLanes});
+        if (own && plan.want_query)
+            unpack_row(plan, plan.grad_query, plan.head_dim, at, runs, plan.scale, {row, kLanes});
     }
 };
 
-bool wants_query_gradients(const Plan& plan) {
-    return plan.want_query || plan.bias_parts || plan.relative_parts[0] || plan.relative_parts[1] ||
-           plan.relative_parts[2];
-}
+// ---- Backward: keys at home -----------------------------------------------------------------------------------------
 
-void query_gradient_item(const Plan& plan, const Item& item, Workspace& w) {
-    const int64_t result_channels = plan.head_dim > plan.value_dim ? plan.head_dim : plan.value_dim;
-    memset(w.result, 0, (size_t)(kGroupRows * result_channels * kLanes) * sizeof(float));
-    QueryGradientWalk steps(plan, item, w);
-    if (wants_query_gradients(plan)) {
-        walk(steps);
-        return;
-    }
-    // The gradients of key and value still need delta.
-    for (int64_t g = item.first_group; g < item.last_group; ++g)
-        for (int r = 0; r < steps.group_y(g).rows; ++r)
-            for (int v = 0; v < steps.tile.vectors; ++v)
-                steps.pack_home(steps.address(steps.group_z(g).home[0], steps.group_y(g).home[r]), steps.home_runs(v),
-                                {w.home, kLanes});
-}
+bool wants_key_gradients(const Plan& plan) { return plan.want_key || plan.want_value; }
 
-// ---- Gradients of key and value -------------------------------------------------------------------------------------
-
-// Away channels: query, gradient of out, -lse in base 2, -delta, zeros, then the relative terms of every entry of z, y
-// and x; those of x have -lse added.
-struct KeyAway {
-    int64_t query, grad_out, minus_lse, minus_delta, zeros, terms[3], channels;
-    explicit KeyAway(const Plan& plan) {
-        query = 0;
-        grad_out = plan.head_dim;
-        minus_lse = grad_out + plan.value_dim;
-        minus_delta = minus_lse + 1;
-        zeros = minus_delta + 1;
-        channels = zeros + 1;
-        for (int axis = 0; axis < 3; ++axis) {
-            terms[axis] = channels;
-            if (plan.relative[axis]) channels += plan.entries[axis];
-        }
-    }
-};
-
-// As QueryTerms, but the queries are away: lane l of entry e finds its own at l + e * step.
-template <Terms kTerms>
-struct KeyWeightPart {
-    const float* x;
-    const float* y[kGroupRows];
-    const float* z;
-    const float* bias[kGroupRows];
-    ptrdiff_t step, x_step;
-    float* target[kGroupRows];
-    const int32_t* mask;
-    NEARSIGHT_INLINE Vector start(int r, int e) const {
-        Vector sum = load(x + e * x_step);
-        if (kTerms != kNoTerms) sum += load(y[r] + e * step);
-        if (kTerms == kAllTerms) sum += load(z + e * step) + splat(bias[r][e]);
-        return sum;
-    }
-    template <int kEntries>
-    void finish(int r, int entry, const Vector* logits) {
-        Vector weights[kEntries];
-        for (int e = 0; e < kEntries; ++e) weights[e] = exp2(logits[e]);
-        if (mask)
-            for (int e = 0; e < kEntries; ++e) weights[e] = keep(load_mask(mask + (entry + e) * kLanes), weights[e]);
-        for (int e = 0; e < kEntries; ++e) store(target[r] + (entry + e) * kLanes, weights[e]);
-    }
-};
-
-struct KeyGradientPart {
-    const float* minus_delta;
-    ptrdiff_t step;
-    float* target[kGroupRows];
-    const int32_t* mask;
-    Vector start(int, int e) const { return load(minus_delta + e * step); }
-    template <int kEntries>
-    void finish(int r, int entry, const Vector* sums) {
-        multiply_weights<kEntries>(target[r] + entry * kLanes, mask ? mask + entry * kLanes : nullptr, sums);
-    }
-};
-
-template <Terms kTerms>
-KeyWeightPart<kTerms> key_weight_part(const Spot& s, const Source& source) {
-    const Plan& plan = *s.plan;
-    const KeyAway channel(plan);
-    const Visit& visit = *source.visit;
-    const float* away = source.away + s.away_lane;
-    const int first_entry = s.lanes->first_entry;
-    const auto terms = [&](int axis, int entry) {
-        return away + (plan.relative[axis] ? channel.terms[axis] + entry : channel.zeros) * s.away_pitch;
-    };
-    KeyWeightPart<kTerms> part = {};
-    part.step = s.step;
-    part.x = plan.relative[2] ? terms(2, first_entry) : away + channel.minus_lse * s.away_pitch;
-    part.x_step = plan.relative[2] ? s.step + s.away_pitch : s.step;
-    part.z = terms(0, source.entry_z);
-    part.mask = s.mask;
-    for (int r = visit.first; r < visit.last; ++r) {
-        const int i = r - visit.first;
-        part.target[i] = s.tile.at(r, order(source, s.y->count, r));
-        part.y[i] = terms(1, visit.entry[r]);
-        part.bias[i] = plan.bias
-                           ? plan.bias + s.head * plan.bias_entries + bias_entry(plan, source, r, first_entry)
-                           : s.w->zeros;
-    }
-    return part;
-}
-
-template <Terms kTerms>
-void key_weights(const Spot& s) {
-    for (int i = 0; i < s.source_count; ++i) {
-        const Source& source = s.w->sources[i];
-        s.w->prefetches->issue();
-        KeyWeightPart<kTerms> part = key_weight_part<kTerms>(s, source);
-        dot_all(dot_operands(s, source, 0, 0, s.plan->head_dim), source.visit->last - source.visit->first,
-                s.lanes->entries, part);
-    }
-}
-
-void key_logit_gradients(const Spot& s) {
-    const Plan& plan = *s.plan;
-    const KeyAway channel(plan);
-    for (int i = 0; i < s.source_count; ++i) {
-        const Source& source = s.w->sources[i];
-        const Visit& visit = *source.visit;
-        s.w->prefetches->issue();
-        KeyGradientPart part = {source.away + s.away_lane + channel.minus_delta * s.away_pitch, s.step, {}, s.mask};
-        for (int r = visit.first; r < visit.last; ++r)
-            part.target[r - visit.first] = s.tile.at(r, order(source, s.y->count, r));
-        dot_all(dot_operands(s, source, plan.head_dim, channel.grad_out, plan.value_dim), visit.last - visit.first,
-                s.lanes->entries, part);
-    }
-}
-
-// Result channels: gradient of key, gradient of value.
-void key_gradient_spot(const Spot& s) {
-    const Plan& plan = *s.plan;
-    const KeyAway channel(plan);
-    switch (terms_of(plan)) {
-        case kNoTerms: key_weights<kNoTerms>(s); break;
-        case kRelativeTerms: key_weights<kRelativeTerms>(s); break;
-        case kAllTerms: key_weights<kAllTerms>(s); break;
-    }
-    const ptrdiff_t result_row = (plan.head_dim + plan.value_dim) * kLanes;
-    float* result = s.w->result;
-    if (plan.want_value)
-        mix_all(mix_operands(s, channel.grad_out), plan.value_dim, result + plan.head_dim * kLanes, result_row);
-    if (!plan.want_key) return;
-    key_logit_gradients(s);
-    mix_all(mix_operands(s, channel.query), plan.head_dim, result, result_row);
-}
-
-Workspace key_gradient_workspace(const Plan& plan, Arena& arena) {
-    const int64_t channels = plan.head_dim + plan.value_dim;
-    return carve(plan, plan.key_pass, KeyAway(plan).channels, channels, channels, false, arena);
-}
-
-void pack_queries(const Plan& plan, const RowAddress& at, Runs runs, Planar row) {
-    const KeyAway channel(plan);
-    const auto plane = [&](int64_t c) { return row.data + c * row.pitch; };
-    pack_row(plan, plan.query, plan.head_dim, at, runs, plan.query_multiplier, row);
-    pack_row(plan, plan.grad_out, plan.value_dim, at, runs, 1.0f, {plane(channel.grad_out), row.pitch});
-    pack_scalars(plan, plan.lse, at, runs, -kLog2E, plane(channel.minus_lse));
-    pack_scalars(plan, plan.delta, at, runs, -1.0f, plane(channel.minus_delta));
-    for (int axis = 0; axis < 3; ++axis) {
-        if (!plan.relative[axis]) continue;
-        for (ptrdiff_t lane = 0; lane < row.pitch; lane += kLanes)
-            table_terms<1>(row.data + lane, 0, row.pitch, relative_table(plan, axis, at.head), plan.head_dim,
-                           plan.nonzero[axis][at.head], 0, plan.entries[axis], plane(channel.terms[axis]) + lane,
-                           row.pitch, 0);
-    }
-    for (int entry = 0; plan.relative[2] && entry < plan.entries[2]; ++entry)
-        for (ptrdiff_t lane = 0; lane < row.pitch; lane += kLanes)
-            add_to(plane(channel.terms[2] + entry) + lane, load(plane(channel.minus_lse) + lane));
-}
-
-struct KeyGradientWalk : Walk {
-    KeyGradientWalk(const Plan& plan, const Item& item, Workspace& w) : Walk(plan, plan.key_pass, item, w) {
-        home_streams[0] = {&plan.key, plan.head_dim};
-        home_streams[1] = {&plan.value, plan.value_dim};
-        away_streams[0] = {&plan.query, plan.head_dim};
-        away_streams[1] = {&plan.grad_out, plan.value_dim};
+// Gathers the gradients of key and value of groups of key rows from the rows of queries in the ring.
+struct KeyWalk : Walk {
+    const RingRow ring;
+    KeyWalk(const Plan& plan, const Item& item, Workspace& w) : Walk(plan, plan.key_pass, item, w), ring(plan) {
         if (plan.want_key) result_streams[0] = {&plan.grad_key, plan.head_dim};
         if (plan.want_value) result_streams[1] = {&plan.grad_value, plan.value_dim};
-        calls = 2 + mix_calls(plan.head_dim) + mix_calls(plan.value_dim);
+        calls = (plan.want_key ? mix_calls(plan.head_dim) : 0) + (plan.want_value ? mix_calls(plan.value_dim) : 0);
     }
-    void pack_home(const RowAddress& at, Runs runs, Planar row) const { pack_keys(plan, at, runs, row); }
-    void pack_away(int64_t z, int64_t y, Planar row) const {
-        pack_queries(plan, address(z, y), away_runs(0, tile.away_pitch), row);
+
+    int64_t channels() const { return plan.head_dim + plan.value_dim; }
+
+    // Gradient of key, then of value: [row][channel][lane].
+    float* result(int64_t plane, int64_t group, int vector) const {
+        if (!w.planes) return w.result;
+        const int64_t block = ((plane * w.plane_groups + group - item.first_group) * tile.vectors + vector);
+        return w.planes + block * kGroupRows * channels() * kLanes;
     }
-    void compute(const Spot& spot) const { key_gradient_spot(spot); }
-    void unpack(int r, const RowAddress& at, Runs runs) const {
-        float* row = w.result + r * (plan.head_dim + plan.value_dim) * kLanes;
-        float* values = row + plan.head_dim * kLanes;
-        // The packed query carries scale * log2(e).
-        if (plan.want_key) unpack_row(plan, plan.grad_key, plan.head_dim, at, runs, kLn2, {row, kLanes});
-        if (plan.want_value) unpack_row(plan, plan.grad_value, plan.value_dim, at, runs, 1.0f, {values, kLanes});
+
+    void find_queries(const Group& y) const {
+        for (int i = 0; i < y.visits; ++i) {
+            const Visit& visit = pass.y.visits[y.first_visit + i];
+            w.ring_sources[i] = {ring_row(plan, w, visit.slot) + tile.left, &visit, 0, 0};
+        }
+    }
+
+    void gather(const Spot& spot, int order_z, float* target) const {
+        MixOperands o = mix_operands(spot, 0, 0);
+        o.sources = w.ring_sources;
+        o.keys_at_home = true;
+        o.add = w.planes != nullptr;
+        o.weights.visit = ring.entries * spot.away_pitch;
+        o.weights.entry = spot.away_pitch + spot.step;
+        const ptrdiff_t first = order_z * ring.visits_y * ring.entries + spot.lanes->first_entry;
+        const ptrdiff_t result_row = channels() * kLanes;
+        const auto mix_in = [&](int64_t weights, int64_t away_channel, int64_t count, float* result) {
+            o.away_weights = spot.away_lane + (weights + first) * spot.away_pitch;
+            o.away_lane = spot.away_lane + away_channel * spot.away_pitch;
+            mix_all(o, count, result, result_row);
+        };
+        if (plan.want_key) mix_in(ring.gradients, ring.query, plan.head_dim, target);
+        if (plan.want_value) mix_in(ring.weights, ring.grad_out, plan.value_dim, target + plan.head_dim * kLanes);
+    }
+
+    // What the queries of one plane add to a group of key rows.
+    void gather_group(const Group& queries_z, int64_t g) const {
+        const Group& y = pass.y.groups[g];
+        find_queries(y);
+        for (int v = 0; v < tile.vectors; ++v) {
+            Spot spot = spot_of(plan, pass, tile, item.head, v, w);
+            spot.source_count = y.visits;
+            for (int i = 0; i < queries_z.visits; ++i) {
+                const Visit& visit = plan.query_pass.z.visits[queries_z.first_visit + i];
+                if (visit.index < 0) continue;
+                list_results(visit.index, y, v);
+                w.prefetches->spread_over(y.visits * calls);
+                gather(spot, visit.order[0], result(visit.index, g, v));
+                if (!w.planes) unpack(visit.index, g, v);
+            }
+        }
+    }
+
+    void unpack(int64_t plane, int64_t g, int v) const {
+        const Group& y = pass.y.groups[g];
+        for (int r = 0; r < y.rows; ++r) {
+            const RowAddress at = address(plane, y.home[r]);
+            float* row = result(plane, g, v) + r * channels() * kLanes;
+            float* values = row + plan.head_dim * kLanes;
+            // The packed query carries scale * log2(e).
+            if (plan.want_key) unpack_row(plan, plan.grad_key, plan.head_dim, at, own_runs(v), kLn2, {row, kLanes});
+            if (plan.want_value)
+                unpack_row(plan, plan.grad_value, plan.value_dim, at, own_runs(v), 1.0f, {values, kLanes});
+        }
+    }
+
+    void unpack_planes() const {
+        for (int64_t plane = 0; w.planes && plane < plan.key_planes; ++plane)
+            for (int64_t g = item.first_group; g < item.last_group; ++g)
+                for (int v = 0; v < tile.vectors; ++v) unpack(plane, g, v);
     }
 };
+
+// ---- Backward -------------------------------------------------------------------------------------------------------
+
+Workspace backward_workspace(const Plan& plan, Arena& arena) {
+    const Pass &queries = plan.query_pass, &keys = plan.key_pass;
+    const int64_t channels = plan.head_dim + plan.value_dim;
+    Workspace w = carve(plan, queries, channels, QueryHome(plan).channels, channels, arena);
+    for (int axis = 0; axis < 3; ++axis)
+        w.sums[axis] = arena.floats((int64_t)plan.entries[axis] * kGroupRows * kLanes);
+    if (plan.bias_parts) w.bias_gradient = arena.floats(plan.bias_entries * kLanes);
+    for (int axis = 0; axis < 3; ++axis)
+        if (plan.relative_parts[axis])
+            w.relative_gradient[axis] = arena.floats(plan.entries[axis] * plan.head_dim * kLanes);
+    const int64_t ring = keys.y.slots * RingRow(plan).channels * keys.max_away_pitch + keys.max_away_pitch;
+    w.ring = arena.floats(ring);
+    w.ring_bytes = (size_t)ring * sizeof(float);
+    w.ring_sources = (Source*)arena.take((int64_t)keys.y.max_visits * (int64_t)sizeof(Source));
+    if (plan.key_planes > 1 || queries.z.max_visits > 1) {
+        w.plane_groups = (keys.y.group_count + queries.chunks - 1) / queries.chunks;
+        const int64_t vectors = plan.key_planes * w.plane_groups * keys.max_vectors * kGroupRows * channels;
+        w.planes = arena.floats(vectors * kLanes);
+        w.planes_bytes = (size_t)(vectors * kLanes) * sizeof(float);
+    }
+    return w;
+}
+
+// Makes the groups of queries that a group of keys needs and that are not in the ring, from `next` on.
+void make_queries(const Plan& plan, QueryWalk& queries, int64_t z, const Group& keys, int32_t& next, int32_t own_from,
+                  int32_t last) {
+    const Pass& pass = plan.query_pass;
+    if (next < keys.first_away) next = keys.first_away;
+    for (; next < keys.last_away; ++next) {
+        const Group& y = pass.y.groups[next];
+        queries.own = next >= own_from && !y.repeated;
+        const GroupPair following = {pass.z.groups + z, pass.y.groups + next + 1};
+        walk_group(queries, pass.z.groups[z], y, next + 1 < last ? &following : nullptr);
+    }
+}
+
+void backward_item(const Plan& plan, const Item& item, Workspace& w) {
+    const Group* groups = plan.key_pass.y.groups;
+    start_item(plan, plan.query_pass, w);
+    memset(w.ring, 0, w.ring_bytes);  // what no query sees stays zero
+    if (w.planes) memset(w.planes, 0, w.planes_bytes);
+    const int64_t result_channels = plan.head_dim + plan.value_dim;
+    memset(w.result, 0, (size_t)(kGroupRows * result_channels * kLanes) * sizeof(float));
+    QueryWalk queries(plan, item, w);
+    const KeyWalk keys(plan, item, w);
+    // What an earlier item's keys needed already is made here once more, and not counted again.
+    const int32_t own_from = item.first_group > 0 ? groups[item.first_group - 1].last_away : 0;
+    const int32_t last = groups[item.last_group - 1].last_away;
+    for (int32_t z = 0; z < plan.query_pass.z.group_count; ++z) {
+        int32_t next = 0;
+        for (int64_t g = item.first_group; g < item.last_group; ++g) {
+            make_queries(plan, queries, z, groups[g], next, own_from, last);
+            if (wants_key_gradients(plan)) keys.gather_group(plan.query_pass.z.groups[z], g);
+        }
+    }
+    if (wants_key_gradients(plan)) keys.unpack_planes();
+}
 
 // ---- Jobs -----------------------------------------------------------------------------------------------------------
 
+// Of `groups` groups in all.
 template <class Work>
-void each_item(const Plan& plan, const Pass& pass, int64_t head, int64_t job, Work work) {
+void each_item(const Plan& plan, const Pass& pass, int64_t groups, int64_t head, int64_t job, Work work) {
     const int64_t last = (int64_t)pass.items * (job + 1) / pass.jobs;
-    for (int64_t i = (int64_t)pass.items * job / pass.jobs; i < last; ++i) work(item_of(plan, pass, head, i));
+    for (int64_t i = (int64_t)pass.items * job / pass.jobs; i < last; ++i) work(item_of(plan, pass, groups, head, i));
 }
 
 // Adds the lanes of an accumulator to a job's partial sums, and clears it.
@@ -610,26 +645,36 @@ void flush(float* accumulator, int64_t count, float multiplier, float* part) {
     }
 }
 
+void forward_item(const Plan& plan, const Item& item, Workspace& w) {
+    const RowAxis &z = plan.query_pass.z, &y = plan.query_pass.y;
+    const auto pair = [&](int64_t g) { return GroupPair{z.groups + g / y.group_count, y.groups + g % y.group_count}; };
+    start_item(plan, plan.query_pass, w);
+    ForwardWalk steps(plan, item, w);
+    for (int64_t g = item.first_group; g < item.last_group; ++g) {
+        const GroupPair here = pair(g), next = pair(g + 1 < item.last_group ? g + 1 : g);
+        walk_group(steps, *here.z, *here.y, g + 1 < item.last_group ? &next : nullptr);
+    }
+}
+
 void forward(const Plan* plan, int64_t head, int64_t job, char* workspace) {
     Arena arena = {workspace, 0};
     Workspace w = forward_workspace(*plan, arena);
-    each_item(*plan, plan->query_pass, head, job, [&](const Item& item) {
-        ForwardWalk steps(*plan, item, w);
-        walk(steps);
-    });
+    const Pass& pass = plan->query_pass;
+    const int64_t groups = (int64_t)pass.z.group_count * pass.y.group_count;
+    each_item(*plan, pass, groups, head, job, [&](const Item& item) { forward_item(*plan, item, w); });
 }
 
-void query_gradient(const Plan* plan, int64_t head, int64_t job, char* workspace) {
+void backward(const Plan* plan, int64_t head, int64_t job, char* workspace) {
     Arena arena = {workspace, 0};
-    Workspace w = query_gradient_workspace(*plan, arena);
+    Workspace w = backward_workspace(*plan, arena);
     const int64_t part = head * plan->query_pass.jobs + job;
     if (w.bias_gradient) memset(w.bias_gradient, 0, (size_t)(plan->bias_entries * kLanes) * sizeof(float));
     for (int axis = 0; axis < 3; ++axis)
         if (w.relative_gradient[axis])
             memset(w.relative_gradient[axis], 0,
                    (size_t)(plan->entries[axis] * plan->head_dim * kLanes) * sizeof(float));
-    each_item(*plan, plan->query_pass, head, job, [&](const Item& item) {
-        query_gradient_item(*plan, item, w);
+    each_item(*plan, plan->query_pass, plan->key_pass.y.group_count, head, job, [&](const Item& item) {
+        backward_item(*plan, item, w);
         if (w.bias_gradient)
             flush(w.bias_gradient, plan->bias_entries, 1.0f, plan->bias_parts + part * plan->bias_entries);
         for (int axis = 0; axis < 3; ++axis) {
@@ -641,35 +686,18 @@ void query_gradient(const Plan* plan, int64_t head, int64_t job, char* workspace
     });
 }
 
-void key_gradient(const Plan* plan, int64_t head, int64_t job, char* workspace) {
-    Arena arena = {workspace, 0};
-    Workspace w = key_gradient_workspace(*plan, arena);
-    each_item(*plan, plan->key_pass, head, job, [&](const Item& item) {
-        KeyGradientWalk steps(*plan, item, w);
-        walk(steps);
-    });
-}
-
 size_t forward_bytes(const Plan* plan) {
     Arena arena = {nullptr, 0};
     forward_workspace(*plan, arena);
     return arena.used;
 }
 
-size_t query_gradient_bytes(const Plan* plan) {
+size_t backward_bytes(const Plan* plan) {
     Arena arena = {nullptr, 0};
-    query_gradient_workspace(*plan, arena);
-    return arena.used;
-}
-
-size_t key_gradient_bytes(const Plan* plan) {
-    Arena arena = {nullptr, 0};
-    key_gradient_workspace(*plan, arena);
+    backward_workspace(*plan, arena);
     return arena.used;
 }
 
 }  // namespace
 
-const nearsight::Kernel nearsight::NEARSIGHT_KERNEL = {
-    kLanes, forward_bytes, query_gradient_bytes, key_gradient_bytes, forward, query_gradient, key_gradient,
-};
+const nearsight::Kernel nearsight::NEARSIGHT_KERNEL = {kLanes, forward_bytes, backward_bytes, forward, backward};

@@ -7,6 +7,10 @@
 // Lanes run along the last axis, x. A *group* is up to three home rows that share the away rows they see, a *visit* is
 // one away row seen by a group, an *entry* is an index into the tables of bias and relative of one axis.
 //
+// The backward interleaves its two passes. Weights and gradients of the logits are made once, with queries at home, and
+// kept in a *ring* of the latest query rows; when all query rows that a group of keys sees are there, the gradients of
+// key and value are gathered from it.
+//
 // Plain data only: the files that include this are compiled for different instruction sets, and any inline function or
 // template here could be linked from the wrong one.
 
@@ -35,22 +39,25 @@ struct Run {
 struct LaneVector {
     int32_t first_entry, entries;
     int32_t hides_cells;  // whether a lane may find a cell of the map where it must not look
+    int32_t first_own, last_own;  // the lanes that belong to the tile; the others are another tile's as well
     int64_t mask;         // into Pass::masks, entries * lanes of 0 or -1; negative when all lanes see all entries
 };
 
 struct LaneTile {
     int32_t vectors, first_vector;
     int32_t home_first_run, home_runs, away_first_run, away_runs;
+    int32_t own_first_run, own_runs;  // of the home lanes that belong to the tile
     int32_t left;        // away lane of home lane 0
     int32_t away_pitch;
+    int32_t ring_lane;   // queries at home: lane of home lane 0 in the ring
 };
 
 struct Visit {
     int64_t cell;         // unwrapped, names the row in the cache of packed rows
     int64_t index;        // of the tensor's row; negative for a row of zeros
-    int32_t slot;         // in the cache of packed rows
+    int32_t slot;         // in the cache of packed rows, or the ring
     int32_t first, last;  // the rows of the group that see it
-    int32_t entry[kGroupRows], order[kGroupRows];
+    int32_t entry[kGroupRows], order[kGroupRows];  // order: among the entries that the query sees
 };
 
 struct Group {
@@ -59,6 +66,10 @@ struct Group {
     int32_t count[kGroupRows];  // visits of each row
     int32_t first_visit, visits;
     int32_t first_entry, last_entry;
+    // For a backward.
+    int32_t slot[kGroupRows];      // queries at home: of each row in the ring
+    int32_t repeated;              // queries at home: the rows are in another group, and here once more beyond the edge
+    int32_t first_away, last_away; // keys at home: the groups of queries that it sees
 };
 
 struct RowAxis {
@@ -73,10 +84,10 @@ struct Pass {
     const LaneVector* vectors;
     const Run* runs;
     const int32_t* masks;
-    int32_t tile_count, max_entries, max_away_pitch;
+    int32_t tile_count, max_entries, max_away_pitch, max_vectors;
     int64_t step;    // away lanes per entry: dilation, negated when queries are away
     int64_t offset;  // away lane of entry 0, relative to the home lane
-    int32_t chunks;  // the (z, y) groups of a map are cut into so many parts
+    int32_t chunks;  // the groups of a map, of the backward those of y alone, are cut into so many parts
     int32_t items;   // batch groups * chunks * tiles, for each head
     int32_t jobs;    // items of a head are dealt out in so many consecutive parts
 };
@@ -90,6 +101,7 @@ struct Plan {
     int64_t batch, heads, head_dim, value_dim;
     int32_t batch_group;    // batches side by side in one row, for maps narrower than a vector
     int64_t out[3];         // queries along z, y, x
+    int64_t key_planes;     // keys along z
     int32_t entries[3];     // of the tables
     int64_t bias_entries;   // product of the above
     float query_multiplier; // scale * log2(e): logits are kept in base 2
@@ -101,7 +113,6 @@ struct Plan {
     const ChannelRange* nonzero[3];  // (heads)
     Tensor query, key, value, out_tensor, grad_out, grad_query, grad_key, grad_value;
     float* lse;
-    float* delta;         // sum over channels of out * grad_out
     float* bias_parts;    // (heads, jobs, bias_entries) partial sums, or NULL
     float* relative_parts[3];
     int32_t want_query, want_key, want_value;
@@ -111,11 +122,9 @@ struct Plan {
 struct Kernel {
     int lanes;
     size_t (*forward_bytes)(const Plan*);
-    size_t (*query_gradient_bytes)(const Plan*);
-    size_t (*key_gradient_bytes)(const Plan*);
+    size_t (*backward_bytes)(const Plan*);
     void (*forward)(const Plan*, int64_t head, int64_t job, char* workspace);
-    void (*query_gradient)(const Plan*, int64_t head, int64_t job, char* workspace);  // and bias, relative, delta
-    void (*key_gradient)(const Plan*, int64_t head, int64_t job, char* workspace);    // and value
+    void (*backward)(const Plan*, int64_t head, int64_t job, char* workspace);
 };
 
 }  // namespace nearsight

@@ -84,38 +84,44 @@ NEARSIGHT_APART void dot_apart(const DotOperands& o, int rows, int entries, Part
     dot_all(o, rows, entries, part);
 }
 
-// Tile of logits, weights or their gradients: [row][visit of the row][entry][lane].
+// Logits, weights or their gradients of a group: of each home row [visit][entry][lane].
 struct Tile {
-    float* data;
-    ptrdiff_t row;  // floats per home row
-    int entries;
-    float* at(int r, int visit) const { return data + r * row + (ptrdiff_t)visit * entries * kLanes; }
+    float* rows[kGroupRows];
+    ptrdiff_t visit, entry;  // floats per visit and per entry
+    float* at(int r, int visit_order) const { return rows[r] + visit_order * visit; }
 };
 
+// With queries at home the weights lie where the tile says; with keys at home they lie beside each away row.
 struct MixOperands {
     const Source* sources;
     int source_count;
+    bool keys_at_home, add;  // add: to what the result holds already
     Tile weights;
+    ptrdiff_t away_weights;  // keys at home: from Source::away
+    const int32_t* orders;   // visits of each home row along y
+    int entries;
     const int32_t* mask;  // entries x lanes, or NULL
     ptrdiff_t away_lane;  // from Source::away to the lane of entry 0
     ptrdiff_t away_pitch, step;
-    const int32_t* visits;  // of each home row along y
     Prefetches* prefetches;
-};
 
-int order(const Source& s, const int32_t* visits, int r) { return s.order_z * visits[r] + s.visit->order[r]; }
+    const float* weights_of(const Source& s, int r) const {
+        if (keys_at_home) return s.away + away_weights + s.visit->order[r] * weights.visit;
+        return weights.at(r, s.order_z * orders[r] + s.visit->order[r]);
+    }
+};
 
 // Adds the entries of one source to the sums of home rows kFirst to kLast - 1.
 template <int kFirst, int kLast, int kChannels, bool kMasked>
 NEARSIGHT_INLINE void mix_source(const MixOperands& o, const Source& s, int64_t channel,
                                  Vector (&sums)[kGroupRows][kChannels]) {
     const float* weights[kGroupRows];
-    for (int r = kFirst; r < kLast; ++r) weights[r] = o.weights.at(r, order(s, o.visits, r));
+    for (int r = kFirst; r < kLast; ++r) weights[r] = o.weights_of(s, r);
     const float* away = s.away + channel * o.away_pitch + o.away_lane;
-    for (int e = 0; e < o.weights.entries; ++e) {
+    for (int e = 0; e < o.entries; ++e) {
         Vector w[kGroupRows];
 #pragma GCC unroll 3
-        for (int r = kFirst; r < kLast; ++r) w[r] = load(weights[r] + e * kLanes);
+        for (int r = kFirst; r < kLast; ++r) w[r] = load(weights[r] + e * o.weights.entry);
 #pragma GCC unroll 8
         for (int c = 0; c < kChannels; ++c) {
             Vector a = load(away + c * o.away_pitch);
@@ -131,6 +137,12 @@ NEARSIGHT_INLINE void mix_source(const MixOperands& o, const Source& s, int64_t 
 template <int kChannels, bool kMasked>
 void mix(const MixOperands& o, int64_t channel, float* result, ptrdiff_t result_row) {
     Vector sums[kGroupRows][kChannels] = {};
+    if (o.add) {
+#pragma GCC unroll 3
+        for (int r = 0; r < kGroupRows; ++r)
+#pragma GCC unroll 8
+            for (int c = 0; c < kChannels; ++c) sums[r][c] = load(result + r * result_row + (channel + c) * kLanes);
+    }
     for (int i = 0; i < o.source_count; ++i) {
         const Source& s = o.sources[i];
         o.prefetches->issue();

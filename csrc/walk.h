@@ -43,39 +43,41 @@ struct Workspace {
     float* scores;  // the tile
     float* terms[3];  // of every axis: [entry][row][lane]
     float* zeros;     // stands for a missing bias
+    int64_t away_channels, home_channels;
+    size_t cache_bytes, home_bytes;
+
+    // Of a backward.
     float* sums[3];
     float* bias_gradient;
     float* relative_gradient[3];
-    int64_t away_channels, home_channels;
-    size_t cache_bytes, home_bytes;
+    float* ring;
+    size_t ring_bytes;
+    Source* ring_sources;
+    float* planes;  // sums of the gradients of key and value, where several planes of queries add to them
+    int64_t plane_groups;
+    size_t planes_bytes;
 };
 
 int64_t slots(const Pass& pass) { return (int64_t)pass.z.slots * pass.y.slots; }
 
 Workspace carve(const Plan& plan, const Pass& pass, int64_t away_channels, int64_t home_channels,
-                int64_t result_channels, bool gradients, Arena& arena) {
+                int64_t result_channels, Arena& arena) {
     Workspace w = {};
     w.away_channels = away_channels;
     w.home_channels = home_channels;
-    const int64_t row = away_channels * pass.max_away_pitch;
-    w.cache = arena.floats(slots(pass) * row);
-    w.cache_bytes = (size_t)(slots(pass) * row) * sizeof(float);
+    // Reads may go past the last channel, into the next row's margin.
+    const int64_t cache = slots(pass) * away_channels * pass.max_away_pitch + pass.max_away_pitch;
+    w.cache = arena.floats(cache);
+    w.cache_bytes = (size_t)cache * sizeof(float);
     w.tags = (Tag*)arena.take(slots(pass) * (int64_t)sizeof(Tag));
     w.sources = (Source*)arena.take((int64_t)pass.z.max_visits * pass.y.max_visits * (int64_t)sizeof(Source));
     w.prefetches = (Prefetches*)arena.take((int64_t)sizeof(Prefetches));
     w.home = arena.floats(kGroupRows * home_channels * kLanes);
     w.home_bytes = (size_t)(kGroupRows * home_channels * kLanes) * sizeof(float);
     w.result = arena.floats(kGroupRows * result_channels * kLanes);
-    w.scores = arena.floats((int64_t)kGroupRows * pass.z.max_count * pass.y.max_count * pass.max_entries * kLanes);
-    for (int axis = 0; axis < 3; ++axis) {
-        w.terms[axis] = arena.floats((int64_t)plan.entries[axis] * kGroupRows * kLanes);
-        w.sums[axis] = arena.floats((int64_t)plan.entries[axis] * kGroupRows * kLanes);
-    }
-    w.zeros = arena.floats(plan.entries[2]);
-    if (gradients && plan.bias_parts) w.bias_gradient = arena.floats(plan.bias_entries * kLanes);
     for (int axis = 0; axis < 3; ++axis)
-        if (gradients && plan.relative_parts[axis])
-            w.relative_gradient[axis] = arena.floats(plan.entries[axis] * plan.head_dim * kLanes);
+        w.terms[axis] = arena.floats((int64_t)plan.entries[axis] * kGroupRows * kLanes);
+    w.zeros = arena.floats(plan.entries[2]);
     return w;
 }
 
@@ -83,18 +85,18 @@ Workspace carve(const Plan& plan, const Pass& pass, int64_t away_channels, int64
 
 struct Item {
     int64_t head, first_batch;
-    const LaneTile* tile;
-    int64_t first_group, last_group;  // z groups x y groups, y fastest
+    int64_t tile;
+    int64_t first_group, last_group;
 };
 
-Item item_of(const Plan& plan, const Pass& pass, int64_t head, int64_t index) {
+// Of so many groups in all.
+Item item_of(const Plan& plan, const Pass& pass, int64_t groups, int64_t head, int64_t index) {
     Item item;
     item.head = head;
-    item.tile = pass.tiles + index % pass.tile_count;
+    item.tile = index % pass.tile_count;
     index /= pass.tile_count;
     const int64_t chunk = index % pass.chunks;
     item.first_batch = index / pass.chunks * plan.batch_group;
-    const int64_t groups = (int64_t)pass.z.group_count * pass.y.group_count;
     item.first_group = groups * chunk / pass.chunks;
     item.last_group = groups * (chunk + 1) / pass.chunks;
     return item;
@@ -137,29 +139,26 @@ struct Spot {
     Workspace* w;
     const LaneVector* lanes;
     const int32_t* mask;
-    const Group* y;
+    const Group *z, *y;
     int64_t head;
-    Tile tile;
-    int visits[kGroupRows];  // sources of each home row
-    int source_count;
+    Tile tile;               // logits, then weights
+    ptrdiff_t gradients;     // from a weight to the gradient of its logit
+    const int32_t* orders;   // visits of each home row along y, as the tile counts them
+    int source_count, entries;
     ptrdiff_t away_lane, home_row, away_pitch, step;
+    float* scores_of(const Source& source, int r) const {
+        return tile.at(r, source.order_z * orders[r] + source.visit->order[r]);
+    }
 };
 
-Spot spot_of(const Plan& plan, const Pass& pass, const Item& item, const Group& z, const Group& y, int source_count,
-             int vector, Workspace& w) {
-    const LaneTile& tile = *item.tile;
-    Spot s;
+Spot spot_of(const Plan& plan, const Pass& pass, const LaneTile& tile, int64_t head, int vector, Workspace& w) {
+    Spot s = {};
     s.plan = &plan;
     s.w = &w;
     s.lanes = pass.vectors + tile.first_vector + vector;
     s.mask = s.lanes->mask < 0 ? nullptr : pass.masks + s.lanes->mask;
-    s.y = &y;
-    s.head = item.head;
-    s.tile.data = w.scores;
-    s.tile.entries = s.lanes->entries;
-    s.tile.row = (ptrdiff_t)pass.z.max_count * pass.y.max_count * pass.max_entries * kLanes;
-    for (int r = 0; r < kGroupRows; ++r) s.visits[r] = r < y.rows ? z.visits * y.count[r] : 0;
-    s.source_count = source_count;
+    s.head = head;
+    s.entries = s.lanes->entries;
     s.step = pass.step;
     s.away_lane = (ptrdiff_t)vector * kLanes + pass.offset + (ptrdiff_t)s.lanes->first_entry * pass.step;
     s.home_row = w.home_channels * kLanes;
@@ -174,16 +173,28 @@ DotOperands dot_operands(const Spot& s, const Source& source, int64_t home_chann
     return {home, s.home_row, away, s.away_pitch, s.step, channels};
 }
 
-MixOperands mix_operands(const Spot& s, int64_t away_channel) {
+// Weights, or what lies `weights` after them, times an away channel and those after it.
+MixOperands mix_operands(const Spot& s, int64_t away_channel, ptrdiff_t weights) {
+    MixOperands o = {};
+    o.sources = s.w->sources;
+    o.source_count = s.source_count;
+    o.weights = s.tile;
+    for (int r = 0; r < kGroupRows; ++r) o.weights.rows[r] += weights;
+    o.orders = s.orders;
+    o.entries = s.entries;
     // Unless it holds a cell, an away lane holds zeros: lanes that see nothing there cannot be spoilt.
-    const int32_t* mask = s.lanes->hides_cells ? s.mask : nullptr;
-    return {s.w->sources, s.source_count, s.tile,     mask, s.away_lane + away_channel * s.away_pitch,
-            s.away_pitch, s.step,         s.y->count, s.w->prefetches};
+    o.mask = s.lanes->hides_cells ? s.mask : nullptr;
+    o.away_lane = s.away_lane + away_channel * s.away_pitch;
+    o.away_pitch = s.away_pitch;
+    o.step = s.step;
+    o.prefetches = s.w->prefetches;
+    return o;
 }
 
 // What every pass knows about the item that it works on. Passes add
 //     pack_away(z, y, row)      for each row that a group sees and that is not in the cache; then, for each vector,
 //     pack_home(at, runs, row)  for each row of the group,
+//     place(spot, vector)       where the tile is,
 //     compute(spot),
 //     unpack(r, at, runs)       for each row of the group
 struct Walk {
@@ -195,14 +206,15 @@ struct Walk {
     Stream home_streams[3] = {}, away_streams[2] = {}, result_streams[2] = {};
     int calls = 1;  // of dot and mix for each source: prefetches are spread over them
     Walk(const Plan& plan, const Pass& pass, const Item& item, Workspace& w)
-        : plan(plan), pass(pass), item(item), tile(*item.tile), w(w) {}
+        : plan(plan), pass(pass), item(item), tile(pass.tiles[item.tile]), w(w) {}
 
-    const Group& group_z(int64_t g) const { return pass.z.groups[g / pass.y.group_count]; }
-    const Group& group_y(int64_t g) const { return pass.y.groups[g % pass.y.group_count]; }
     RowAddress address(int64_t z, int64_t y) const { return {item.first_batch, item.head, z, y}; }
     float* home_row(int r) const { return w.home + r * w.home_channels * kLanes; }
     Runs home_runs(int vector) const {
         return {pass.runs + tile.home_first_run, tile.home_runs, vector * kLanes, (vector + 1) * kLanes};
+    }
+    Runs own_runs(int vector) const {
+        return {pass.runs + tile.own_first_run, tile.own_runs, vector * kLanes, (vector + 1) * kLanes};
     }
     Runs away_runs(int first_lane, int last_lane) const {
         return {pass.runs + tile.away_first_run, tile.away_runs, first_lane, last_lane};
@@ -216,13 +228,14 @@ struct Walk {
         list_row(plan, streams, count, at, runs, write, *w.prefetches);
     }
 
-    // Lists the results of this vector, and its share of what the next group will read.
-    void list_prefetches(int64_t g, int vector) const {
+    // Lists the results of this vector.
+    void list_results(int64_t z, const Group& y, int vector) const {
         w.prefetches->count = w.prefetches->done = 0;
-        for (int r = 0; r < group_y(g).rows; ++r)
-            list(result_streams, 2, address(group_z(g).home[0], group_y(g).home[r]), home_runs(vector), true);
-        if (g + 1 >= item.last_group) return;
-        const Group &z = group_z(g + 1), &y = group_y(g + 1);
+        for (int r = 0; r < y.rows; ++r) list(result_streams, 2, address(z, y.home[r]), own_runs(vector), true);
+    }
+
+    // Lists this vector's share of what the next group will read.
+    void list_next(const Group& z, const Group& y, int vector) const {
         for (int r = 0; r < y.rows; ++r)
             list(home_streams, 3, address(z.home[0], y.home[r]), home_runs(vector), false);
         for (int i = 0; i < z.visits; ++i)
@@ -237,29 +250,34 @@ struct Walk {
     }
 };
 
+struct GroupPair {
+    const Group *z, *y;
+};
+
+// One group of rows, all of its vectors. `next` is the group that will follow, if any.
 template <class Steps>
-void walk(Steps& steps) {
-    const Pass& pass = steps.pass;
-    const Item& item = steps.item;
+void walk_group(Steps& steps, const Group& z, const Group& y, const GroupPair* next) {
+    const Plan& plan = steps.plan;
     const LaneTile& tile = steps.tile;
     Workspace& w = steps.w;
-    start_item(steps.plan, pass, w);
-    for (int64_t g = item.first_group; g < item.last_group; ++g) {
-        const Group &z = steps.group_z(g), &y = steps.group_y(g);
-        const int sources = find_sources(pass, tile, z, y, w, steps);
-        for (int v = 0; v < tile.vectors; ++v) {
-            const Spot spot = spot_of(steps.plan, pass, item, z, y, sources, v, w);
-            const Runs runs = steps.home_runs(v);
-            steps.list_prefetches(g, v);
-            w.prefetches->spread_over(sources * steps.calls);
-            // Some rows or lanes may hold no cell.
-            if (spot.mask || y.rows < kGroupRows || item.first_batch + steps.plan.batch_group > steps.plan.batch)
-                memset(w.home, 0, w.home_bytes);
-            for (int r = 0; r < y.rows; ++r)
-                steps.pack_home(steps.address(z.home[0], y.home[r]), runs, Planar{steps.home_row(r), kLanes});
-            steps.compute(spot);
-            for (int r = 0; r < y.rows; ++r) steps.unpack(r, steps.address(z.home[0], y.home[r]), runs);
-        }
+    const int sources = find_sources(steps.pass, tile, z, y, w, steps);
+    for (int v = 0; v < tile.vectors; ++v) {
+        Spot spot = spot_of(plan, steps.pass, tile, steps.item.head, v, w);
+        spot.z = &z;
+        spot.y = &y;
+        spot.source_count = sources;
+        steps.place(spot, v);
+        const Runs runs = steps.home_runs(v);
+        steps.list_results(z.home[0], y, v);
+        if (next) steps.list_next(*next->z, *next->y, v);
+        w.prefetches->spread_over(sources * steps.calls);
+        // Some rows or lanes may hold no cell.
+        if (spot.mask || y.rows < kGroupRows || steps.item.first_batch + plan.batch_group > plan.batch)
+            memset(w.home, 0, w.home_bytes);
+        for (int r = 0; r < y.rows; ++r)
+            steps.pack_home(steps.address(z.home[0], y.home[r]), runs, Planar{steps.home_row(r), kLanes});
+        steps.compute(spot);
+        for (int r = 0; r < y.rows; ++r) steps.unpack(r, steps.address(z.home[0], y.home[r]), steps.own_runs(v));
     }
 }
 

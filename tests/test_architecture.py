@@ -31,6 +31,7 @@ ROOMS = [
     ),
     ("attention.chosen",),
     ("attention",),
+    ("projection",),
     ("layers",),
     ("models",),
     ("convert",),

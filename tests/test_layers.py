@@ -1,15 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """The layers have the borders of nn.ConvNd, the papers' parameter counts, and train."""
 
+import warnings
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.func import functional_call
 
 import nearsight as ns
 from nearsight import layers
 from nearsight.errors import OptionError, ShapeError
 from nearsight.layers import _whole
+from nearsight.projection import POINTWISE, project
 
 CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 SIZE = (7, 10, 5)
@@ -245,6 +249,41 @@ def test_gradient_of_the_fused_projection_is_taken_as_it_lies(memory_format, mon
     expected = torch.autograd.grad(layer(x), [x, *layer.parameters()], grad)
     assert [one is not None for one in wholes] == [ns.backends()["native"] is None]
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_projection_is_a_convolution_with_a_kernel_of_one(rank, bias):
+    convolution = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[rank](6, 10, 1, bias=bias).double()
+    projection = POINTWISE[rank](6, 10, 1, bias=bias).double()
+    projection.load_state_dict(convolution.state_dict())
+    x = torch.randn(2, *(5, 4, 3)[:rank], 6, dtype=torch.float64).movedim(-1, 1).requires_grad_()
+    grad = torch.randn(2, 10, *(5, 4, 3)[:rank], dtype=torch.float64)
+    y = projection(x)
+    assert type(y.grad_fn).__name__ == "_ProjectBackward"
+    torch.testing.assert_close(y, convolution(x))
+    found = torch.autograd.grad(y, [x, *projection.parameters()], grad)
+    expected = torch.autograd.grad(convolution(x), [x, *convolution.parameters()], grad)
+    torch.testing.assert_close(found, expected)
+    inputs = [x, *projection.parameters()]
+    assert torch.autograd.gradgradcheck(lambda x, *weights: project(x, *weights), inputs)
+
+
+def test_a_projection_leaves_transforms_and_autocast_alone():
+    """What torch compiles, traces, maps or casts is the plain convolution."""
+    projection = POINTWISE[2](6, 10, 1)
+    x = torch.randn(2, 6, 5, 4).to(memory_format=torch.channels_last)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert type(projection(x).grad_fn).__name__ != "_ProjectBackward"
+    weights = dict(projection.named_parameters())
+    per_image = torch.func.vmap(
+        torch.func.grad(lambda w, one: functional_call(projection, w, (one[None],)).sum()), (None, 0)
+    )
+    found = per_image(weights, x)["weight"]
+    torch.testing.assert_close(found, x.sum((2, 3))[:, None, :, None, None].expand_as(found))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that tracing is of yesterday
+        assert torch.jit.trace(projection, x)(x).shape == (2, 10, 5, 4)
 
 
 def test_parts_that_are_not_neighbours_are_no_whole():

@@ -16,10 +16,8 @@ from .attention import attention_weights, global_attention, local_attention
 from .attention.chosen import weights_of
 from .errors import OptionError, ShapeError
 from .positions import Position, RelativePosition, Tables, position_encoding
+from .projection import POINTWISE, Pointwise2d, project
 from .window import Window
-
-_CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
-_convolve = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
 @dataclass(frozen=True)
@@ -119,7 +117,7 @@ class SelfAttention(nn.Module):
         self.scale = scale
         self.backend = backend
         self.content = content
-        self.qkv = _CONV[self.rank](in_channels, (3 if content else 2) * out_channels, 1, bias=qkv_bias)
+        self.qkv = POINTWISE[self.rank](in_channels, (3 if content else 2) * out_channels, 1, bias=qkv_bias)
         self.position = position_encoding(
             position,
             channels=in_channels,
@@ -130,7 +128,7 @@ class SelfAttention(nn.Module):
         )
         if not content and not isinstance(self.position, RelativePosition):
             raise OptionError(f"content=False leaves q.r alone, which needs position='relative'; received {position!r}")
-        self.proj = _CONV[self.rank](out_channels, out_channels, 1) if out_proj else nn.Identity()
+        self.proj = POINTWISE[self.rank](out_channels, out_channels, 1) if out_proj else nn.Identity()
         self.reset_parameters()
         if device is not None or dtype is not None:
             self.to(device=device, dtype=dtype)
@@ -189,8 +187,8 @@ class SelfAttention(nn.Module):
             weight, bias, width = self.qkv.weight, self.qkv.bias, self.out_channels
             query_bias, pair_bias = (None, None) if bias is None else (bias[:width], bias[width:])
             places = x[(..., *[slice(None, None, stride) for stride in strides])]
-            query = _convolve[self.rank](places, weight[:width], query_bias)
-            pair = _convolve[self.rank](x, weight[width:], pair_bias).split(width, 1)
+            query = project(places, weight[:width], query_bias)
+            pair = project(x, weight[width:], pair_bias).split(width, 1)
         query, *pair = (split_heads(tensor, self.num_heads) for tensor in (query, *pair))
         value = pair[-1]
         # Without content every key is zero, and of the logits q.r is left.
@@ -480,7 +478,7 @@ class HaloSelfAttention2d(nn.Module):
         self.in_channels, self.out_channels, self.width = in_channels, out_channels, width
         self.block_size, self.halo_size, self.stride = block_size, halo_size, stride
         self.border, self.num_heads, self.scale = border, num_heads, scale
-        self.qkv = nn.Conv2d(in_channels, 2 * width + out_channels, 1, bias=qkv_bias)
+        self.qkv = Pointwise2d(in_channels, 2 * width + out_channels, 1, bias=qkv_bias)
         entries, head_dim = 2 * (block_size + 2 * halo_size) - 1, width // num_heads
         self.rows = nn.Parameter(torch.randn(entries, head_dim))
         self.columns = nn.Parameter(torch.randn(entries, head_dim))
@@ -529,8 +527,8 @@ class HaloSelfAttention2d(nn.Module):
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         weight, bias, width = self.qkv.weight, self.qkv.bias, self.width
         query_bias, pair_bias = (None, None) if bias is None else (bias[:width], bias[width:])
-        query = F.conv2d(x[..., :: self.stride, :: self.stride], weight[:width], query_bias)
-        key, value = F.conv2d(x, weight[width:], pair_bias).split([width, self.out_channels], 1)
+        query = project(x[..., :: self.stride, :: self.stride], weight[:width], query_bias)
+        key, value = project(x, weight[width:], pair_bias).split([width, self.out_channels], 1)
         query, key, value = (split_heads(tensor, self.num_heads) for tensor in (query, key, value))
         return query, key, value
 
