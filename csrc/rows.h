@@ -155,8 +155,8 @@ int64_t row_offset(const Tensor& t, const RowAddress& at, const Run& run) {
     return (at.first_batch + run.group) * t.batch + at.head * t.head + at.z * t.z + at.y * t.y + run.index * t.x;
 }
 
-void pack_row(const Plan& plan, const Tensor& t, int64_t channels, const RowAddress& at, Runs runs, float multiplier,
-              Planar row) {
+void pack_row(const Plan& plan, const Tensor& t, int64_t channels, const RowAddress& at, const Runs& runs,
+              float multiplier, Planar row) {
     for (int i = 0; i < runs.count; ++i) {
         const Run run = clip(runs.runs[i], runs);
         if (run.count <= 0 || at.first_batch + run.group >= plan.batch) continue;
@@ -168,8 +168,8 @@ void pack_row(const Plan& plan, const Tensor& t, int64_t channels, const RowAddr
     }
 }
 
-void unpack_row(const Plan& plan, const Tensor& t, int64_t channels, const RowAddress& at, Runs runs, float multiplier,
-                Planar row) {
+void unpack_row(const Plan& plan, const Tensor& t, int64_t channels, const RowAddress& at, const Runs& runs,
+                float multiplier, Planar row) {
     for (int i = 0; i < runs.count; ++i) {
         const Run run = clip(runs.runs[i], runs);
         if (run.count <= 0 || at.first_batch + run.group >= plan.batch) continue;
@@ -187,7 +187,7 @@ int64_t scalar_offset(const Plan& plan, const RowAddress& at, const Run& run) {
     return ((image * plan.out[0] + at.z) * plan.out[1] + at.y) * plan.out[2] + run.index;
 }
 
-void pack_scalars(const Plan& plan, const float* source, const RowAddress& at, Runs runs, float multiplier,
+void pack_scalars(const Plan& plan, const float* source, const RowAddress& at, const Runs& runs, float multiplier,
                   float* row) {
     for (int i = 0; i < runs.count; ++i) {
         const Run run = clip(runs.runs[i], runs);
@@ -196,7 +196,7 @@ void pack_scalars(const Plan& plan, const float* source, const RowAddress& at, R
     }
 }
 
-void unpack_scalars(const Plan& plan, float* target, const RowAddress& at, Runs runs, float multiplier,
+void unpack_scalars(const Plan& plan, float* target, const RowAddress& at, const Runs& runs, float multiplier,
                     const float* row) {
     for (int i = 0; i < runs.count; ++i) {
         const Run run = clip(runs.runs[i], runs);
@@ -216,12 +216,13 @@ struct Prefetches {
 
     void spread_over(int points) { at_once = count / (points > 0 ? points : 1) + 1; }
     NEARSIGHT_INLINE void issue() {
-        const int last = done + at_once < count ? done + at_once : count;
-        for (; done < last; ++done) {
-            if (lines[done] & 1)
-                __builtin_prefetch((const void*)lines[done], 1, 2);
+        const int first = done, last = done + at_once < count ? done + at_once : count;
+        done = last;
+        for (int i = first; i < last; ++i) {
+            if (lines[i] & 1)
+                __builtin_prefetch((const void*)lines[i], 1, 2);
             else
-                __builtin_prefetch((const void*)lines[done], 0, 2);
+                __builtin_prefetch((const void*)lines[i], 0, 2);
         }
     }
 };
@@ -251,7 +252,7 @@ void list_run(const Plan& plan, const Stream& stream, const RowAddress& at, cons
     list.count = (int)(next - list.lines);
 }
 
-void list_row(const Plan& plan, const Stream* streams, int count, const RowAddress& at, Runs runs, bool write,
+void list_row(const Plan& plan, const Stream* streams, int count, const RowAddress& at, const Runs& runs, bool write,
               Prefetches& list) {
     for (int i = 0; i < runs.count; ++i) {
         const Run run = clip(runs.runs[i], runs);

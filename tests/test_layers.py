@@ -254,11 +254,12 @@ def test_gradient_of_the_fused_projection_is_taken_as_it_lies(memory_format, mon
 @pytest.mark.parametrize("rank", [1, 2, 3])
 @pytest.mark.parametrize("bias", [False, True])
 def test_a_projection_is_a_convolution_with_a_kernel_of_one(rank, bias):
-    convolution = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[rank](6, 10, 1, bias=bias).double()
-    projection = POINTWISE[rank](6, 10, 1, bias=bias).double()
+    size = {1: (17,), 2: (5, 4), 3: (2, 3, 3)}[rank]
+    convolution = CONV[rank](3, 2, 1, bias=bias).double()
+    projection = POINTWISE[rank](3, 2, 1, bias=bias).double()
     projection.load_state_dict(convolution.state_dict())
-    x = torch.randn(2, *(5, 4, 3)[:rank], 6, dtype=torch.float64).movedim(-1, 1).requires_grad_()
-    grad = torch.randn(2, 10, *(5, 4, 3)[:rank], dtype=torch.float64)
+    x = torch.randn(2, *size, 3, dtype=torch.float64).movedim(-1, 1).requires_grad_()
+    grad = torch.randn(2, 2, *size, dtype=torch.float64)
     y = projection(x)
     assert type(y.grad_fn).__name__ == "_ProjectBackward"
     torch.testing.assert_close(y, convolution(x))
@@ -272,7 +273,9 @@ def test_a_projection_is_a_convolution_with_a_kernel_of_one(rank, bias):
 def test_a_projection_leaves_transforms_and_autocast_alone():
     """What torch compiles, traces, maps or casts is the plain convolution."""
     projection = POINTWISE[2](6, 10, 1)
-    x = torch.randn(2, 6, 5, 4).to(memory_format=torch.channels_last)
+    x = torch.randn(2, 6, 10, 9).to(memory_format=torch.channels_last)
+    assert type(projection(x).grad_fn).__name__ == "_ProjectBackward"
+    assert type(projection(x[:, :, :5, :5]).grad_fn).__name__ != "_ProjectBackward"  # too few cells to pay
     with torch.autocast("cpu", torch.bfloat16):
         assert type(projection(x).grad_fn).__name__ != "_ProjectBackward"
     weights = dict(projection.named_parameters())
@@ -283,7 +286,7 @@ def test_a_projection_leaves_transforms_and_autocast_alone():
     torch.testing.assert_close(found, x.sum((2, 3))[:, None, :, None, None].expand_as(found))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that tracing is of yesterday
-        assert torch.jit.trace(projection, x)(x).shape == (2, 10, 5, 4)
+        assert torch.jit.trace(projection, x)(x).shape == (2, 10, 10, 9)
 
 
 def test_parts_that_are_not_neighbours_are_no_whole():
