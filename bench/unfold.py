@@ -63,7 +63,7 @@ def textbook(query: Tensor, key: Tensor, value: Tensor, kernel_size: int) -> Ten
 def contenders(
     args: argparse.Namespace, border: str, announce: bool = False
 ) -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
-    """The textbook version, then every backend that can take the problem, each a function of query, key and value."""
+    """The textbook version, then every backend that can take the problem with gradients, as functions of query, key, value."""
     window = ns.Window(args.kernel_size, border=border)
 
     def run(backend: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
@@ -72,7 +72,7 @@ def contenders(
     chosen: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
         TEXTBOOK: lambda query, key, value: textbook(query, key, value, args.kernel_size)
     }
-    sample = inputs(args, batch=1)[:3]
+    sample = [tensor.requires_grad_() for tensor in inputs(args, batch=1)[:3]]
     for name, why_not in ns.backends().items():
         if name not in (args.backends or ns.backends().keys() - SLOW_ON_PURPOSE):
             continue

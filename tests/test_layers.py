@@ -251,6 +251,12 @@ def test_gradient_of_the_fused_projection_is_taken_as_it_lies(memory_format, mon
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
+def test_a_layer_runs_where_there_is_no_autocast():
+    layer = ns.LocalSelfAttention2d(8, num_heads=2, device="meta")
+    x = torch.empty(2, 8, 16, 16, device="meta").to(memory_format=torch.channels_last)
+    assert layer(x).shape == x.shape
+
+
 @pytest.mark.parametrize("rank", [1, 2, 3])
 @pytest.mark.parametrize("bias", [False, True])
 def test_a_projection_is_a_convolution_with_a_kernel_of_one(rank, bias):

@@ -54,9 +54,11 @@ def project(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def _is_product(x: Tensor, weight: Tensor) -> bool:
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
         return False
-    if not (torch.is_grad_enabled() and weight.requires_grad) or torch.is_autocast_enabled(x.device.type):
+    if x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):  # of "meta" there is no autocast to ask about
         return False
-    if x.device.type != "cpu" or x.dtype != weight.dtype or x.numel() < MANY * x.shape[1] * weight.shape[0]:
+    if not (torch.is_grad_enabled() and weight.requires_grad) or x.dtype != weight.dtype:
+        return False
+    if x.numel() < MANY * x.shape[1] * weight.shape[0]:
         return False
     return x.movedim(1, -1).is_contiguous()
 
