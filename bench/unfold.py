@@ -63,7 +63,7 @@ def textbook(query: Tensor, key: Tensor, value: Tensor, kernel_size: int) -> Ten
 def contenders(
     args: argparse.Namespace, border: str, announce: bool = False
 ) -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
-    """The textbook version, then every backend that can take the problem with gradients, as functions of query, key, value."""
+    """The textbook version, then every backend that takes the problem and its gradients, as functions of q, k, v."""
     window = ns.Window(args.kernel_size, border=border)
 
     def run(backend: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
