@@ -2,11 +2,13 @@
 """The benchmarks run, compare what they time, and write every number. What the times are is not asserted."""
 
 import json
+import re
 
 import pytest
 import torch
 
 from nearsight.bench import core, layers, models, run
+from nearsight.bench.memory import in_fresh_process, peak_memory
 from nearsight.bench.timing import Times, passes, race
 from nearsight.cli import main
 from nearsight.errors import OptionError
@@ -16,8 +18,7 @@ from nearsight.errors import OptionError
 def tiny(monkeypatch):
     monkeypatch.setattr(core, "QUICK", (core.Shape(1, 2, 8, 9),))
     monkeypatch.setattr(layers, "STAGES", ((16, 9, 2),))
-    monkeypatch.setattr(models, "PAIRS", {"sasa_nano": "sasa_nano of convolutions"})
-    monkeypatch.setattr(models, "SIZE", 16)
+    monkeypatch.setattr(models, "PAIRS", (("sasa_nano", "sasa_nano of convolutions", 16),))
 
 
 @pytest.mark.parametrize("bench", ["core", "layers", "models"])
@@ -33,10 +34,37 @@ def test_every_bench_prints_and_writes(bench, tiny, tmp_path, capsys):
     assert "threads 1" in capsys.readouterr().out
 
 
-def test_bench_of_models_compares_attention_with_convolution(tiny, capsys):
+def test_bench_of_models_compares_networks_with_yardsticks(tiny, capsys):
     rows = models.measure(quick=True)
     assert [row["mode"] for row in rows] == ["inference", "training"]
-    assert all(row[who]["median_ms"] > 0 for row in rows for who in ("attention", "convolution"))
+    for who, name in (("network", "sasa_nano"), ("yardstick", "sasa_nano of convolutions")):
+        inference, training = (row[who] for row in rows)
+        assert inference["name"] == training["name"] == name
+        assert inference["median_ms"] > 0
+        assert training["median_ms"] > 0
+        assert "peak_memory" not in inference
+        assert training["peak_memory"] > 0
+    *_, inference, training = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(
+        r"sasa_nano against sasa_nano of convolutions, 16 +inference( +[\d.]+ \(\w+\)){2} +[\d.]+x", inference
+    )
+    assert re.fullmatch(r" +training( +[\d.]+ \(\w+\)){2} +[\d.]+x +\d+ +\d+ +[\d.]+x", training)
+
+
+@pytest.mark.parametrize(("network", "yardstick", "size"), models.PAIRS)
+def test_network_and_yardstick_take_the_size(network, yardstick, size):
+    with torch.device("meta"):
+        images = torch.empty(1, 3, size, size)
+        assert models._model(network, "contiguous")(images).shape == (1, 1000)
+        assert models._model(yardstick, "contiguous")(images).shape == (1, 1000)
+
+
+def test_training_memory_is_the_network_s_own():
+    """What a step of more images keeps is seen, although the process that asks has held much more."""
+    assert torch.ones(1 << 28).sum() > 0
+    some, more = (in_fresh_process(models.training_memory, "sasa_nano", "contiguous", n, 32, 1) for n in (16, 64))
+    assert peak_memory() > 2 * more
+    assert 2.5 * some < more < 4 * some
 
 
 def test_contenders_that_disagree_are_not_timed(tiny):

@@ -123,7 +123,7 @@ BENCH_EXAMPLES = """\
 examples:
   nearsight bench core               the operation: native, blocked, dense and textbook, beside a convolution
   nearsight bench layers --threads 1 --json layers.json
-  nearsight bench models             SASA-ResNets against ResNets, inference and training
+  nearsight bench models             SASA-ResNets against ResNets, HaloNet against timm's: speed, training memory
 """
 
 
