@@ -3,15 +3,20 @@
 
 import json
 import re
+import sys
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from nearsight.attention import local_attention
 from nearsight.bench import core, layers, models, run
 from nearsight.bench.memory import in_fresh_process, peak_memory
 from nearsight.bench.timing import Times, passes, race
 from nearsight.cli import main
 from nearsight.errors import OptionError
+from nearsight.window import Window
 
 
 @pytest.fixture
@@ -70,6 +75,28 @@ def test_training_memory_is_the_network_s_own():
 def test_contenders_that_disagree_are_not_timed(tiny):
     with pytest.raises(AssertionError, match="wrong"):
         core._check_equal(core.QUICK[0], {"wrong": lambda query, key, value: value})
+
+
+def test_natten_mps_is_left_out_where_it_is_not_installed(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "natten_mps", None)
+    assert core._natten_mps() == {}
+    assert "without natten-mps: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("scale", [None, 1.0])
+def test_natten_mps_is_held_against_ours(scale, tiny, monkeypatch):
+    """A stand-in that computes na2d as the package documents it, by our reference; or with another scale."""
+
+    def na2d(query, key, value, kernel_size):
+        maps = (tensor.movedim(-2, 1) for tensor in (query, key, value))
+        window = Window(kernel_size, border="shift")
+        return local_attention(*maps, window, scale=scale, backend="reference").movedim(1, -2)
+
+    monkeypatch.setitem(sys.modules, "natten_mps", SimpleNamespace(na2d=na2d))
+    found = core._natten_mps()
+    assert list(found) == ["natten-mps"]
+    with nullcontext() if scale is None else pytest.raises(AssertionError, match="natten-mps"):
+        core._check_equal(core.QUICK[0], found)
 
 
 def test_times():
