@@ -318,13 +318,25 @@ Call::Call(const nearsight_problem& p, const nearsight_inputs& inputs, const Ker
 
 bool has_work(const nearsight_problem& p) { return !shape_of(p, false, p.head_dim).empty(); }
 
+int check_scratch(size_t bytes) { return bytes > (size_t)kMostScratch ? NEARSIGHT_ERROR_SCRATCH : NEARSIGHT_OK; }
+
+// Plans a forward, or a backward that everything is wanted of, to see what scratch memory it would take.
+int check_scratch(const nearsight_problem& p, int isa, bool backward) {
+    Call call(p, {}, kernel_of(isa), backward);
+    if (!backward) return check_scratch(call.kernel->forward_bytes(&call.plan));
+    float wanted = 0;  // of these, only whether they are NULL counts
+    call.plan.bias_parts = &wanted;
+    for (float*& parts : call.plan.relative_parts) parts = &wanted;
+    return check_scratch(call.kernel->backward_bytes(&call.plan));
+}
+
 int forward(const nearsight_problem& p, const nearsight_inputs& inputs, const nearsight_tensor& out, float* lse,
             int isa) {
     Call call(p, inputs, kernel_of(isa), false);
     call.plan.out_tensor = place(p, out);
     call.plan.lse = lse;
     const size_t bytes = call.kernel->forward_bytes(&call.plan);
-    if (bytes > (size_t)kMostScratch) return NEARSIGHT_ERROR_UNSUPPORTED;
+    if (int error = check_scratch(bytes)) return error;
     return run(call.plan, bytes, call.kernel->forward, p.num_threads);
 }
 
@@ -366,7 +378,7 @@ int backward(const nearsight_problem& p, const nearsight_inputs& inputs, const n
     }
 
     const size_t bytes = call.kernel->backward_bytes(&plan);
-    if (bytes > (size_t)kMostScratch) return NEARSIGHT_ERROR_UNSUPPORTED;
+    if (int error = check_scratch(bytes)) return error;
     if (int error = run(plan, bytes, call.kernel->backward, p.num_threads)) return error;
     if (gradients.bias) reduce(bias_parts, p.heads, plan.query_pass.jobs, plan.bias_entries, gradients.bias);
     for (int i = 0; i < p.rank; ++i) {
@@ -421,10 +433,15 @@ int check_backward(const nearsight_problem* p, const nearsight_inputs* inputs, c
 
 using namespace nearsight;
 
-int nearsight_check(const nearsight_problem* problem) {
+int nearsight_check(const nearsight_problem* problem, int32_t backward) try {
     if (int error = check_problem(problem)) return error;
     const int isa = resolve_isa(problem->isa);
-    return isa < 0 ? -isa : NEARSIGHT_OK;
+    if (isa < 0) return -isa;
+    if (!has_work(*problem)) return NEARSIGHT_OK;
+    if (int error = check_scratch(*problem, isa, false)) return error;
+    return backward ? check_scratch(*problem, isa, true) : NEARSIGHT_OK;
+} catch (const std::bad_alloc&) {
+    return NEARSIGHT_ERROR_MEMORY;
 }
 
 int nearsight_forward(const nearsight_problem* problem, const nearsight_inputs* inputs, const nearsight_tensor* out,
@@ -464,6 +481,7 @@ const char* nearsight_error_string(int error) {
         case NEARSIGHT_ERROR_ISA: return "this build or processor lacks the instruction set";
         case NEARSIGHT_ERROR_ENVIRONMENT: return "NEARSIGHT_ISA must be auto, baseline, avx2, avx512 or neon";
         case NEARSIGHT_ERROR_MEMORY: return "out of memory";
+        case NEARSIGHT_ERROR_SCRATCH: return "the native kernel's scratch memory would exceed 2 GiB per thread";
         default: return "unknown error";
     }
 }

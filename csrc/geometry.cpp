@@ -113,8 +113,9 @@ void PassLists::join(const Geometry& geometry, PassLists& queries, PassLists& ke
     join_tiles(geometry.axes[2], queries, keys);
 }
 
-// Groups of keys come in the order of the groups of queries that they need, and a group of queries is made when the first
-// of them asks for it. So the ring has to span from the first row that a group of keys sees to the last that was made.
+// Groups of keys come in the order of the groups of queries that they need, and a group of queries is made when the
+// first of them asks for it. So the ring has to span from the first row that a group of keys sees to the last that was
+// made.
 void PassLists::join_rows(const Axis& axis, PassLists& queries, PassLists& keys) {
     std::unordered_map<int64_t, int32_t> group_of;
     Rows& made = queries.y_;
@@ -261,7 +262,9 @@ void PassLists::add_tile(const Axis& axis, Range own, bool margin) {
     for (int32_t v = 0; v < tile.vectors; ++v) {
         const int64_t lane = home.first + (int64_t)v * lanes_;
         LaneVector vector = add_vector(axis, lane, home.last);
-        const auto within = [&](int64_t cell) { return (int32_t)std::max<int64_t>(0, std::min<int64_t>(lanes_, cell)); };
+        const auto within = [&](int64_t cell) {
+            return (int32_t)std::max<int64_t>(0, std::min<int64_t>(lanes_, cell));
+        };
         vector.first_own = within(own.first - lane);
         vector.last_own = own.last == home.last ? lanes_ : within(own.last - lane);
         vectors_.push_back(vector);

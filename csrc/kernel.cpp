@@ -10,8 +10,8 @@
 //     mix   multiplies weights with shifted away channels, rows x channels sums in registers: the output;
 // and between the two the softmax is taken on a tile of logits that never leaves the first cache level. The gradients
 // are the same two steps with other operands, and the tiles of weights and of their gradients stay in a ring of rows
-// until the keys that they belong to have gathered them. No lane ever meets a cell that its query does not see: entries that only
-// some lanes of a vector see go through a mask.
+// until the keys that they belong to have gathered them. No lane ever meets a cell that its query does not see: entries
+// that only some lanes of a vector see go through a mask.
 
 #include "plan.h"
 #include "rows.h"
@@ -453,7 +453,8 @@ struct QueryWalk : Walk {
         for (int32_t& visits : orders) visits = (int32_t)ring.visits_y;
     }
     float* ring_vector(const Spot& spot, int r) const {
-        return ring_row(plan, w, spot.y->slot[r]) + tile.ring_lane + (spot.lanes - pass.vectors - tile.first_vector) * kLanes;
+        const ptrdiff_t vector = spot.lanes - pass.vectors - tile.first_vector;
+        return ring_row(plan, w, spot.y->slot[r]) + tile.ring_lane + vector * kLanes;
     }
     void pack_home(const RowAddress& at, Runs runs, Planar row) const {
         pack_query_home(plan, at, runs, row, w.result);

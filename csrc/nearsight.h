@@ -37,7 +37,7 @@
 extern "C" {
 #endif
 
-#define NEARSIGHT_ABI_VERSION 1
+#define NEARSIGHT_ABI_VERSION 2
 
 enum {  // what a call returns
     NEARSIGHT_OK = 0,
@@ -47,10 +47,11 @@ enum {  // what a call returns
     NEARSIGHT_ERROR_SIZE = 4,         // a size is negative, a kernel, stride, dilation or channel count below one
     NEARSIGHT_ERROR_STRIDE = 5,       // a stride is negative, or 0 in a tensor that is written
     NEARSIGHT_ERROR_OVERFLOW = 6,     // sizes or strides whose products leave the address space
-    NEARSIGHT_ERROR_UNSUPPORTED = 7,  // right, but not for this kernel (a block too large for the scratch memory)
+    NEARSIGHT_ERROR_UNSUPPORTED = 7,  // right, but not for this kernel (a block of too many cells)
     NEARSIGHT_ERROR_ISA = 8,          // this build or this processor lacks the instruction set that was asked for
     NEARSIGHT_ERROR_ENVIRONMENT = 9,  // NEARSIGHT_ISA is not auto, baseline, avx2, avx512 or neon
     NEARSIGHT_ERROR_MEMORY = 10,      // out of memory
+    NEARSIGHT_ERROR_SCRATCH = 11,     // right, but a thread would need more scratch memory than it may have
 };
 
 enum { NEARSIGHT_FLOAT32 = 0, NEARSIGHT_BFLOAT16 = 1 };
@@ -104,8 +105,9 @@ NEARSIGHT_API int nearsight_backward(const nearsight_problem* problem, const nea
                                      const nearsight_tensor* out, const float* lse, const nearsight_tensor* grad_out,
                                      const nearsight_gradients* gradients);
 
-// NEARSIGHT_OK when a problem can run here, else the error its calls would return. Looks at no tensor.
-NEARSIGHT_API int nearsight_check(const nearsight_problem* problem);
+// NEARSIGHT_OK when a problem can run here, else the error its calls would return: of the forward, and unless
+// `backward` is 0 of a backward that everything is wanted of. Looks at no tensor.
+NEARSIGHT_API int nearsight_check(const nearsight_problem* problem, int32_t backward);
 
 NEARSIGHT_API int nearsight_abi_version(void);
 NEARSIGHT_API const char* nearsight_error_string(int error);

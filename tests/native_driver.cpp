@@ -18,14 +18,18 @@
 
 static std::mt19937 random_bits;
 
-static int64_t pick(int64_t low, int64_t high) { return std::uniform_int_distribution<int64_t>(low, high)(random_bits); }
+static int64_t pick(int64_t low, int64_t high) {
+    return std::uniform_int_distribution<int64_t>(low, high)(random_bits);
+}
 
 // One tensor with its own memory: its axes in random order, sometimes with gaps between them.
 class Map {
   public:
-    Map(const nearsight_problem& p, bool output, int64_t channels, bool written) : size_(p.dtype == NEARSIGHT_BFLOAT16 ? 2 : 4) {
+    Map(const nearsight_problem& p, bool output, int64_t channels, bool written)
+        : size_(p.dtype == NEARSIGHT_BFLOAT16 ? 2 : 4) {
         sizes_ = {p.batch, p.heads};
-        for (int i = 0; i < p.rank; ++i) sizes_.push_back(output ? (p.size[i] + p.stride[i] - 1) / p.stride[i] : p.size[i]);
+        for (int i = 0; i < p.rank; ++i)
+            sizes_.push_back(output ? (p.size[i] + p.stride[i] - 1) / p.stride[i] : p.size[i]);
         sizes_.push_back(channels);
         std::vector<size_t> order(sizes_.size());
         for (size_t i = 0; i < order.size(); ++i) order[i] = i;
@@ -126,8 +130,8 @@ static std::vector<float> table(size_t count) {
 }
 
 static void describe(const nearsight_problem& p) {
-    fprintf(stderr, "isa %d dtype %d border %d batch %ld heads %ld head_dim %ld value_dim %ld\n", p.isa, p.dtype, p.border,
-            (long)p.batch, (long)p.heads, (long)p.head_dim, (long)p.value_dim);
+    fprintf(stderr, "isa %d dtype %d border %d batch %ld heads %ld head_dim %ld value_dim %ld\n", p.isa, p.dtype,
+            p.border, (long)p.batch, (long)p.heads, (long)p.head_dim, (long)p.value_dim);
     for (int i = 0; i < p.rank; ++i)
         fprintf(stderr, "  size %ld kernel %ld stride %ld dilation %ld causal %d\n", (long)p.size[i], (long)p.kernel[i],
                 (long)p.stride[i], (long)p.dilation[i], p.causal[i]);
@@ -157,7 +161,7 @@ static bool run(const nearsight_problem& p) {
         gradients.relative[i] = relative_gradients[(size_t)i].data();
     }
 
-    int error = nearsight_check(&p);
+    int error = nearsight_check(&p, 1);
     if (!error) error = nearsight_forward(&p, &inputs, &out.tensor, lse.data());
     if (!error) error = nearsight_backward(&p, &inputs, &out.tensor, lse.data(), &grad_out.tensor, &gradients);
     if (error) {

@@ -2,22 +2,28 @@
 """The benchmarks run, compare what they time, and write every number. What the times are is not asserted."""
 
 import json
+import re
+import sys
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from nearsight.attention import local_attention
 from nearsight.bench import core, layers, models, run
+from nearsight.bench.memory import in_fresh_process, peak_memory
 from nearsight.bench.timing import Times, passes, race
 from nearsight.cli import main
 from nearsight.errors import OptionError
+from nearsight.window import Window
 
 
 @pytest.fixture
 def tiny(monkeypatch):
     monkeypatch.setattr(core, "QUICK", (core.Shape(1, 2, 8, 9),))
     monkeypatch.setattr(layers, "STAGES", ((16, 9, 2),))
-    monkeypatch.setattr(models, "PAIRS", {"sasa_nano": "sasa_nano of convolutions"})
-    monkeypatch.setattr(models, "SIZE", 16)
+    monkeypatch.setattr(models, "PAIRS", (("sasa_nano", "sasa_nano of convolutions", 16),))
 
 
 @pytest.mark.parametrize("bench", ["core", "layers", "models"])
@@ -33,15 +39,64 @@ def test_every_bench_prints_and_writes(bench, tiny, tmp_path, capsys):
     assert "threads 1" in capsys.readouterr().out
 
 
-def test_bench_of_models_compares_attention_with_convolution(tiny, capsys):
+def test_bench_of_models_compares_networks_with_yardsticks(tiny, capsys):
     rows = models.measure(quick=True)
     assert [row["mode"] for row in rows] == ["inference", "training"]
-    assert all(row[who]["median_ms"] > 0 for row in rows for who in ("attention", "convolution"))
+    for who, name in (("network", "sasa_nano"), ("yardstick", "sasa_nano of convolutions")):
+        inference, training = (row[who] for row in rows)
+        assert inference["name"] == training["name"] == name
+        assert inference["median_ms"] > 0
+        assert training["median_ms"] > 0
+        assert "peak_memory" not in inference
+        assert training["peak_memory"] > 0
+    *_, inference, training = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(
+        r"sasa_nano against sasa_nano of convolutions, 16 +inference( +[\d.]+ \(\w+\)){2} +[\d.]+x", inference
+    )
+    assert re.fullmatch(r" +training( +[\d.]+ \(\w+\)){2} +[\d.]+x +\d+ +\d+ +[\d.]+x", training)
+
+
+@pytest.mark.parametrize(("network", "yardstick", "size"), models.PAIRS)
+def test_network_and_yardstick_take_the_size(network, yardstick, size):
+    with torch.device("meta"):
+        images = torch.empty(1, 3, size, size)
+        assert models._model(network, "contiguous")(images).shape == (1, 1000)
+        assert models._model(yardstick, "contiguous")(images).shape == (1, 1000)
+
+
+def test_training_memory_is_the_network_s_own():
+    """What a step of more images keeps is seen, although the process that asks has held much more."""
+    assert torch.ones(1 << 28).sum() > 0
+    some, more = (in_fresh_process(models.training_memory, "sasa_nano", "contiguous", n, 32, 1) for n in (16, 64))
+    assert peak_memory() > 2 * more
+    assert 2.5 * some < more < 4 * some
 
 
 def test_contenders_that_disagree_are_not_timed(tiny):
     with pytest.raises(AssertionError, match="wrong"):
         core._check_equal(core.QUICK[0], {"wrong": lambda query, key, value: value})
+
+
+def test_natten_mps_is_left_out_where_it_is_not_installed(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "natten_mps", None)
+    assert core._natten_mps() == {}
+    assert "without natten-mps: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("scale", [None, 1.0])
+def test_natten_mps_is_held_against_ours(scale, tiny, monkeypatch):
+    """A stand-in that computes na2d as the package documents it, by our reference; or with another scale."""
+
+    def na2d(query, key, value, kernel_size):
+        maps = (tensor.movedim(-2, 1) for tensor in (query, key, value))
+        window = Window(kernel_size, border="shift")
+        return local_attention(*maps, window, scale=scale, backend="reference").movedim(1, -2)
+
+    monkeypatch.setitem(sys.modules, "natten_mps", SimpleNamespace(na2d=na2d))
+    found = core._natten_mps()
+    assert list(found) == ["natten-mps"]
+    with nullcontext() if scale is None else pytest.raises(AssertionError, match="natten-mps"):
+        core._check_equal(core.QUICK[0], found)
 
 
 def test_times():

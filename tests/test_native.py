@@ -13,8 +13,10 @@ import re
 import shutil
 import subprocess
 import sys
+from bisect import bisect_right
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -423,6 +425,63 @@ def test_refusals(name):
     assert re.search(reason, native.why_not(problem) or "")
 
 
+def large_problem(*size, kernel_size, head_dim=1, needs_grad=False):
+    """Of tensors that have no memory."""
+    maps = torch.empty(1).expand(1, 1, *size, head_dim)
+    return replace(describe(maps, maps, maps, ns.Window(kernel_size), None, None), needs_grad=needs_grad)
+
+
+NEEDS_SCRATCH = {
+    "many planes": ((88_000, 1, 1), {"kernel_size": 3, "head_dim": 256}),
+    "a large block": ((96, 96), {"kernel_size": 191}),
+}
+
+
+@needs_library
+@every_isa
+@pytest.mark.parametrize("name", NEEDS_SCRATCH)
+def test_a_backward_beyond_the_scratch_memory(isa, name):
+    size, options = NEEDS_SCRATCH[name]
+    with native.use_variant(isa):
+        assert native.why_not(large_problem(*size, **options)) is None
+        reason = native.why_not(large_problem(*size, **options, needs_grad=True))
+    assert re.search(rf"exceed 2 GiB per thread; received a map {re.escape(str(size))}.*its gradients", reason or "")
+
+
+@needs_library
+@every_isa
+def test_a_forward_beyond_the_scratch_memory(isa):
+    with native.use_variant(isa):
+        reason = native.why_not(large_problem(64, 64, kernel_size=(64, 1), head_dim=1 << 18))
+    assert re.search(r"exceed 2 GiB per thread.*under a kernel_size of \(64, 1\)$", reason or "")
+
+
+@needs_library
+def test_the_gradient_of_the_log_sum_exp_needs_scratch_memory_for_one_channel_more():
+    asked = large_problem(88_000, 1, 1, kernel_size=3, needs_grad=True)
+
+    def too_wide(value_dim: int) -> bool:
+        return native.why_not(replace(asked, value_dim=value_dim)) is not None
+
+    widest = bisect_right(range(1, 513), False, key=too_wide)
+    assert too_wide(widest + 1)
+    assert not too_wide(widest)
+    assert native.why_not(replace(asked, value_dim=widest, lse=True))
+    assert native.why_not(replace(asked, value_dim=widest, lse=True, needs_grad=False)) is None
+
+
+@needs_library
+def test_another_backend_serves_where_the_scratch_memory_does_not_suffice():
+    query = torch.randn(1, 1, 96, 96, 1, requires_grad=True)
+    window = ns.Window(191)
+    with pytest.raises(BackendError, match=r"exceed 2 GiB.*received a map \(96, 96\).*These can: .*blocked"):
+        local(query, query, query, window)
+    (grad,) = torch.autograd.grad(ns.local_attention(query, query, query, window).sum(), query)
+    with torch.no_grad():
+        assert local(query, query, query, window).shape == query.shape
+    assert grad.isfinite().all()
+
+
 @needs_library
 def test_it_is_the_default_where_it_is_the_faster():
     assert attention._choose(problem_of(9, 9), None) is native
@@ -469,7 +528,7 @@ def test_an_instruction_set_of_another_machine(monkeypatch):
 STUB = """
 extern "C" {{
 int nearsight_abi_version(void) {{ return {version}; }}
-int nearsight_check(const void*) {{ return {check}; }}
+int nearsight_check(const void*, int) {{ return {check}; }}
 int nearsight_forward(void) {{ return 0; }}
 int nearsight_backward(void) {{ return 0; }}
 const char* nearsight_error_string(int) {{ return ""; }}
@@ -551,7 +610,7 @@ HUGE = 1 << 62
 LIES = {  # what is said of a right 2-d problem of 5 x 7 cells: the error
     "struct_size 0": ({"struct_size": 0}, 1),
     "struct_size of a longer struct": ({"struct_size": ctypes.sizeof(native.CProblem) + 8}, 1),
-    "abi_version": ({"abi_version": 2}, 1),
+    "abi_version": ({"abi_version": native.ABI_VERSION + 1}, 1),
     "rank 0": ({"rank": 0}, 3),
     "rank 4": ({"rank": 4}, 3),
     "rank negative": ({"rank": -1}, 3),
@@ -642,7 +701,7 @@ def test_a_right_call():
 def test_lies_about_the_problem(name):
     changes, error = LIES[name]
     call, problem, library = Call(), c_problem(**changes), native._loaded()
-    assert library.nearsight_check(problem) == call.forward(problem) == call.backward(problem) == error
+    assert library.nearsight_check(problem, 1) == call.forward(problem) == call.backward(problem) == error
     assert call.untouched()
     assert native._text(error, library) not in ("", "no error")
 
@@ -686,9 +745,25 @@ def test_what_is_written_may_not_be_expanded():
 
 
 @needs_library
+@every_isa
+def test_the_check_knows_which_calls_need_too_much_scratch_memory(isa):
+    library, tensor = native._loaded(), native._c_tensor
+    query, key, value, out, incoming, *places = torch.randn(8, 1, 1, 96, 96, 1)
+    gradients = native.CGradients(*(ctypes.pointer(tensor(place)) for place in places))
+    inputs, lse = native._c_inputs(query, key, value, None, []), torch.empty(96, 96)
+    sizes = {"batch": 1, "heads": 1, "head_dim": 1, "value_dim": 1, "size": (96, 96, 0)}
+    for kernel, expected in ((191, 11), (3, native.OK)):
+        problem = c_problem(**sizes, kernel=(kernel, kernel, 0), isa=native.ISAS.index(isa))
+        assert library.nearsight_check(problem, 0) == native.OK
+        assert library.nearsight_forward(problem, inputs, tensor(out), lse.data_ptr()) == native.OK
+        found = library.nearsight_backward(problem, inputs, tensor(out), lse.data_ptr(), tensor(incoming), gradients)
+        assert library.nearsight_check(problem, 1) == found == expected
+
+
+@needs_library
 def test_null_structures():
     call, problem, library = Call(), c_problem(), native._loaded()
-    assert library.nearsight_check(None) == 2
+    assert library.nearsight_check(None, 1) == 2
     assert library.nearsight_forward(None, call.inputs, call.out, None) == 2
     assert library.nearsight_forward(problem, None, call.out, None) == 2
     assert library.nearsight_forward(problem, call.inputs, None, None) == 2

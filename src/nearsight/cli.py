@@ -121,9 +121,9 @@ product and a large copy, which are measured too. The output folder then holds p
 
 BENCH_EXAMPLES = """\
 examples:
-  nearsight bench core               the operation: native, blocked, dense and textbook, beside a convolution
+  nearsight bench core               the operation: our backends and the ways of others, beside a convolution
   nearsight bench layers --threads 1 --json layers.json
-  nearsight bench models             SASA-ResNets against ResNets, inference and training
+  nearsight bench models             SASA-ResNets against ResNets, HaloNet against timm's: speed, training memory
 """
 
 

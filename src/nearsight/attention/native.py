@@ -54,7 +54,7 @@ def why_not(problem: Problem) -> str | None:
     if problem.head_dim < 1 or problem.value_dim < 1:
         return "the native kernel takes vectors of at least one channel"
     # A compiler knows sizes by their symbols only; then the kernel itself has to refuse, when it runs.
-    return None if problem.compiling else _refusal(problem)
+    return None if problem.compiling else _refusal(problem, _isa)
 
 
 def second_best(problem: Problem) -> str | None:
@@ -133,7 +133,7 @@ def instruction_set() -> str:
 
 # ----------------------------------------------------------------------------------------- csrc/nearsight.h, line by line
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 OK, ERROR_VERSION = 0, 1
 
 
@@ -200,7 +200,7 @@ PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {  # what it returns, what 
             _pointer(CGradients),
         ),
     ),
-    "nearsight_check": (ctypes.c_int, (_pointer(CProblem),)),
+    "nearsight_check": (ctypes.c_int, (_pointer(CProblem), ctypes.c_int32)),
     "nearsight_abi_version": (ctypes.c_int, ()),
     "nearsight_error_string": (ctypes.c_char_p, (ctypes.c_int,)),
     "nearsight_available_isas": (ctypes.c_int, ()),
@@ -225,7 +225,7 @@ def load(path: Path) -> ctypes.CDLL:
     except (OSError, AttributeError) as error:
         raise BackendError(f"{path} cannot be loaded: {error}") from error
     version = library.nearsight_abi_version()
-    if version != ABI_VERSION or library.nearsight_check(_SMALLEST) == ERROR_VERSION:
+    if version != ABI_VERSION or library.nearsight_check(_SMALLEST, False) == ERROR_VERSION:
         raise BackendError(
             f"{path} has another interface, version {version} where this nearsight needs {ABI_VERSION}: "
             "it is left over from another installation; install nearsight again"
@@ -304,14 +304,23 @@ _SMALLEST = _c_problem(torch.float32, 1, 1, 1, 1, (1,), (1,), (1,), (1,), (False
 
 
 @lru_cache(maxsize=1024)
-def _refusal(problem: Problem) -> str | None:
+def _refusal(problem: Problem, isa: int) -> str | None:
     columns = zip(*((axis.kernel_size, axis.stride, axis.dilation, axis.causal) for axis in problem.axes), strict=True)
-    sizes = (problem.batch, problem.num_heads, problem.head_dim, problem.value_dim, problem.in_size)
+    value_dim = problem.value_dim + (problem.needs_grad and problem.lse)  # see _with_lse
+    sizes = (problem.batch, problem.num_heads, problem.head_dim, value_dim, problem.in_size)
     library = _loaded()
     error = library.nearsight_check(
-        _c_problem(problem.dtype, *sizes, *columns, problem.axes[0].border, 1.0, AUTO, num_threads=1)
+        _c_problem(problem.dtype, *sizes, *columns, problem.axes[0].border, 1.0, isa, num_threads=1),
+        problem.needs_grad,
     )
-    return None if error == OK else _text(error, library)
+    return None if error == OK else f"{_text(error, library)}; received {_received(problem)}"
+
+
+def _received(problem: Problem) -> str:
+    kernel_size = tuple(axis.kernel_size for axis in problem.axes)
+    gradients = " and its gradients" if problem.needs_grad else ""
+    channels = f"{problem.head_dim} and {problem.value_dim} channels"
+    return f"a map {problem.in_size} of {channels} under a kernel_size of {kernel_size}{gradients}"
 
 
 def _c_tensor(tensor: Tensor) -> CTensor:

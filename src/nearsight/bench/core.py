@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The operation alone: every backend, the textbook's way and FlexAttention, beside the least time that it could take.
+"""The operation alone: every backend, the textbook's way, FlexAttention and natten-mps, beside the least time for it.
 
 The floor is what the machine needs for the arithmetic (multiply-adds at the best rate that the 3x3 convolution or a
 matrix product reaches in the same run, and one exponential per pair of cells) or for reading and writing the tensors once,
@@ -64,7 +64,7 @@ FULL = tuple(
     for head_dim in (8, 16, 32, 64)
     for size in (14, 28, 56, 128)
 )
-PEERS = Shape(8, 4, 32, 64)  # where the textbook's way and FlexAttention are measured too
+PEERS = Shape(8, 4, 32, 64)  # where the ways of others are measured too
 LARGE = Shape(1, 4, 32, 512)
 
 
@@ -92,7 +92,7 @@ def measure(quick: bool) -> list[dict[str, Any]]:
         )
     if not quick:
         contenders = _contenders(PEERS, window, ("native", "blocked", "reference"))
-        contenders |= {"unfold": textbook, **_flex(PEERS, window), **_variants(window)}
+        contenders |= {"unfold": textbook, **_flex(PEERS, window), **_natten_mps(), **_variants(window)}
         rows += _rows(PEERS, window, contenders, rounds, seconds, matrix, bandwidth)
         rows += _rows(LARGE, window, _contenders(LARGE, window, ("native",)), rounds, seconds, matrix, bandwidth)
         _per_cell(rows)
@@ -232,6 +232,20 @@ def _flex(shape: Shape, window: Window) -> dict[str, Callable[..., Tensor]]:
     return {"FlexAttention": attend}
 
 
+def _natten_mps() -> dict[str, Callable[..., Tensor]]:
+    """NATTEN's operation as the package natten-mps has it for the CPU, in plain PyTorch; its windows slide inwards."""
+    try:
+        from natten_mps import na2d  # pyright: ignore[reportMissingImports]
+    except Exception as error:  # as above
+        print(f"without natten-mps: {' '.join(str(error).split())[:120]}")
+        return {}
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return na2d(*(tensor.movedim(1, -2) for tensor in (query, key, value)), KERNEL_SIZE).movedim(-2, 1)
+
+    return {"natten-mps": attend}
+
+
 def _runs(step: Callable[[], Any]) -> bool:
     try:
         with warnings.catch_warnings():
@@ -243,7 +257,7 @@ def _runs(step: Callable[[], Any]) -> bool:
 
 
 def _check_equal(shape: Shape, contenders: dict[str, Callable[..., Tensor]]) -> None:
-    """Speeds of different functions do not compare. The textbook's borders differ, so only whole windows are looked at."""
+    """Speeds of different functions do not compare. Borders of others differ, so only whole windows are looked at."""
     query, key, value = (tensor[:1] for tensor in shape.maps())
     inside = slice(KERNEL_SIZE // 2, -(KERNEL_SIZE // 2))
     with torch.no_grad():

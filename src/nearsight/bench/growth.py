@@ -11,10 +11,7 @@ more from h w = k^2 on.
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -30,6 +27,7 @@ from ..inspect.draw import BLUE, INK, ORANGE, _figure, _in_style
 from ..layers import AttentionLayer
 from ..models.flops import attend_flops
 from ..window import Window
+from .memory import in_fresh_process, peak_memory
 from .timing import matrix_rate, race, setting
 
 if TYPE_CHECKING:
@@ -233,17 +231,12 @@ def _point(problem: Problem, attention: str, gflops: float, ms: float | None, ex
 def _extra_memory(tasks: Sequence[tuple[Problem, str]]) -> list[int | None]:
     """Bytes that a call of each adds to the peak of a fresh process; None below those of its output, which it must make."""
     told = [(asdict(problem), attention, torch.get_num_threads()) for problem, attention in tasks]
-    program = f"from nearsight.bench.growth import tell_extra_memory; tell_extra_memory({told!r})"
-    fresh = {"MALLOC_MMAP_THRESHOLD_": "65536", "THP_MEM_ALLOC_ENABLE": "0"}  # no use of memory that lies about
-    done = subprocess.run(
-        [sys.executable, "-c", program], check=True, capture_output=True, text=True, env={**os.environ, **fresh}
-    )
-    found = zip(tasks, json.loads(done.stdout.splitlines()[-1]), strict=True)
+    found = zip(tasks, in_fresh_process(_extra_memory_in_forks, told), strict=True)
     return [extra if extra >= problem.output_bytes else None for (problem, _), extra in found]
 
 
-def tell_extra_memory(tasks: Sequence[tuple[dict[str, int], str, int]]) -> None:
-    """Print it for every (problem, attention, threads); to be run in a process that has done nothing else.
+def _extra_memory_in_forks(tasks: Sequence[tuple[dict[str, int], str, int]]) -> list[int]:
+    """For every (problem, attention, threads); to be run in a process that has done nothing else.
 
     Each is measured in a fork, so that none finds the memory of another, and PyTorch is loaded once.
     """
@@ -257,7 +250,7 @@ def tell_extra_memory(tasks: Sequence[tuple[dict[str, int], str, int]]) -> None:
         with os.fdopen(read) as answer:
             found.append(int(answer.read()))
         os.wait()
-    print(json.dumps(found))
+    return found
 
 
 def _extra_memory_here(problem: dict[str, int], attention: str, threads: int) -> int:
@@ -266,20 +259,9 @@ def _extra_memory_here(problem: dict[str, int], attention: str, threads: int) ->
         small = min(problem["size"], problem["kernel_size"])
         Problem(**{**problem, "size": small}).attend(attention)()  # sets up what is set up once
         call = Problem(**problem).attend(attention)
-        before = _peak()
+        before = peak_memory()
         call()
-        return _peak() - before
-
-
-def _peak() -> int:
-    """The largest resident set of this process so far, in bytes."""
-    import resource  # not on Windows
-
-    if sys.platform == "linux":  # where getrusage begins with the peak of the process that started this one
-        with open("/proc/self/status", encoding="ascii") as status:
-            return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+        return peak_memory() - before
 
 
 # --------------------------------------------------------------------------------------------------------------- shown

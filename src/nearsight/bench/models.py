@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whole networks of attention against the ResNets that they replace, 224 x 224, each in its better memory format."""
+"""Whole networks of attention against their yardsticks, each in its better memory format.
+
+A yardstick is the ResNet that a network replaces, or timm's network of the same name.
+"""
 
 from __future__ import annotations
 
@@ -10,68 +13,105 @@ import torch
 from torch import nn
 
 from ..models import create_model
+from .memory import in_fresh_process, peak_memory
 from .timing import race
 
-SIZE = 224
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
-PAIRS = {  # network: its yardstick
-    "sasa_resnet26": "sasa_resnet26 of convolutions",
-    "sasa_resnet38": "sasa_resnet38 of convolutions",
-    "sasa_resnet50": "resnet50",
-}
+PAIRS = (  # network, its yardstick, and an image size that both take
+    ("sasa_resnet26", "sasa_resnet26 of convolutions", 224),
+    ("sasa_resnet38", "sasa_resnet38 of convolutions", 224),
+    ("sasa_resnet50", "resnet50", 224),
+    ("halo_h1", "halonet_h1", 256),
+)
 
 
 def measure(quick: bool) -> list[dict[str, Any]]:
-    """Images per second in inference, without gradients, and in a training step without its optimiser."""
+    """Images per second in inference and in a training step without its optimiser, and the peak memory of training."""
     batch, rounds, seconds = (4, 2, 5.0) if quick else (16, 5, 60.0)
-    print(f"images per second at {SIZE}x{SIZE}, batch {batch}; in brackets the memory format; yardstick: convolutions")
+    print(f"batch {batch}; memory: what training steps add to the peak of a fresh process")
+    speed = f"{'images/s: network':>25}{'yardstick':>25}{'faster':>10}"
+    print(f"{'':67}{speed}{'MB: network':>14}{'yardstick':>12}{'smaller':>10}")
     rows = []
-    for name, yardstick in PAIRS.items():
-        for mode, row in _pair(name, yardstick, batch, rounds, seconds).items():
-            rows.append({"model": name, "yardstick": yardstick, "mode": mode, "batch": batch, **row})
-            attention, convolution = row["attention"], row["convolution"]
-            speed = batch * 1e3 / attention["median_ms"], batch * 1e3 / convolution["median_ms"]
-            print(
-                f"{name:16}{mode:12}{speed[0]:8.1f} ({attention['format']}){speed[1]:8.1f} ({convolution['format']})"
-                f"{speed[0] / speed[1]:8.2f}x",
-                flush=True,
-            )
+    for network, yardstick, size in PAIRS:
+        for row in _pair(network, yardstick, size, batch, rounds, seconds):
+            rows.append(row)
+            _print(row)
     return rows
 
 
-def _pair(name: str, yardstick: str, batch: int, rounds: int, seconds: float) -> dict[str, dict[str, Any]]:
+def _pair(network: str, yardstick: str, size: int, batch: int, rounds: int, seconds: float) -> list[dict[str, Any]]:
+    names = {"network": network, "yardstick": yardstick}
     contenders: dict[str, Callable[[], Any]] = {}
-    for who, model in (("attention", name), ("convolution", yardstick)):
+    for who, name in names.items():
         for layout in FORMATS:
-            for mode, step in _steps(model, layout, batch).items():
-                contenders[f"{mode} {who} {layout}"] = step
+            for mode, steps in (("inference", _inference), ("training", _training)):
+                contenders[f"{mode} {who} {layout}"] = steps(name, layout, batch, size)
     found = race(contenders, rounds, seconds)
-    rows: dict[str, dict[str, Any]] = {"inference": {}, "training": {}}
-    for mode, row in rows.items():
-        for who in ("attention", "convolution"):
+    contenders.clear()  # the processes that are looked at next need the room
+    rows: list[dict[str, Any]] = []
+    for mode in ("inference", "training"):
+        row: dict[str, Any] = {"mode": mode, "batch": batch, "size": size}
+        for who, name in names.items():
             times = {layout: found[f"{mode} {who} {layout}"] for layout in FORMATS}
             best = min(times, key=lambda layout: times[layout].median)
-            row[who] = {"format": best, **times[best].facts()}
+            row[who] = {"name": name, "format": best, **times[best].facts()}
+            if mode == "training":
+                asked = (name, best, batch, size, torch.get_num_threads())
+                row[who]["peak_memory"] = in_fresh_process(training_memory, *asked)
+        rows.append(row)
     return rows
 
 
-def _steps(name: str, layout: str, batch: int) -> dict[str, Callable[[], Any]]:
-    x = torch.randn(batch, 3, SIZE, SIZE).to(memory_format=FORMATS[layout])
-    trained, asked = (_model(name).to(memory_format=FORMATS[layout]) for _ in range(2))
-    asked.eval()
-    parameters = list(trained.parameters())
+def training_memory(name: str, layout: str, batch: int, size: int, threads: int) -> int:
+    """Bytes that training steps add to the peak of this process, which must have done nothing else.
+
+    These are weights, activations, gradients and what the operators take meanwhile.
+    """
+    torch.set_num_threads(threads)
+    before = peak_memory()
+    step = _training(name, layout, batch, size)
+    for _ in range(2):  # the second finds what the first left behind
+        step()
+    return peak_memory() - before
+
+
+def _inference(name: str, layout: str, batch: int, size: int) -> Callable[[], Any]:
+    model, x = _model(name, layout).eval(), _images(layout, batch, size)
 
     def inference() -> None:
         with torch.no_grad():
-            asked(x)
+            model(x)
+
+    return inference
+
+
+def _training(name: str, layout: str, batch: int, size: int) -> Callable[[], Any]:
+    model, x = _model(name, layout), _images(layout, batch, size)
+    parameters = list(model.parameters())
 
     def training() -> None:
-        out = trained(x)
+        out = model(x)
         torch.autograd.grad(out, parameters, out.detach())
 
-    return {"inference": inference, "training": training}
+    return training
 
 
-def _model(name: str) -> nn.Module:
+def _model(name: str, layout: str) -> nn.Module:
     twin = {"attention_stages": ()} if name.endswith(" of convolutions") else {}
-    return create_model(name.split()[0], **twin)
+    return create_model(name.split()[0], **twin).to(memory_format=FORMATS[layout])
+
+
+def _images(layout: str, batch: int, size: int) -> torch.Tensor:
+    return torch.randn(batch, 3, size, size).to(memory_format=FORMATS[layout])
+
+
+def _print(row: dict[str, Any]) -> None:
+    both = row["network"], row["yardstick"]
+    title = f"{both[0]['name']} against {both[1]['name']}, {row['size']}" if row["mode"] == "inference" else ""
+    speeds = [row["batch"] * 1e3 / one["median_ms"] for one in both]
+    shown = [f"{speed:.1f} ({one['format']})" for speed, one in zip(speeds, both, strict=True)]
+    line = f"{title:56}{row['mode']:11}{shown[0]:>25}{shown[1]:>25}{speeds[0] / speeds[1]:9.2f}x"
+    if row["mode"] == "training":
+        memory = [one["peak_memory"] / 1e6 for one in both]
+        line += f"{memory[0]:14,.0f}{memory[1]:12,.0f}{memory[1] / memory[0]:9.2f}x"
+    print(line, flush=True)
