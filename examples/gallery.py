@@ -65,11 +65,11 @@ def pictures(model: nn.Module, images: Tensor, image: Tensor, grey: np.ndarray) 
     ]
     charts = statistics(ns.attention_statistics(ns.attention_maps(model, images)))
     rows = ns.equivariance_by_layer(model, images, Translation(1, 1))
-    vectors = position_vectors(model, maps)
+    tables = position_tables(model, maps)
     return {
         "heads": (draw.heads(grey, maps, pixel), draw.blocks_to_csv(maps, pixel)),
         "rollout": (draw.memory_blocks(grey, rollouts, pixel), draw.blocks_to_csv(rollouts, pixel)),
-        "positions": (draw_vectors(vectors), vectors_csv(vectors)),
+        "positions": (draw_tables(tables), tables_csv(tables)),
         "statistics": (plots.draw(charts), plots.to_csv(charts)),
         "equivariance": (
             draw_equivariance(rows, "moved by one pixel, down and to the right"),
@@ -108,35 +108,39 @@ def statistics(layers: Sequence[Any]) -> list[plots.Chart]:
     ]
 
 
-def position_vectors(model: nn.Module, maps: Sequence[Any]) -> dict[tuple[str, str], np.ndarray]:
-    """Of the first and the last layer: (layer, axis) -> vectors (heads, offsets, channels)."""
+def position_tables(model: nn.Module, maps: Sequence[Any]) -> dict[tuple[str, str], np.ndarray]:
+    """Of the first and the last layer: (layer, what is in the table) -> one picture of numbers per head.
+
+    Relative vectors by axis, offsets down and channels across. Of a table for whole offsets the weights that it gives where
+    content says nothing: its softmax, row and column offsets.
+    """
     modules: dict[str, Any] = dict(model.named_modules())
     found = {}
     for layer in (maps[0], maps[-1]):
-        _, relative = modules[layer.layer].tables_on(layer.map_size)
-        for axis, vectors in zip(("rows", "columns"), relative, strict=True):
+        bias, relative = modules[layer.layer].tables_on(layer.map_size)
+        if bias is not None:
+            found[layer.layer, "offsets"] = bias.flatten(1).softmax(1).view_as(bias).detach().numpy()
+        for axis, vectors in zip(("rows", "columns"), relative or (), strict=False):
             used = vectors[..., vectors.abs().amax((0, 1)) > 0]  # every axis has a share of the channels
             found[layer.layer, axis] = used.detach().numpy()
     return found
 
 
-def draw_vectors(vectors: dict[tuple[str, str], np.ndarray]) -> Any:
-    most = max(map(len, vectors.values()))
-    labels = [f"{layer}\n{axis}" for layer, axis in vectors]
-    return draw.grid(list(vectors.values()), labels, [f"head {head + 1}" for head in range(most)])
+def draw_tables(tables: dict[tuple[str, str], np.ndarray]) -> Any:
+    most = max(map(len, tables.values()))
+    labels = [f"{layer}\n{what}" for layer, what in tables]
+    return draw.grid(list(tables.values()), labels, [f"head {head + 1}" for head in range(most)])
 
 
 # ------------------------------------------------------------------------------------------------------------- numbers
 
 
-def vectors_csv(vectors: dict[tuple[str, str], np.ndarray]) -> str:
+def tables_csv(tables: dict[tuple[str, str], np.ndarray]) -> str:
     lines = []
-    for (layer, axis), values in vectors.items():
+    for (layer, what), values in tables.items():
         places = np.ndindex(values.shape)
-        lines += [
-            (layer, axis, head + 1, offset, channel, values[head, offset, channel]) for head, offset, channel in places
-        ]
-    return table.write_csv(("layer", "axis", "head", "offset", "channel", "value"), lines)
+        lines += [(layer, what, head + 1, row, column, values[head, row, column]) for head, row, column in places]
+    return table.write_csv(("layer", "table", "head", "row", "column", "value"), lines)
 
 
 if __name__ == "__main__":

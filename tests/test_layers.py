@@ -137,6 +137,15 @@ def test_logits_start_with_variance_one():
     assert ((q * k).sum(2) * 32**-0.5).std().item() == pytest.approx(1, abs=0.15)
 
 
+def test_hills_decide_at_first():
+    """Content moves the logits of a quadratic encoding by a tenth at first, and the values are as large as everywhere."""
+    torch.manual_seed(0)
+    layer = ns.LocalSelfAttention2d(64, num_heads=2, position="quadratic")
+    q, k, v = layer.qkv(torch.randn(4, 64, 16, 16)).unflatten(1, (3, 2, 32)).unbind(1)
+    assert ((q * k).sum(2) * 32**-0.5).std().item() == pytest.approx(0.09, abs=0.02)
+    assert v.std().item() == pytest.approx(1, abs=0.1)
+
+
 @pytest.mark.parametrize(
     ("run", "error", "message"),
     [

@@ -16,7 +16,8 @@ def parameters(name, **kwargs):
 
 
 def spatial_convolutions(model):
-    return [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d) and m.kernel_size != (1, 1)]
+    """Those whose neighbouring outputs see a pixel in common: not 1 x 1, not patches."""
+    return [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d) and m.kernel_size > m.stride]
 
 
 # ------------------------------------------------------------------------------------- the paper's tables, by arithmetic
@@ -85,16 +86,18 @@ def test_tables_5_and_6_parameters():
 def test_small_networks():
     assert parameters("sasa_nano") == 84_906
     assert spatial_convolutions(ns.create_model("sasa_nano")) == []
-    assert parameters("sasa_micro") == 412_042
+    assert parameters("sasa_micro") == 519_498
     assert spatial_convolutions(ns.create_model("sasa_micro")) == ["stem.0"]
     assert spatial_convolutions(ns.create_model("conv_micro"))[0] == "stem.0"
 
 
 def test_what_the_small_network_is_held_against():
     """A twin of convolutions in the same places, and a transformer of about as many parameters."""
-    convolutions = 9 * 1024 * (1 + 4 + 3 * 16)
-    attention = 3 * 1024 * (1 + 4 + 3 * 16) + 5 * (32 + 64 + 3 * 128)
-    assert parameters("conv_micro") - parameters("sasa_micro") == convolutions - attention
+    squares = 32**2 + 48**2 + 2 * 176**2
+    convolutions = 9 * squares + 2 * (32 + 48 + 2 * 176)  # and their batch norms
+    attention = 3 * squares + 3 * (8 + 12 + 2 * 22)  # and its hills
+    patches = 3 * (64 * 48 + 96 * 176)  # what 2 x 2 cells have more than one
+    assert parameters("conv_micro") - parameters("sasa_micro") == convolutions - attention - patches
     assert parameters("vit_micro") == pytest.approx(parameters("sasa_micro"), rel=0.03)
 
 
@@ -109,12 +112,25 @@ def test_attention_runs_at_full_resolution_before_the_pool():
     assert sizes == [(16, 16), (16, 16), (8, 8)]
 
 
-def test_a_small_network_may_pool_first():
+def test_a_small_network_attends_to_halved_maps():
     model, sizes = ns.create_model("sasa_micro"), []
     for stage in model.stages:
         stage[0].spatial.register_forward_hook(lambda layer, x, y: sizes.append((x[0].shape[-1], y.shape[-1])))
     model(torch.randn(1, 3, 28, 28))
     assert sizes == [(14, 14), (7, 7), (4, 4)]
+    with pytest.raises(OptionError, match="downsample must be 'pool' or 'patch'; received 'max'"):
+        ns.create_model("sasa_micro", downsample="max")
+
+
+def test_a_bottleneck_whose_up_projects_what_attention_puts_out():
+    block = ns.create_model("sasa_micro").eval().stages[1][0]
+    x = torch.randn(2, 64, 10, 12)
+    y = block.up(block.spatial(block.down(x)))
+    torch.testing.assert_close(block(x), (y + block.shortcut(x)).relu())
+    assert (block.spatial(block.down(x)) < 0).any()
+    twin = ns.create_model("conv_micro").stages[1][0]
+    assert isinstance(twin.norm, nn.BatchNorm2d)
+    assert isinstance(twin.act, nn.ReLU)
 
 
 def test_a_bottleneck_by_hand():

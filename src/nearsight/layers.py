@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .attention import attention_weights, global_attention, local_attention
 from .attention.chosen import weights_of
 from .errors import OptionError, ShapeError
-from .positions import Position, RelativePosition, Tables, position_encoding
+from .positions import Position, QuadraticPosition, RelativePosition, Tables, position_encoding
 from .projection import POINTWISE, Pointwise2d, project
 from .window import Window
 
@@ -134,8 +134,14 @@ class SelfAttention(nn.Module):
             self.to(device=device, dtype=dtype)
 
     def reset_parameters(self) -> None:
-        """Start with queries, keys and values of the input's variance, so that logits have variance one."""
+        """Start with queries, keys and values of the input's variance, so that logits have variance one.
+
+        Where heads start as hills (``position="quadratic"``) queries and keys are small, so that the hills decide at first.
+        """
         nn.init.normal_(self.qkv.weight, std=self.in_channels**-0.5)
+        if isinstance(self.position, QuadraticPosition):
+            with torch.no_grad():
+                self.qkv.weight[: 2 * self.out_channels] *= 0.3
         if self.qkv.bias is not None:
             nn.init.zeros_(self.qkv.bias)
 
@@ -487,8 +493,14 @@ class HaloSelfAttention2d(nn.Module):
             self.to(device=device, dtype=dtype)
 
     def reset_parameters(self) -> None:
-        """Start with queries, keys and values of the input's variance, so that logits have variance one."""
+        """Start with queries, keys and values of the input's variance, so that logits have variance one.
+
+        Where heads start as hills (``position="quadratic"``) queries and keys are small, so that the hills decide at first.
+        """
         nn.init.normal_(self.qkv.weight, std=self.in_channels**-0.5)
+        if isinstance(self.position, QuadraticPosition):
+            with torch.no_grad():
+                self.qkv.weight[: 2 * self.out_channels] *= 0.3
         if self.qkv.bias is not None:
             nn.init.zeros_(self.qkv.bias)
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import ClassifierHead, DropPath
+from timm.layers import ClassifierHead, Conv2dSame, DropPath
 from timm.models import build_model_with_cfg, checkpoint_seq
 from torch import Tensor, nn
 
@@ -126,9 +126,11 @@ class Bottleneck(nn.Module):
 
     Args:
         in_channels, width, spatial_channels, out_channels: of the input, and after down, ``spatial`` and up.
-        spatial: maps ``width`` to ``spatial_channels`` channels, and strides unless ``pool`` does.
+        spatial: maps ``width`` to ``spatial_channels`` channels.
         stride: of the whole block.
-        pool: ``"after"`` or ``"before"`` ``spatial``, an average pool of ``stride``; None for none.
+        downsample: what strides: ``"spatial"`` itself, an average ``"pool"`` after it, or ``"patch"``: down projects patches
+            of ``stride`` x ``stride`` cells that do not overlap.
+        norm_act: False leaves out the batch norm and the ReLU between ``spatial`` and up.
         drop_path: chance to skip the block for an image in training.
     """
 
@@ -141,19 +143,25 @@ class Bottleneck(nn.Module):
         spatial: nn.Module,
         *,
         stride: int = 1,
-        pool: str | None = None,
+        downsample: str = "spatial",
+        norm_act: bool = True,
         drop_path: float = 0.0,
     ) -> None:
         super().__init__()
-        self.down = nn.Sequential(
-            nn.Conv2d(in_channels, width, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True)
-        )
+        if downsample == "patch" and stride > 1:
+            down = Conv2dSame(
+                in_channels, width, stride, stride, bias=False
+            )  # keeps odd sizes in step with the shortcut
+        else:
+            down = nn.Conv2d(in_channels, width, 1, bias=False)
+        self.down = nn.Sequential(down, nn.BatchNorm2d(width), nn.ReLU(inplace=True))
         self.spatial = spatial
-        # ceil_mode and the count keep odd sizes in step with the shortcut.
-        pools = pool is not None and stride > 1
-        self.pool = nn.AvgPool2d(stride, ceil_mode=True, count_include_pad=False) if pools else nn.Identity()
-        self.pool_first = pool == "before"
-        self.norm = nn.BatchNorm2d(spatial_channels)
+        self.pool: nn.Module = nn.Identity()
+        if downsample == "pool" and stride > 1:
+            # So do ceil_mode and the count.
+            self.pool = nn.AvgPool2d(stride, ceil_mode=True, count_include_pad=False)
+        self.norm = nn.BatchNorm2d(spatial_channels) if norm_act else nn.Identity()
+        self.act = nn.ReLU(inplace=True) if norm_act else nn.Identity()
         self.up = nn.Sequential(nn.Conv2d(spatial_channels, out_channels, 1, bias=False), nn.BatchNorm2d(out_channels))
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
         self.shortcut = nn.Identity()
@@ -163,9 +171,8 @@ class Bottleneck(nn.Module):
             )
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.down(x)
-        y = self.spatial(self.pool(y)) if self.pool_first else self.pool(self.spatial(y))
-        y = self.drop_path(self.up(F.relu(self.norm(y), inplace=True)))
+        y = self.pool(self.spatial(self.down(x)))
+        y = self.drop_path(self.up(self.act(self.norm(y))))
         y += self.shortcut(x)
         return F.relu(y, inplace=True)
 

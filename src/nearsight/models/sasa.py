@@ -38,15 +38,17 @@ NANO = {
     "img_size": 32,
 }
 MICRO = {
-    "depths": (1, 1, 3),
-    "widths": (32, 64, 128),
+    "depths": (1, 1, 2),
+    "widths": (32, 48, 176),
     "stem": "conv",
     "stem_width": 32,
     "stem_stride": 2,
-    "num_heads": (2, 4, 8),
+    "num_heads": (8, 12, 22),
     "kernel_size": 5,
+    "position": "quadratic",
     "expansion": 2,
-    "pool_first": True,
+    "downsample": "patch",
+    "post_attn_na": False,
     "img_size": 32,
 }
 
@@ -83,8 +85,12 @@ class SasaResNet(BottleneckNet):
             convolutional twin.
         kernel_size: side of the memory block, one or one per stage; ``"global"`` lets every cell see the whole map.
         expansion: channels that a stage puts out per channel of its bottleneck.
-        pool_first: halve a map before the attention of a stage's first block instead of after it as the paper does: a
-            quarter of that attention's cost.
+        downsample: how a stage's first block halves the map: ``"pool"``, after its attention, as the paper does, or
+            ``"patch"``: the 1 x 1 down becomes a projection of 2 x 2 cells (Swin's patch merging, Liu et al. 2021,
+            arXiv:2103.14030), so that attention runs on the halved map, at a quarter of the cost.
+        post_attn_na: norm and ReLU between attention and the 1 x 1 up, as there are after a convolution. False leaves them
+            out (the option is timm's): up is then attention's output projection. Softmax makes means, and a ReLU right
+            after it would hide the sign of what differs between them before up can subtract one from the other.
         num_heads: of every attention layer, one number or one per stage.
         position, scale: of every attention layer.
         content: False leaves out q.k, and with it the key's projection (Table 6).
@@ -95,8 +101,8 @@ class SasaResNet(BottleneckNet):
     Shapes: (B, in_chans, H, W) of any H and W -> (B, num_classes).
 
     Raises:
-        OptionError: a stage that is not there, an unknown stem, widths, kernel sizes or heads for another number of stages,
-            ``content=False`` with global attention.
+        OptionError: a stage that is not there, an unknown stem or downsample, widths, kernel sizes or heads for another
+            number of stages, ``content=False`` with global attention.
         ShapeError: pictures larger than ``img_size`` for global attention with tables.
 
     Example:
@@ -115,7 +121,8 @@ class SasaResNet(BottleneckNet):
         attention_stages: Sequence[int] | None = None,
         kernel_size: int | str | Sequence[int | str] = 7,
         expansion: int = 4,
-        pool_first: bool = False,
+        downsample: str = "pool",
+        post_attn_na: bool = True,
         num_heads: int | Sequence[int] = 8,
         position: str | Position = "relative",
         content: bool = True,
@@ -136,28 +143,30 @@ class SasaResNet(BottleneckNet):
         heads = one_per_stage("num_heads", num_heads, len(depths))
         if stem is None:
             stem = "conv" if not attending else "patch" if stem_stride == 1 else "attention"
+        if downsample not in ("pool", "patch"):
+            raise OptionError(f"downsample must be 'pool' or 'patch'; received {downsample!r}")
         if "global" in kernel_sizes and not content:
             raise OptionError('content=False needs local attention; received kernel_size="global"')
         sides = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
-        shared = {"position": position, "scale": scale}
+        everywhere = {"position": position, "scale": scale}
 
         def attention(stage: int, width: int, stride: int) -> SelfAttention:
             # The map that it looks at: a block that halves it does so after its attention, unless told otherwise.
-            reduction = stem_stride * 2 ** (stage - 1) // (1 if pool_first else stride)
+            reduction = stem_stride * 2 ** (stage - 1) // (1 if downsample == "patch" else stride)
             map_size = tuple(-(-side // reduction) for side in sides)
-            size, kwargs = kernel_sizes[stage - 1], {"num_heads": heads[stage - 1], "map_size": map_size, **shared}
+            size, kwargs = kernel_sizes[stage - 1], {"num_heads": heads[stage - 1], "map_size": map_size, **everywhere}
             if size == "global":
                 return GlobalSelfAttention2d(width, **kwargs)
             return LocalSelfAttention2d(width, kernel_size=size, content=content, **kwargs)
 
         def block(stage: int, in_channels: int, stride: int, drop_path: float) -> Bottleneck:
             width = widths[stage - 1]
-            if stage in attending:
-                spatial, pool = attention(stage, width, stride), ("before" if pool_first else "after")
-            else:
-                spatial, pool = nn.Conv2d(width, width, 3, stride, padding=1, bias=False), None
             channels = (in_channels, width, width, expansion * width)
-            return Bottleneck(*channels, spatial, stride=stride, pool=pool, drop_path=drop_path)
+            shared = {"stride": stride, "drop_path": drop_path}
+            if stage not in attending:
+                return Bottleneck(*channels, nn.Conv2d(width, width, 3, stride, padding=1, bias=False), **shared)
+            spatial = attention(stage, width, stride)
+            return Bottleneck(*channels, spatial, downsample=downsample, norm_act=post_attn_na, **shared)
 
         super().__init__(
             depths,
@@ -200,7 +209,9 @@ def sasa_micro(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """A network for images of 28 to 64 pixels that trains as fast as its convolutional twin: about 0.4 M parameters.
 
     A convolutional stem of stride 2, as the paper found best, then attention in every block; ``stem="patch"`` leaves no
-    spatial convolution that overlaps.
+    spatial convolution that overlaps. Not the paper's: heads start as hills at places of their own
+    (``position="quadratic"``), no norm and ReLU stand right after attention (``post_attn_na=False``), and patches of
+    2 x 2 cells are projected where the map is halved (``downsample="patch"``).
     """
     return _create("sasa_micro", pretrained, **{**MICRO, **kwargs})
 

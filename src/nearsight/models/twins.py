@@ -44,7 +44,7 @@ def vit_micro(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 
     Dosovitskiy et al. 2021, arXiv:2010.11929. It takes images of one size, ``img_size``, 32 unless given.
     """
-    size = {"patch_size": 4, "embed_dim": 92, "depth": 4, "num_heads": 4}
+    size = {"patch_size": 4, "embed_dim": 102, "depth": 4, "num_heads": 3}
     features = {"feature_cls": "getter", "out_indices": 3}
     return build_model_with_cfg(VisionTransformer, "vit_micro", pretrained, feature_cfg=features, **{**size, **kwargs})
 

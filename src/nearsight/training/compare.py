@@ -38,7 +38,7 @@ RECIPE_FILE = "compare.yaml"
 PER_RUN = ("model", "seed")  # of a recipe's values, those in which the runs differ
 
 # The question of the article: can attention stand in for convolution, and what does it need for that? Each group changes one
-# thing about sasa_micro, which has a convolutional stem, kernel_size=5 and position=relative.
+# thing about sasa_micro, which has a convolutional stem, kernel_size=5 and position=quadratic.
 ARTICLE = {
     "what looks": (
         "conv_micro",
@@ -58,6 +58,7 @@ ARTICLE = {
         "sasa_micro,position=none",
         "sasa_micro,position=sinusoidal",
         "sasa_micro,position=learned",
+        "sasa_micro,position=relative",
         "sasa_micro",
     ),
 }
