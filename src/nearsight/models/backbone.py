@@ -130,7 +130,7 @@ class Bottleneck(nn.Module):
         stride: of the whole block.
         downsample: what strides: ``"spatial"`` itself, an average ``"pool"`` after it, or ``"patch"``: down projects patches
             of ``stride`` x ``stride`` cells that do not overlap.
-        norm_act: False leaves out the batch norm and the ReLU between ``spatial`` and up.
+        act: False leaves out the ReLU between ``spatial`` and up.
         drop_path: chance to skip the block for an image in training.
     """
 
@@ -144,7 +144,7 @@ class Bottleneck(nn.Module):
         *,
         stride: int = 1,
         downsample: str = "spatial",
-        norm_act: bool = True,
+        act: bool = True,
         drop_path: float = 0.0,
     ) -> None:
         super().__init__()
@@ -160,8 +160,8 @@ class Bottleneck(nn.Module):
         if downsample == "pool" and stride > 1:
             # So do ceil_mode and the count.
             self.pool = nn.AvgPool2d(stride, ceil_mode=True, count_include_pad=False)
-        self.norm = nn.BatchNorm2d(spatial_channels) if norm_act else nn.Identity()
-        self.act = nn.ReLU(inplace=True) if norm_act else nn.Identity()
+        self.norm = nn.BatchNorm2d(spatial_channels)
+        self.act = nn.ReLU(inplace=True) if act else nn.Identity()
         self.up = nn.Sequential(nn.Conv2d(spatial_channels, out_channels, 1, bias=False), nn.BatchNorm2d(out_channels))
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
         self.shortcut = nn.Identity()

@@ -44,11 +44,11 @@ MICRO = {
     "stem_width": 32,
     "stem_stride": 2,
     "num_heads": (8, 12, 22),
-    "kernel_size": 5,
+    "kernel_size": (3, 5, 5),
     "position": "quadratic",
     "expansion": 2,
     "downsample": "patch",
-    "post_attn_na": False,
+    "post_attn_act": False,
     "img_size": 32,
 }
 
@@ -88,9 +88,9 @@ class SasaResNet(BottleneckNet):
         downsample: how a stage's first block halves the map: ``"pool"``, after its attention, as the paper does, or
             ``"patch"``: the 1 x 1 down becomes a projection of 2 x 2 cells (Swin's patch merging, Liu et al. 2021,
             arXiv:2103.14030), so that attention runs on the halved map, at a quarter of the cost.
-        post_attn_na: norm and ReLU between attention and the 1 x 1 up, as there are after a convolution. False leaves them
-            out (the option is timm's): up is then attention's output projection. Softmax makes means, and a ReLU right
-            after it would hide the sign of what differs between them before up can subtract one from the other.
+        post_attn_act: a ReLU between attention's norm and the 1 x 1 up, as there is after a convolution. Without it up is
+            attention's output projection: softmax makes means, and a ReLU right after them hides the sign of what differs
+            between two of them before up can subtract one from the other.
         num_heads: of every attention layer, one number or one per stage.
         position, scale: of every attention layer.
         content: False leaves out q.k, and with it the key's projection (Table 6).
@@ -122,7 +122,7 @@ class SasaResNet(BottleneckNet):
         kernel_size: int | str | Sequence[int | str] = 7,
         expansion: int = 4,
         downsample: str = "pool",
-        post_attn_na: bool = True,
+        post_attn_act: bool = True,
         num_heads: int | Sequence[int] = 8,
         position: str | Position = "relative",
         content: bool = True,
@@ -166,7 +166,7 @@ class SasaResNet(BottleneckNet):
             if stage not in attending:
                 return Bottleneck(*channels, nn.Conv2d(width, width, 3, stride, padding=1, bias=False), **shared)
             spatial = attention(stage, width, stride)
-            return Bottleneck(*channels, spatial, downsample=downsample, norm_act=post_attn_na, **shared)
+            return Bottleneck(*channels, spatial, downsample=downsample, act=post_attn_act, **shared)
 
         super().__init__(
             depths,
@@ -210,8 +210,8 @@ def sasa_micro(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 
     A convolutional stem of stride 2, as the paper found best, then attention in every block; ``stem="patch"`` leaves no
     spatial convolution that overlaps. Not the paper's: heads start as hills at places of their own
-    (``position="quadratic"``), no norm and ReLU stand right after attention (``post_attn_na=False``), and patches of
-    2 x 2 cells are projected where the map is halved (``downsample="patch"``).
+    (``position="quadratic"``), no ReLU stands right after attention (``post_attn_act=False``), and patches of 2 x 2 cells
+    are projected where the map is halved (``downsample="patch"``).
     """
     return _create("sasa_micro", pretrained, **{**MICRO, **kwargs})
 
