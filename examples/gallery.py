@@ -33,6 +33,7 @@ RECIPES = {
     "fashion-mnist": Recipe(model="sasa_micro", data="fashion-mnist", epochs=1),
 }
 LOOKED_AT = 64  # test images, for what is a mean over images
+HEADS = 8  # of each layer, in pictures that have one for each head
 SHOWN = {"digits": 3, "fashion-mnist": 0}  # number of the test image that is drawn
 
 
@@ -59,6 +60,7 @@ def main() -> None:
 def pictures(model: nn.Module, images: Tensor, image: Tensor, grey: np.ndarray) -> dict[str, tuple[Any, str]]:
     """Name -> figure and CSV."""
     maps = ns.attention_maps(model, image)
+    few = [FirstHeads(layer) for layer in maps]
     pixel = tuple(n // 2 for n in grey.shape)
     rollouts = [
         Rollout(layer.layer, places[0]) for layer, places in zip(maps, ns.attention_rollout(maps, [pixel]), strict=True)
@@ -67,7 +69,7 @@ def pictures(model: nn.Module, images: Tensor, image: Tensor, grey: np.ndarray) 
     rows = ns.equivariance_by_layer(model, images, Translation(1, 1))
     tables = position_tables(model, maps)
     return {
-        "heads": (draw.heads(grey, maps, pixel), draw.blocks_to_csv(maps, pixel)),
+        "heads": (draw.heads(grey, few, pixel), draw.blocks_to_csv(few, pixel)),
         "rollout": (draw.memory_blocks(grey, rollouts, pixel), draw.blocks_to_csv(rollouts, pixel)),
         "positions": (draw_tables(tables), tables_csv(tables)),
         "statistics": (plots.draw(charts), plots.to_csv(charts)),
@@ -76,6 +78,20 @@ def pictures(model: nn.Module, images: Tensor, image: Tensor, grey: np.ndarray) 
             table.to_csv(decisive(rows)),
         ),
     }
+
+
+@dataclass(frozen=True)
+class FirstHeads:
+    """A layer's map, of which not more heads than the page has room for are drawn."""
+
+    whole: Any
+
+    @property
+    def layer(self) -> str:
+        return self.whole.layer
+
+    def memory_block(self, pixel: tuple[int, int], image_index: int = 0) -> np.ndarray:
+        return self.whole.memory_block(pixel, image_index)[:HEADS]
 
 
 @dataclass(frozen=True)
@@ -119,10 +135,10 @@ def position_tables(model: nn.Module, maps: Sequence[Any]) -> dict[tuple[str, st
     for layer in (maps[0], maps[-1]):
         bias, relative = modules[layer.layer].tables_on(layer.map_size)
         if bias is not None:
-            found[layer.layer, "offsets"] = bias.flatten(1).softmax(1).view_as(bias).detach().numpy()
+            found[layer.layer, "offsets"] = bias.flatten(1).softmax(1).view_as(bias)[:HEADS].detach().numpy()
         for axis, vectors in zip(("rows", "columns"), relative or (), strict=False):
             used = vectors[..., vectors.abs().amax((0, 1)) > 0]  # every axis has a share of the channels
-            found[layer.layer, axis] = used.detach().numpy()
+            found[layer.layer, axis] = used[:HEADS].detach().numpy()
     return found
 
 

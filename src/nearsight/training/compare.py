@@ -38,7 +38,7 @@ RECIPE_FILE = "compare.yaml"
 PER_RUN = ("model", "seed")  # of a recipe's values, those in which the runs differ
 
 # The question of the article: can attention stand in for convolution, and what does it need for that? Each group changes one
-# thing about sasa_micro, which has a convolutional stem, kernel_size=5 and position=quadratic.
+# thing about sasa_micro, which has a convolutional stem, kernel_size=[3, 5, 5] and position=quadratic.
 ARTICLE = {
     "what looks": (
         "conv_micro",
@@ -50,6 +50,7 @@ ARTICLE = {
     "kernel size": (
         "sasa_micro,kernel_size=3",
         "sasa_micro",
+        "sasa_micro,kernel_size=5",
         "sasa_micro,kernel_size=7",
         "sasa_micro,kernel_size=9",
         "sasa_micro,kernel_size=11",
@@ -59,6 +60,11 @@ ARTICLE = {
         "sasa_micro,position=sinusoidal",
         "sasa_micro,position=learned",
         "sasa_micro,position=relative",
+        "sasa_micro",
+    ),
+    "block": (
+        "sasa_micro,post_attn_act=True",
+        "sasa_micro,downsample=pool",
         "sasa_micro",
     ),
 }
