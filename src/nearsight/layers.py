@@ -493,14 +493,8 @@ class HaloSelfAttention2d(nn.Module):
             self.to(device=device, dtype=dtype)
 
     def reset_parameters(self) -> None:
-        """Start with queries, keys and values of the input's variance, so that logits have variance one.
-
-        Where heads start as hills (``position="quadratic"``) queries and keys are small, so that the hills decide at first.
-        """
+        """Start with queries, keys and values of the input's variance, so that logits have variance one."""
         nn.init.normal_(self.qkv.weight, std=self.in_channels**-0.5)
-        if isinstance(self.position, QuadraticPosition):
-            with torch.no_grad():
-                self.qkv.weight[: 2 * self.out_channels] *= 0.3
         if self.qkv.bias is not None:
             nn.init.zeros_(self.qkv.bias)
 
