@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import importlib.util
+import os
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 import nearsight as ns
 from nearsight.attention import native
 from nearsight.attention import natten as natten_backend
+from nearsight.bench.memory import NOTHING_KEPT
 from nearsight.compat import natten as stand_in
 from nearsight.compat.natten import context, flops, functional, modules, split, utils, windows
 from nearsight.errors import OptionError, ShapeError
@@ -677,7 +679,9 @@ print(step({side}))
 def peak(gathered: bool, side: int) -> float:
     """Extra memory of two split calls and their backward, in units of the weights that they return."""
     program = PEAK.format(gathered=gathered, side=side)
-    finished = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
+    environment = {**os.environ, **NOTHING_KEPT}
+    command = [sys.executable, "-c", program]
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert finished.returncode == 0, finished.stderr[-2000:]
     return float(finished.stdout)
 
