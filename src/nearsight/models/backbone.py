@@ -149,9 +149,8 @@ class Bottleneck(nn.Module):
     ) -> None:
         super().__init__()
         if downsample == "patch" and stride > 1:
-            down = Conv2dSame(
-                in_channels, width, stride, stride, bias=False
-            )  # keeps odd sizes in step with the shortcut
+            # "Same" keeps odd sizes in step with the shortcut.
+            down = Conv2dSame(in_channels, width, stride, stride, bias=False)
         else:
             down = nn.Conv2d(in_channels, width, 1, bias=False)
         self.down = nn.Sequential(down, nn.BatchNorm2d(width), nn.ReLU(inplace=True))

@@ -148,13 +148,13 @@ class SasaResNet(BottleneckNet):
         if "global" in kernel_sizes and not content:
             raise OptionError('content=False needs local attention; received kernel_size="global"')
         sides = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
-        everywhere = {"position": position, "scale": scale}
+        shared = {"position": position, "scale": scale}
 
         def attention(stage: int, width: int, stride: int) -> SelfAttention:
             # The map that it looks at: a block that halves it does so after its attention, unless told otherwise.
             reduction = stem_stride * 2 ** (stage - 1) // (1 if downsample == "patch" else stride)
             map_size = tuple(-(-side // reduction) for side in sides)
-            size, kwargs = kernel_sizes[stage - 1], {"num_heads": heads[stage - 1], "map_size": map_size, **everywhere}
+            size, kwargs = kernel_sizes[stage - 1], {"num_heads": heads[stage - 1], "map_size": map_size, **shared}
             if size == "global":
                 return GlobalSelfAttention2d(width, **kwargs)
             return LocalSelfAttention2d(width, kernel_size=size, content=content, **kwargs)
@@ -162,11 +162,11 @@ class SasaResNet(BottleneckNet):
         def block(stage: int, in_channels: int, stride: int, drop_path: float) -> Bottleneck:
             width = widths[stage - 1]
             channels = (in_channels, width, width, expansion * width)
-            shared = {"stride": stride, "drop_path": drop_path}
+            options = {"stride": stride, "drop_path": drop_path}
             if stage not in attending:
-                return Bottleneck(*channels, nn.Conv2d(width, width, 3, stride, padding=1, bias=False), **shared)
+                return Bottleneck(*channels, nn.Conv2d(width, width, 3, stride, padding=1, bias=False), **options)
             spatial = attention(stage, width, stride)
-            return Bottleneck(*channels, spatial, downsample=downsample, act=post_attn_act, **shared)
+            return Bottleneck(*channels, spatial, downsample=downsample, act=post_attn_act, **options)
 
         super().__init__(
             depths,
@@ -206,7 +206,7 @@ def sasa_nano(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 
 @register_model
 def sasa_micro(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """A network for images of 28 to 64 pixels that trains as fast as its convolutional twin: about 0.4 M parameters.
+    """A network for images of 28 to 64 pixels that trains about as fast as its convolutional twin: 0.5 M parameters.
 
     A convolutional stem of stride 2, as the paper found best, then attention in every block; ``stem="patch"`` leaves no
     spatial convolution that overlaps. Not the paper's: heads start as hills at places of their own

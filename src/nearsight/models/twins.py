@@ -34,7 +34,10 @@ def conv_nano(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 
 @register_model
 def conv_micro(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """The twin of ``sasa_micro``: 3 x 3 convolutions in the place of attention, in the stem too, and all else the same."""
+    """The twin of ``sasa_micro``: 3 x 3 convolutions in the place of attention, and widths, depths and stem the same.
+
+    A ReLU follows them, and they stride where ``sasa_micro`` projects patches of 2 x 2 cells: a ResNet's ways.
+    """
     return _create_twin("conv_micro", pretrained, {**MICRO, **kwargs})
 
 
