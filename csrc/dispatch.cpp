@@ -201,6 +201,14 @@ thread_local Scratch scratch;
 
 typedef void (*Work)(const Plan*, int64_t head, int64_t job, char* workspace);
 
+// Heads that a thread takes at a time: as many as leave work enough to share out evenly. In heads-last memory neighbouring
+// heads lie in the same lines, and threads that write to one line at once wait for each other.
+[[maybe_unused]] int heads_at_a_time(const Plan& plan, int num_threads) {
+    int64_t heads = plan.heads;
+    while (heads > 1 && plan.heads * plan.query_pass.jobs / heads < 8 * (int64_t)num_threads) heads = (heads + 1) / 2;
+    return (int)heads;
+}
+
 int run(const Plan& plan, size_t bytes, Work work, int num_threads) {
     const int64_t count = plan.heads * plan.query_pass.jobs;
     std::atomic<bool> failed{false};
@@ -214,7 +222,8 @@ int run(const Plan& plan, size_t bytes, Work work, int num_threads) {
     };
 #if defined(_OPENMP)
     if (num_threads > 1 && count > 1 && !in_child_of_fork) {
-#pragma omp parallel for schedule(dynamic, 1) num_threads(num_threads)
+        const int heads = heads_at_a_time(plan, num_threads);
+#pragma omp parallel for schedule(dynamic, heads) num_threads(num_threads)
         for (int64_t i = 0; i < count; ++i) one(i);
         return failed ? NEARSIGHT_ERROR_MEMORY : NEARSIGHT_OK;
     }

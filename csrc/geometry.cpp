@@ -352,15 +352,16 @@ LaneVector PassLists::add_vector(const Axis& axis, int64_t first, int64_t last) 
 }
 
 int choose_batch_group(const Axis& x, int64_t batch, int64_t heads, int lanes) {
+    // Lanes that hold a cell, of all that are worked on; the last group may lack some of its images.
     const auto used = [&](int64_t group) {
-        const int64_t cells = group * x.cells;
-        return (double)cells / (double)round_up(cells, lanes);
+        const int64_t groups = (batch + group - 1) / group;
+        return (double)(batch * x.cells) / (double)(groups * round_up(group * x.cells, lanes));
     };
     if (x.border == NEARSIGHT_BORDER_ZEROS || x.border == NEARSIGHT_BORDER_WRAP) return 1;  // they have cells beyond
     if (x.cells == 0) return 1;
     int best = 1;
     for (int group = 2; group <= 4 && group * x.cells <= 128; ++group) {
-        if (batch / group * heads < 16) break;  // leave work for other threads
+        if (batch / group * heads < 8) break;  // leave work for other threads; chunks of a map make more of it
         if (used(group) > 1.1 * used(best)) best = group;
     }
     return best;
