@@ -201,8 +201,8 @@ thread_local Scratch scratch;
 
 typedef void (*Work)(const Plan*, int64_t head, int64_t job, char* workspace);
 
-// Heads that a thread takes at a time: as many as leave work enough to share out evenly. In heads-last memory neighbouring
-// heads lie in the same lines, and threads that write to one line at once wait for each other.
+// Heads that a thread takes at a time: as many as leave work enough to share out evenly. In heads-last memory
+// neighbouring heads lie in the same lines, and threads that write to one line at once wait for each other.
 [[maybe_unused]] int heads_at_a_time(const Plan& plan, int num_threads) {
     int64_t heads = plan.heads;
     while (heads > 1 && plan.heads * plan.query_pass.jobs / heads < 8 * (int64_t)num_threads) heads = (heads + 1) / 2;
