@@ -5,8 +5,7 @@ from __future__ import annotations
 
 import os
 
-# Fresh tensors above 32 MB then come on huge pages: large networks run up to 1.6 times faster. PyTorch reads it when it
-# makes its first tensor.
+# Large tensors then come on huge pages. PyTorch reads it when it makes its first tensor.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 import argparse
