@@ -2,15 +2,18 @@
 """The layers have the borders of nn.ConvNd, the papers' parameter counts, and train."""
 
 import warnings
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
 
 import nearsight as ns
 from nearsight import layers
+from nearsight.attention import native
 from nearsight.errors import OptionError, ShapeError
 from nearsight.layers import _whole
 from nearsight.projection import POINTWISE, project
@@ -268,13 +271,14 @@ def test_a_layer_runs_where_there_is_no_autocast():
 
 @pytest.mark.parametrize("rank", [1, 2, 3])
 @pytest.mark.parametrize("bias", [False, True])
-def test_a_projection_is_a_convolution_with_a_kernel_of_one(rank, bias):
+@pytest.mark.parametrize("images", [1, 3])  # with one there are too few cells for a product to pay
+def test_a_projection_is_a_convolution_with_a_kernel_of_one(rank, bias, images):
     size = {1: (17,), 2: (5, 4), 3: (2, 3, 3)}[rank]
     convolution = CONV[rank](3, 2, 1, bias=bias).double()
     projection = POINTWISE[rank](3, 2, 1, bias=bias).double()
     projection.load_state_dict(convolution.state_dict())
-    x = torch.randn(2, *size, 3, dtype=torch.float64).movedim(-1, 1).requires_grad_()
-    grad = torch.randn(2, 2, *size, dtype=torch.float64)
+    x = torch.randn(images, *size, 3, dtype=torch.float64).movedim(-1, 1).requires_grad_()
+    grad = torch.randn(images, 2, *size, dtype=torch.float64)
     y = projection(x)
     assert type(y.grad_fn).__name__ == "_ProjectBackward"
     torch.testing.assert_close(y, convolution(x))
@@ -290,7 +294,8 @@ def test_a_projection_leaves_transforms_and_autocast_alone():
     projection = POINTWISE[2](6, 10, 1)
     x = torch.randn(2, 6, 10, 9).to(memory_format=torch.channels_last)
     assert type(projection(x).grad_fn).__name__ == "_ProjectBackward"
-    assert type(projection(x[:, :, :5, :5]).grad_fn).__name__ != "_ProjectBackward"  # too few cells to pay
+    with torch.no_grad():
+        assert projection(x).grad_fn is None
     with torch.autocast("cpu", torch.bfloat16):
         assert type(projection(x).grad_fn).__name__ != "_ProjectBackward"
     weights = dict(projection.named_parameters())
@@ -302,6 +307,106 @@ def test_a_projection_leaves_transforms_and_autocast_alone():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that tracing is of yesterday
         assert torch.jit.trace(projection, x)(x).shape == (2, 10, 10, 9)
+
+
+REMADE = {
+    "plain": {},
+    "stride": {"stride": 2},
+    "wide, biases": {"out_channels": 32, "qkv_bias": True, "out_proj": True},
+    "rotary": {"position": "mixed_rope"},
+    "learned": {"position": "learned", "map_size": 6},
+    "q.r alone": {"content": False},
+}
+
+
+def trained(layer, x, grad):
+    """The output, and the gradients of the input and of all that is learnt."""
+    wanted = [x, *(parameter for parameter in layer.parameters() if parameter.requires_grad)]
+    for tensor in wanted:
+        tensor.grad = None
+    y = layer(x)
+    y.backward(grad[:, :, : y.shape[2], : y.shape[3]])
+    return [y, *(tensor.grad for tensor in wanted)]
+
+
+@pytest.mark.skipif(native.unavailable() is not None, reason=str(native.unavailable()))
+@pytest.mark.parametrize("options", REMADE.values(), ids=REMADE)
+@pytest.mark.parametrize("frozen", [False, True])
+def test_what_is_projected_again_is_the_same_to_the_bit(options, frozen):
+    torch.manual_seed(0)
+    options = {"in_channels": 16, "kernel_size": 3, "num_heads": 2, **options}
+    keeping, remaking = (ns.LocalSelfAttention2d(**options, recompute_qkv=again) for again in (False, True))
+    remaking.load_state_dict(keeping.state_dict())
+    for layer in (keeping, remaking):
+        layer.qkv.requires_grad_(not frozen)
+    x = torch.randn(2, 16, 9, 11).to(memory_format=torch.channels_last).requires_grad_()
+    grad = torch.randn(2, keeping.out_channels, 9, 11)
+    assert all(map(torch.equal, trained(remaking, x, grad), trained(keeping, x, grad)))
+
+
+@pytest.mark.skipif(native.unavailable() is not None, reason=str(native.unavailable()))
+@pytest.mark.parametrize("stride", [1, 2])
+def test_queries_keys_and_values_are_not_kept(stride):
+    def kept(recompute_qkv):
+        layer = ns.LocalSelfAttention2d(16, kernel_size=3, stride=stride, num_heads=2, recompute_qkv=recompute_qkv)
+        x = torch.randn(4, 16, 20, 20).to(memory_format=torch.channels_last).requires_grad_()
+        stores = {}
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: stores.update({t.data_ptr(): t.nbytes}) or t, lambda t: t
+        ):
+            y = layer(x)
+        y.sum().backward()
+        return sum(stores.values())
+
+    outputs = 4 * 4 * 16 * 20 * 20
+    assert kept(False) - kept(True) == pytest.approx(outputs * (2 + stride**-2))
+
+
+@pytest.mark.skipif(native.unavailable() is not None, reason=str(native.unavailable()))
+def test_projecting_again_sees_that_its_input_was_changed():
+    layer = ns.LocalSelfAttention2d(8, num_heads=2, recompute_qkv=True)
+    x = torch.randn(1, 8, 9, 9).requires_grad_().clone()
+    y = layer(x)
+    x += 1
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_where_nothing_can_be_projected_again_the_layer_is_the_same():
+    """Under a checkpoint, a compiler, autocast and torch.func, with another backend and another projection."""
+    torch.manual_seed(0)
+    keeping, remaking = (
+        ns.LocalSelfAttention2d(8, kernel_size=3, num_heads=2, recompute_qkv=on) for on in (False, True)
+    )
+    remaking.load_state_dict(keeping.state_dict())
+    x = torch.randn(2, 8, 9, 9).to(memory_format=torch.channels_last).requires_grad_()
+    grad = torch.randn(2, 8, 9, 9)
+
+    def everywhere(layer):
+        for reentrant in (False, True):
+            yield trained(_Wrapped(layer, partial(checkpoint, layer, use_reentrant=reentrant)), x, grad)
+        yield trained(_Wrapped(layer, torch.compile(layer, backend="aot_eager")), x, grad)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = trained(layer, x, grad.bfloat16())
+        yield found
+        yield [torch.func.grad(lambda x: (layer(x) * grad).sum())(x)]
+        layer.backend = "blocked"
+        yield trained(layer, x, grad)
+        layer.backend = None
+        layer.qkv = nn.Sequential(layer.qkv, nn.Tanh())
+        yield trained(layer, x, grad)
+
+    for one, other in zip(everywhere(remaking), everywhere(keeping), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+class _Wrapped(nn.Module):
+    def __init__(self, layer, run):
+        super().__init__()
+        self.layer, self.run = layer, run
+
+    def forward(self, x):
+        return self.run(x)
 
 
 def test_parts_that_are_not_neighbours_are_no_whole():

@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 MANY = 16  # cells for each output channel: measured at 261, 33, 4 and 0.5, of which the first two gain
 
@@ -46,33 +49,77 @@ def project(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         >>> project(torch.randn(2, 8, 5, 6), torch.randn(3, 8, 1, 1)).shape
         torch.Size([2, 3, 5, 6])
     """
-    if _is_product(x, weight):
+    if _is_ours(x, weight):
         return _Project.apply(x, weight, bias)  # pyright: ignore[reportReturnType]
     return _convolve[x.ndim - 2](x, weight, bias)
 
 
-def _is_product(x: Tensor, weight: Tensor) -> bool:
+def remaker(projected: Tensor) -> Callable[[], Tensor] | None:
+    """What computes a projection again, without its history, from the input that autograd keeps for it in any case.
+
+    It can be called until the projection's own backward has run. None for what :func:`project` has not computed itself.
+    """
+    node = projected.grad_fn
+    if not hasattr(node, "inputs_of_projection"):
+        return None
+
+    def remake() -> Tensor:
+        if node.inputs_of_projection is None:  # pyright: ignore
+            node.inputs_of_projection = node.saved_tensors  # pyright: ignore
+        x, weight, bias = node.inputs_of_projection  # pyright: ignore
+        with torch.no_grad():
+            return _convolve[x.ndim - 2](x, weight, bias)
+
+    return remake
+
+
+def _is_ours(x: Tensor, weight: Tensor) -> bool:
+    # Of the device "meta" there is no autocast to ask about.
+    if x.device.type != "cpu" or x.dtype != weight.dtype or torch.is_autocast_enabled("cpu"):
+        return False
+    return records_plainly(x, weight)
+
+
+def records_plainly(*tensors: Tensor) -> bool:
+    """Whether autograd records what becomes of these tensors, and nothing else watches.
+
+    Compilers, tracers, torch.func and forward-mode derivatives see through PyTorch's own operators only.
+    """
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
         return False
-    if x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):  # of "meta" there is no autocast to ask about
+    if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)):
         return False
-    if not (torch.is_grad_enabled() and weight.requires_grad) or x.dtype != weight.dtype:
-        return False
-    if x.numel() < MANY * x.shape[1] * weight.shape[0]:
-        return False
-    return x.movedim(1, -1).is_contiguous()
+    return all(forward_ad.unpack_dual(tensor).tangent is None for tensor in tensors)
+
+
+def _by_product(x: Tensor, weight: Tensor) -> bool:
+    return x.numel() >= MANY * x.shape[1] * weight.shape[0] and x.movedim(1, -1).is_contiguous()
 
 
 class _Project(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias):  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx.save_for_backward(x, weight)
+        ctx.save_for_backward(x, weight, bias)
+        ctx.inputs_of_projection = None  # or what remaker has read: under a checkpoint they can be read only once
         return _convolve[x.ndim - 2](x, weight, bias)
 
     @staticmethod
     def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, weight = ctx.saved_tensors
+        x, weight, bias = ctx.inputs_of_projection or ctx.saved_tensors
+        ctx.inputs_of_projection = None
         for_x, for_weight, for_bias = ctx.needs_input_grad
+        if not _by_product(x, weight):
+            ones, zeros = [1] * (x.ndim - 2), [0] * (x.ndim - 2)
+            sizes = None if bias is None else bias.shape
+            geometry = (
+                ones,
+                zeros,
+                ones,
+                False,
+                zeros,
+                1,
+            )  # stride, padding, dilation, transposed, output padding, groups
+            return torch.ops.aten.convolution_backward(grad, x, weight, sizes, *geometry, ctx.needs_input_grad)
         rows = grad.movedim(1, -1).flatten(0, -2)
         return (
             _convolve[x.ndim - 2](grad, weight.transpose(0, 1)) if for_x else None,

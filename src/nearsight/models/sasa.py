@@ -94,6 +94,8 @@ class SasaResNet(BottleneckNet):
         num_heads: of every attention layer, one number or one per stage.
         position, scale: of every attention layer.
         content: False leaves out q.k, and with it the key's projection (Table 6).
+        recompute_qkv: of every attention layer: less memory in training for a little more time. The networks of the paper,
+            ``sasa_resnet*``, have it: with it they take less memory than the ResNets that they replace.
         img_size: side, or height and width, of the pictures that learned positions are made for, and of the largest that
             the relative tables of global attention serve.
         num_classes, in_chans, global_pool, drop_rate, drop_path_rate: as everywhere in timm.
@@ -127,6 +129,7 @@ class SasaResNet(BottleneckNet):
         position: str | Position = "relative",
         content: bool = True,
         scale: float | None = None,
+        recompute_qkv: bool = False,
         img_size: int | Sequence[int] = 224,
         num_classes: int = 1000,
         in_chans: int = 3,
@@ -148,7 +151,7 @@ class SasaResNet(BottleneckNet):
         if "global" in kernel_sizes and not content:
             raise OptionError('content=False needs local attention; received kernel_size="global"')
         sides = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
-        shared = {"position": position, "scale": scale}
+        shared = {"position": position, "scale": scale, "recompute_qkv": recompute_qkv}
 
         def attention(stage: int, width: int, stride: int) -> SelfAttention:
             # The map that it looks at: a block that halves it does so after its attention, unless told otherwise.
@@ -229,16 +232,22 @@ def sasa_resnet26_small(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 @register_model
 def sasa_resnet26(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """SASA-ResNet-26 with a convolutional stem: 10,342,632 parameters (Table 1: 10.3 M)."""
-    return _create("sasa_resnet26", pretrained, **{"depths": (1, 2, 4, 1), "stem": "conv", **kwargs})
+    return _create(
+        "sasa_resnet26", pretrained, **{"depths": (1, 2, 4, 1), "stem": "conv", "recompute_qkv": True, **kwargs}
+    )
 
 
 @register_model
 def sasa_resnet38(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """SASA-ResNet-38 with a convolutional stem: 14,190,632 parameters (Table 1: 14.1 M)."""
-    return _create("sasa_resnet38", pretrained, **{"depths": (2, 3, 5, 2), "stem": "conv", **kwargs})
+    return _create(
+        "sasa_resnet38", pretrained, **{"depths": (2, 3, 5, 2), "stem": "conv", "recompute_qkv": True, **kwargs}
+    )
 
 
 @register_model
 def sasa_resnet50(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """SASA-ResNet-50 with a convolutional stem: 18,038,632 parameters (Table 1: 18.0 M)."""
-    return _create("sasa_resnet50", pretrained, **{"depths": (3, 4, 6, 3), "stem": "conv", **kwargs})
+    return _create(
+        "sasa_resnet50", pretrained, **{"depths": (3, 4, 6, 3), "stem": "conv", "recompute_qkv": True, **kwargs}
+    )
