@@ -188,6 +188,7 @@ class Scratch {
             if (posix_memalign(&fresh, 64, bytes) != 0) return nullptr;
             data_ = (char*)fresh;
             size_ = bytes;
+            memset(data_, 0, sizeof(Leftover));
         }
         return data_;
     }
@@ -257,6 +258,8 @@ ChannelRange nonzero_channels(const float* table, int64_t entries, int64_t chann
     return range;
 }
 
+std::atomic<int64_t> calls{0};
+
 // Owns what a Plan points at.
 struct Call {
     const Kernel* kernel;
@@ -272,6 +275,7 @@ struct Call {
 Call::Call(const nearsight_problem& p, const nearsight_inputs& inputs, const Kernel* kernel, bool backward)
     : kernel(kernel), geometry(p) {
     const int lanes = kernel->lanes;
+    plan.call = ++calls;
     plan.bfloat16 = p.dtype == NEARSIGHT_BFLOAT16;
     plan.batch = p.batch;
     plan.heads = p.heads;

@@ -327,12 +327,14 @@ LaneVector PassLists::add_vector(const Axis& axis, int64_t first, int64_t last) 
         int64_t first_entry = 0, last_entry = entries;
         while (!sees(axis, first, first_entry)) ++first_entry;
         while (!sees(axis, first, last_entry - 1)) --last_entry;
-        return {(int32_t)first_entry, (int32_t)(last_entry - first_entry), 0, 0, lanes_, -1};
+        return {(int32_t)first_entry, (int32_t)(last_entry - first_entry), 0, 0, 0, lanes_, -1};
     }
     std::vector<int32_t> seen((size_t)(entries * lanes_), 0);
     int64_t first_entry = entries, last_entry = 0;
+    bool gaps = first + lanes_ > last;
     for (int64_t lane = 0; lane < lanes_ && first + lane < last; ++lane) {
         const int64_t cell = batch_group_ > 1 ? (first + lane) % axis.cells : first + lane;
+        gaps |= tensor_index(axis, home_ == Home::queries, cell) < 0;
         for (int64_t entry = 0; entry < entries; ++entry) {
             if (!sees(axis, cell, entry)) continue;
             seen[(size_t)(entry * lanes_ + lane)] = -1;
@@ -342,7 +344,7 @@ LaneVector PassLists::add_vector(const Axis& axis, int64_t first, int64_t last) 
     }
     if (last_entry == 0) first_entry = 0, last_entry = 1;  // no lane sees anything: keep one masked entry
     const auto begin = seen.begin() + first_entry * lanes_, end = seen.begin() + last_entry * lanes_;
-    LaneVector vector = {(int32_t)first_entry, (int32_t)(last_entry - first_entry), 0, 0, lanes_, -1};
+    LaneVector vector = {(int32_t)first_entry, (int32_t)(last_entry - first_entry), 0, gaps, 0, lanes_, -1};
     vector.hides_cells = batch_group_ > 1 || axis.border == NEARSIGHT_BORDER_SHIFT;
     if (std::find(begin, end, 0) != end) {
         vector.mask = (int64_t)masks_.size();

@@ -609,8 +609,7 @@ void make_queries(const Plan& plan, QueryWalk& queries, int64_t z, const Group& 
 
 void backward_item(const Plan& plan, const Item& item, Workspace& w) {
     const Group* groups = plan.key_pass.y.groups;
-    start_item(plan, plan.query_pass, w);
-    memset(w.ring, 0, w.ring_bytes);  // what no query sees stays zero
+    start_item(plan, plan.query_pass, item, w);
     if (w.planes) memset(w.planes, 0, w.planes_bytes);
     const int64_t result_channels = plan.head_dim + plan.value_dim;
     memset(w.result, 0, (size_t)(kGroupRows * result_channels * kLanes) * sizeof(float));
@@ -649,7 +648,7 @@ void flush(float* accumulator, int64_t count, float multiplier, float* part) {
 void forward_item(const Plan& plan, const Item& item, Workspace& w) {
     const RowAxis &z = plan.query_pass.z, &y = plan.query_pass.y;
     const auto pair = [&](int64_t g) { return GroupPair{z.groups + g / y.group_count, y.groups + g % y.group_count}; };
-    start_item(plan, plan.query_pass, w);
+    start_item(plan, plan.query_pass, item, w);
     ForwardWalk steps(plan, item, w);
     for (int64_t g = item.first_group; g < item.last_group; ++g) {
         const GroupPair here = pair(g), next = pair(g + 1 < item.last_group ? g + 1 : g);

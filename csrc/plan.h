@@ -39,6 +39,7 @@ struct Run {
 struct LaneVector {
     int32_t first_entry, entries;
     int32_t hides_cells;  // whether a lane may find a cell of the map where it must not look
+    int32_t gaps;         // whether a lane holds no home cell
     int32_t first_own, last_own;  // the lanes that belong to the tile; the others are another tile's as well
     int64_t mask;         // into Pass::masks, entries * lanes of 0 or -1; negative when all lanes see all entries
 };
@@ -97,6 +98,7 @@ struct ChannelRange {
 };
 
 struct Plan {
+    int64_t call;  // from one on, another for every call
     int32_t bfloat16;
     int64_t batch, heads, head_dim, value_dim;
     int32_t batch_group;    // batches side by side in one row, for maps narrower than a vector
@@ -118,7 +120,12 @@ struct Plan {
     int32_t want_query, want_key, want_value;
 };
 
-// One instruction set's code. A workspace is one thread's scratch memory.
+// What the last item left in the workspace. Lanes without a cell stay zero from item to item of one tile.
+struct Leftover {
+    int64_t call, tile;
+};
+
+// One instruction set's code. A workspace is one thread's scratch memory; fresh, it begins with a Leftover of zeros.
 struct Kernel {
     int lanes;
     size_t (*forward_bytes)(const Plan*);

@@ -99,6 +99,55 @@ def test_misaligned(shift, dtype, isa):
         assert torch.equal(local(*tensors, ns.Window(5)), local(*moved, ns.Window(5)))
 
 
+NEIGHBOURS = {  # of which 131 images: a thread works on many, the last of them in a smaller group
+    "narrow": ((4, 4), 5, 1),
+    "narrower": ((5, 3), 3, 1),
+    "7 columns": ((7, 7), 5, 1),
+    "14 columns": ((5, 14), 3, 1),
+    "one vector and more": ((4, 20), 5, 1),
+    "stride": ((6, 13), 3, 2),
+    "a sequence": ((11,), 3, 1),
+}
+
+
+@needs_library
+@every_isa
+@pytest.mark.parametrize("border", ["mask", "zeros", "wrap", "shift"])
+@pytest.mark.parametrize("name", NEIGHBOURS)
+def test_an_image_knows_nothing_of_those_before_it(name, border, isa):
+    """Scratch memory goes from image to image and head to head: what one left there, not a number even, stays its own."""
+    size, kernel_size, stride = NEIGHBOURS[name]
+    window = ns.Window(kernel_size, stride=stride, border=border)
+    entries = window.axes(len(size))[0].table_size
+    bias = torch.randn(2, *[entries] * len(size)).requires_grad_()
+    query = torch.randn(131, 2, *window.output_size(size), 4)
+    key, value = torch.randn(2, 131, 2, *size, 4)
+    grad = torch.randn_like(query)
+
+    def run(spoilt_head):
+        tensors = [tensor.clone() for tensor in (query, key, value, grad)]
+        for tensor in tensors:
+            if spoilt_head is not None:
+                tensor[1::2, spoilt_head] = float("nan")
+        leaves = [tensor.requires_grad_() for tensor in tensors[:3]]
+        with native.use_variant(isa):
+            out = local(*leaves, window, bias=bias)
+            return [out, *torch.autograd.grad(out, [*leaves, bias], tensors[3])]
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        *whole, whole_bias = run(None)
+        for head in (0, 1):
+            *spoilt, spoilt_bias = run(head)
+            for one, other in zip(spoilt, whole, strict=True):
+                assert torch.equal(one[::2], other[::2])
+                assert torch.equal(one[:, 1 - head], other[:, 1 - head])
+            assert torch.equal(spoilt_bias[1 - head], whole_bias[1 - head])
+    finally:
+        torch.set_num_threads(threads)
+
+
 # -------------------------------------------------------------------------------------------------------------- layouts
 
 
