@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -109,20 +109,27 @@ class _Project(torch.autograd.Function):
         ctx.inputs_of_projection = None
         for_x, for_weight, for_bias = ctx.needs_input_grad
         if not _by_product(x, weight):
-            ones, zeros = [1] * (x.ndim - 2), [0] * (x.ndim - 2)
-            sizes = None if bias is None else bias.shape
-            geometry = (
-                ones,
-                zeros,
-                ones,
-                False,
-                zeros,
-                1,
-            )  # stride, padding, dilation, transposed, output padding, groups
-            return torch.ops.aten.convolution_backward(grad, x, weight, sizes, *geometry, ctx.needs_input_grad)
+            return _convolution_backward(grad, x, weight, bias, ctx.needs_input_grad)
         rows = grad.movedim(1, -1).flatten(0, -2)
         return (
             _convolve[x.ndim - 2](grad, weight.transpose(0, 1)) if for_x else None,
             (rows.t() @ x.movedim(1, -1).flatten(0, -2)).view_as(weight) if for_weight else None,
             rows.sum(0) if for_bias else None,
         )
+
+
+def _convolution_backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, wanted: Sequence[bool]):
+    ones, zeros = [1] * (x.ndim - 2), [0] * (x.ndim - 2)
+    return torch.ops.aten.convolution_backward(
+        grad,
+        x,
+        weight,
+        None if bias is None else bias.shape,
+        stride=ones,
+        padding=zeros,
+        dilation=ones,
+        transposed=False,
+        output_padding=zeros,
+        groups=1,
+        output_mask=wanted,
+    )

@@ -30,7 +30,8 @@ __all__ = [
 # In order of preference. A backend is a module with a `name`, `unavailable()` (why it cannot run on this machine at all),
 # `why_not(problem)` (why it cannot take a problem) and `attend(...)`, which returns the result and, where the problem asks
 # for it, the log-sum-exp. It may have `second_best(problem)`: why a later one is the better choice; that keeps it from
-# being chosen, not from being named. `attend` gets as many query heads as keys, unless the backend says `takes_groups`.
+# being chosen, not from being named. `attend` gets as many query heads as keys, unless the backend says `takes_groups`,
+# and `remake` only where it says `takes_remake`.
 BACKENDS: tuple[ModuleType, ...] = (native, natten, flex, dense, blocked, reference)
 
 
