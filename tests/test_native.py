@@ -863,22 +863,24 @@ def test_structures_are_those_of_the_header(tmp_path):
 
 @pytest.mark.slow
 def test_under_sanitizers(tmp_path):
-    """Random geometries through the C ABI, every instruction set, with AddressSanitizer and UBSan."""
+    """Random geometries through the C ABI, every instruction set that can run, with AddressSanitizer and UBSan."""
     compiler = shutil.which("g++")
     assert compiler, "this test needs g++"
     flags = [
         "-std=c++17",
-        "-g",
+        "-g1",
         "-O1",
         "-fsanitize=address,undefined",
         "-fno-sanitize-recover=all",
         "-I",
         ROOT / "csrc",
     ]
-    kernels = {"baseline": []}
-    if "avx2" in ISAS or "avx512" in ISAS:
-        kernels["avx2"] = ["-mavx2", "-mfma"]
-        kernels["avx512"] = ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma"]
+    flags_of = {
+        "avx2": ["-mavx2", "-mfma"],
+        "avx512": ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma"],
+    }
+    # What cannot run here would be compiled in vain, for minutes.
+    kernels = {"baseline": [], **{name: isa for name, isa in flags_of.items() if name in ISAS}}
     defined = [f"-DNEARSIGHT_WITH_{name.upper()}" for name in kernels]
     units = {
         **{
