@@ -16,7 +16,7 @@ from .attention import attention_weights, global_attention, local_attention
 from .attention.chosen import weights_of
 from .errors import OptionError, ShapeError
 from .positions import Position, QuadraticPosition, RelativePosition, Tables, position_encoding
-from .projection import POINTWISE, Pointwise2d, project, remaker
+from .projection import POINTWISE, Pointwise2d, project, records_plainly, remaker
 from .window import Window
 
 
@@ -335,8 +335,8 @@ class LocalSelfAttention2d(_Local):
         qkv_bias: add a bias to the projections.
         out_proj: project once more at the end.
         recompute_qkv: let the backward project the input once more, where it is kept in any case, in place of keeping
-            queries, keys and values: a fifth less memory of a bottleneck's training, for a few percent of its time. The
-            result is the same to the bit. Only the native kernel does so, outside autocast and torch.compile.
+            queries, keys and values: less memory in training for a little more time. The result is the same to the bit.
+            Only the native kernel does so, outside autocast and torch.compile.
         backend: see :func:`local_attention`.
         device, dtype: of the parameters, as in ``nn.Conv2d``.
 
@@ -786,8 +786,7 @@ def split_parts(joined: Tensor, width: int) -> tuple[Tensor, ...]:
     ``joined.split(width, 1)``, but its gradient is not copied together where it lies in memory as a whole already, as the
     native kernel leaves it: up to a tenth of a layer's time.
     """
-    transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    if transformed or not (joined.requires_grad and torch.is_grad_enabled()):
+    if not records_plainly(joined):
         return joined.split(width, 1)
     return _Parts.apply(joined, width)  # pyright: ignore[reportReturnType]
 

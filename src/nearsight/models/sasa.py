@@ -95,7 +95,7 @@ class SasaResNet(BottleneckNet):
         position, scale: of every attention layer.
         content: False leaves out q.k, and with it the key's projection (Table 6).
         recompute_qkv: of every attention layer: less memory in training for a little more time. The networks of the paper,
-            ``sasa_resnet*``, have it: with it they take less memory than the ResNets that they replace.
+            ``sasa_resnet26/38/50``, have it: with it SASA-ResNet-50 takes less memory than ResNet-50.
         img_size: side, or height and width, of the pictures that learned positions are made for, and of the largest that
             the relative tables of global attention serve.
         num_classes, in_chans, global_pool, drop_rate, drop_path_rate: as everywhere in timm.
