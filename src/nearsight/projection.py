@@ -85,11 +85,26 @@ def records_plainly(*tensors: Tensor) -> bool:
 
     Compilers, tracers, torch.func and forward-mode derivatives see through PyTorch's own operators only.
     """
+    return _has_gradient(tensors) and not _is_watched(tensors)
+
+
+def infers_plainly(*tensors: Tensor) -> bool:
+    """Whether nobody asks what becomes of these tensors but for its value: no autograd, autocast or any of its kin."""
+    if _has_gradient(tensors) or _is_watched(tensors) or torch.is_autocast_enabled("cpu"):
+        return False
+    # Counters of FLOPs and tracers are modes; what is not just a tensor may have operators of its own.
+    is_mode_on = torch._C._len_torch_dispatch_stack() > 0
+    return not is_mode_on and all(type(tensor) in (Tensor, nn.Parameter) for tensor in tensors)
+
+
+def _has_gradient(tensors: Sequence[Tensor]) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def _is_watched(tensors: Sequence[Tensor]) -> bool:
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
-        return False
-    if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)):
-        return False
-    return all(forward_ad.unpack_dual(tensor).tangent is None for tensor in tensors)
+        return True
+    return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
 
 
 def _by_product(x: Tensor, weight: Tensor) -> bool:

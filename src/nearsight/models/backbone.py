@@ -8,7 +8,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 from ..errors import OptionError
 from ..layers import AttentionStem2d
-from ..projection import records_plainly
+from .lean import ConvNorm, MaxPool2d, conv_norm, conv_norm_add_relu
 
 
 class Backbone(nn.Module, PyTorchModelHubMixin, library_name="nearsight", license="apache-2.0", tags=["timm"]):
@@ -155,7 +154,7 @@ class Bottleneck(nn.Module):
             down = Conv2dSame(in_channels, width, stride, stride, bias=False)
         else:
             down = nn.Conv2d(in_channels, width, 1, bias=False)
-        self.down = nn.Sequential(down, nn.BatchNorm2d(width), nn.ReLU(inplace=True))
+        self.down = ConvNorm(down, nn.BatchNorm2d(width), nn.ReLU(inplace=True))
         self.spatial = spatial
         self.pool: nn.Module = nn.Identity()
         if downsample == "pool" and stride > 1:
@@ -163,17 +162,22 @@ class Bottleneck(nn.Module):
             self.pool = nn.AvgPool2d(stride, ceil_mode=True, count_include_pad=False)
         self.norm = nn.BatchNorm2d(spatial_channels)
         self.act = nn.ReLU(inplace=True) if act else nn.Identity()
-        self.up = nn.Sequential(nn.Conv2d(spatial_channels, out_channels, 1, bias=False), nn.BatchNorm2d(out_channels))
+        self.up = ConvNorm(nn.Conv2d(spatial_channels, out_channels, 1, bias=False), nn.BatchNorm2d(out_channels))
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
         self.shortcut = nn.Identity()
         if stride != 1 or in_channels != out_channels:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels)
-            )
+            conv = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
+            self.shortcut = ConvNorm(conv, nn.BatchNorm2d(out_channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.pool(self.spatial(self.down(x)))
-        y = self.drop_path(self.up(self.act(self.norm(y))))
+        y = self.down(x)
+        if isinstance(self.spatial, nn.Conv2d):
+            y = conv_norm(y, self.spatial, self.norm, self.act)
+        else:
+            y = self.act(self.norm(self.pool(self.spatial(y))))
+        if not self.drop_path.training:
+            return conv_norm_add_relu(y, self.up, self.shortcut(x))
+        y = self.drop_path(self.up(y))
         y += self.shortcut(x)
         return F.relu(y, inplace=True)
 
@@ -272,35 +276,7 @@ def build_stem(name: str, in_chans: int, channels: int, stride: int) -> nn.Modul
             f"received {name!r} with stem_stride={stride}"
         )
     # A ReLU and a maximum may change places, and the ReLU has less to do on the smaller map.
-    return nn.Sequential(conv, nn.BatchNorm2d(channels), pool, nn.ReLU(inplace=True))
-
-
-class MaxPool2d(nn.MaxPool2d):
-    """``nn.MaxPool2d`` that keeps for its backward where the maxima were, and not the map that they were found in.
-
-    That map is the largest of the whole network, and PyTorch's own backward reads no more of it than its shape.
-    """
-
-    def forward(self, input: Tensor) -> Tensor:
-        if input.device.type != "cpu" or not records_plainly(input):
-            return super().forward(input)  # pyright: ignore[reportReturnType]
-        geometry = (self.kernel_size, self.stride, self.padding, self.dilation, self.ceil_mode)
-        return _MaxPool.apply(input, geometry)  # pyright: ignore[reportReturnType]
-
-
-class _MaxPool(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, geometry):  # pyright: ignore[reportIncompatibleMethodOverride]
-        y, places = torch.ops.aten.max_pool2d_with_indices(x, *geometry)
-        ctx.save_for_backward(places)
-        ctx.geometry, ctx.shape, ctx.strides = geometry, x.shape, x.stride()
-        return y
-
-    @staticmethod
-    def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
-        (places,) = ctx.saved_tensors
-        unread = grad.new_empty_strided(ctx.shape, ctx.strides)  # costs nothing: no page of it is ever touched
-        return torch.ops.aten.max_pool2d_with_indices_backward(grad, unread, *ctx.geometry, places), None
+    return ConvNorm(conv, nn.BatchNorm2d(channels), pool, nn.ReLU(inplace=True))
 
 
 def take_indices(count: int, indices: int | Sequence[int] | None) -> list[int]:
