@@ -231,6 +231,19 @@ def test_small_maps_are_not_worth_folded_weights(fused):
 
 
 @torch.no_grad()
+def test_the_end_of_a_block_heeds_hooks_and_derivatives_of_its_own(fused):
+    block, x = filled(ConvNorm(nn.Conv2d(4, 8, 1, bias=False), nn.BatchNorm2d(8))), torch.randn(2, 4, 12, 12)
+    shortcut = torch.randn(2, 8, 12, 12)
+    with forward_ad.dual_level():
+        end = conv_norm_add_relu(x, block, forward_ad.make_dual(shortcut, torch.ones_like(shortcut)))
+        assert torch.equal(forward_ad.unpack_dual(end).tangent, (end > 0).float())
+    with block.register_forward_hook(lambda module, args, out: out + 100):
+        end = conv_norm_add_relu(x, block, shortcut)
+    torch.testing.assert_close(end.double(), by_hand(x, *block) + shortcut + 100, atol=1e-4, rtol=1e-5)
+    assert "add relu" not in fused
+
+
+@torch.no_grad()
 def test_slices_are_sequences_too(fused):
     block, x = filled(ConvNorm(nn.Conv2d(4, 8, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU())), torch.randn(2, 4, 12, 12)
     assert torch.equal(block[:1](x), block[0](x))
