@@ -134,6 +134,7 @@ void logits(const Spot& s, Vector* greatest) {
 // Logits become weights, not yet divided by their sum, which is returned.
 Vector softmax(float* scores, int count, Vector greatest) {
     Vector sum = {};
+#pragma GCC unroll 4
     for (int i = 0; i < count; ++i) {
         const Vector weight = exp2(load(scores + i * kLanes) - greatest);
         store(scores + i * kLanes, weight);

@@ -207,22 +207,44 @@ void unpack_scalars(const Plan& plan, float* target, const RowAddress& at, const
 
 // ---- Asking for memory ahead of time --------------------------------------------------------------------------------
 
+// Lines at even distances, one of each piece of contiguous memory.
+struct Strip {
+    uintptr_t line, stride;
+    int32_t lines;
+    bool write;  // whether they will be written
+};
+
 // Memory to ask for while something else is computed: waiting for it would take as long as the work. A few lines at a
 // time, since a burst fills the queues of the processor and makes it wait after all.
 struct Prefetches {
-    static constexpr int kMost = 1024;
-    uintptr_t lines[kMost];  // the lowest bit is set for those that will be written
-    int count, done, at_once;
+    static constexpr int kMostLines = 1024, kMostStrips = 256;
+    Strip strips[kMostStrips];
+    Strip* next;
+    int count, lines, at_once;  // count: of strips; lines: of all of them
 
-    void spread_over(int points) { at_once = count / (points > 0 ? points : 1) + 1; }
+    void clear() {
+        next = strips;
+        count = lines = 0;
+    }
+    void add(const Strip& strip) {
+        if (count == kMostStrips || lines + strip.lines > kMostLines) return;
+        strips[count++] = strip;
+        lines += strip.lines;
+    }
+    void spread_over(int points) { at_once = lines / (points > 0 ? points : 1) + 1; }
     NEARSIGHT_INLINE void issue() {
-        const int first = done, last = done + at_once < count ? done + at_once : count;
-        done = last;
-        for (int i = first; i < last; ++i) {
-            if (lines[i] & 1)
-                __builtin_prefetch((const void*)lines[i], 1, 2);
+        for (int wanted = at_once; wanted > 0 && next < strips + count;) {
+            Strip& strip = *next;
+            const int now = wanted < strip.lines ? wanted : strip.lines;
+            uintptr_t line = strip.line;
+            if (strip.write)
+                for (int i = 0; i < now; ++i, line += strip.stride) __builtin_prefetch((const void*)line, 1, 2);
             else
-                __builtin_prefetch((const void*)lines[i], 0, 2);
+                for (int i = 0; i < now; ++i, line += strip.stride) __builtin_prefetch((const void*)line, 0, 2);
+            strip.line = line;
+            strip.lines -= now;
+            wanted -= now;
+            if (strip.lines == 0) ++next;
         }
     }
 };
@@ -233,7 +255,7 @@ struct Stream {
     int64_t channels;
 };
 
-// Lists the lines of a run: strips of contiguous memory, be it the channels of each cell or the cells of each channel.
+// Lists the lines of a run: contiguous memory is the channels of each cell or the cells of each channel.
 void list_run(const Plan& plan, const Stream& stream, const RowAddress& at, const Run& run, bool write,
               Prefetches& list) {
     constexpr uintptr_t kLine = 64;
@@ -241,15 +263,12 @@ void list_run(const Plan& plan, const Stream& stream, const RowAddress& at, cons
     if (t.channel != 1 && t.x != 1) return;
     const int64_t size = plan.bfloat16 ? 2 : 4;
     const bool interleaved = t.channel == 1;
-    const int64_t strips = interleaved ? run.count : stream.channels;
+    const int64_t pieces = interleaved ? run.count : stream.channels;
     const uintptr_t stride = (uintptr_t)((interleaved ? t.x : t.channel) * size);
     const uintptr_t bytes = (uintptr_t)((interleaved ? stream.channels : run.count) * size);
-    const uintptr_t first = ((uintptr_t)(t.data + row_offset(t, at, run) * size) & ~(uintptr_t)1) | (uintptr_t)write;
-    if (list.count + strips * (int64_t)((bytes + kLine - 1) / kLine) > Prefetches::kMost) return;
-    uintptr_t* next = list.lines + list.count;
-    for (uintptr_t byte = 0; byte < bytes; byte += kLine)
-        for (int64_t strip = 0; strip < strips; ++strip) *next++ = first + byte + (uintptr_t)strip * stride;
-    list.count = (int)(next - list.lines);
+    const uintptr_t first = (uintptr_t)(t.data + row_offset(t, at, run) * size);
+    if (pieces > Prefetches::kMostLines) return;
+    for (uintptr_t byte = 0; byte < bytes; byte += kLine) list.add({first + byte, stride, (int32_t)pieces, write});
 }
 
 void list_row(const Plan& plan, const Stream* streams, int count, const RowAddress& at, const Runs& runs, bool write,

@@ -41,6 +41,7 @@ NEARSIGHT_INLINE void dot(const DotOperands& o, int entry, Part& part) {
         for (int e = 0; e < kEntries; ++e) sums[r][e] = part.start(r, entry + e);
     const float* home = o.home;
     const float* away = o.away + entry * o.step;
+#pragma GCC unroll 2
     for (int64_t c = 0; c < o.channels; ++c) {
         Vector h[kRows];
         for (int r = 0; r < kRows; ++r) h[r] = load(home + r * o.home_row);

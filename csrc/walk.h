@@ -240,7 +240,7 @@ struct Walk {
 
     // Lists the results of this vector.
     void list_results(int64_t z, const Group& y, int vector) const {
-        w.prefetches->count = w.prefetches->done = 0;
+        w.prefetches->clear();
         for (int r = 0; r < y.rows; ++r) list(result_streams, 2, address(z, y.home[r]), own_runs(vector), true);
     }
 
