@@ -150,6 +150,7 @@ PLAIN = {
     "a hook on the convolution": hooked(lambda b: b[0].register_forward_hook(lambda m, args, out: out + 1)),
     "a hook before the norm": hooked(lambda b: b[1].register_forward_pre_hook(lambda m, args: (args[0] + 1,))),
     "a hook on the ReLU": hooked(lambda b: b[2].register_forward_hook(lambda m, args, out: out + 1)),
+    "a forward of its own": hooked(lambda b: setattr(b[0], "forward", lambda x: nn.Conv2d.forward(b[0], x) + 1)),
     "a norm without statistics": hooked(lambda b: b.__setitem__(1, nn.BatchNorm2d(8, track_running_stats=False))),
     "a norm without gamma": hooked(lambda b: b.__setitem__(1, nn.BatchNorm2d(8, affine=False))),
     "a norm that learns": hooked(lambda b: b[1].register_forward_pre_hook(lambda m, args: None)),

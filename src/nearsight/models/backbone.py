@@ -171,7 +171,7 @@ class Bottleneck(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.down(x)
-        if isinstance(self.spatial, nn.Conv2d):
+        if isinstance(self.pool, nn.Identity):  # then what is spatial may be a convolution
             y = conv_norm(y, self.spatial, self.norm, self.act)
         else:
             y = self.act(self.norm(self.pool(self.spatial(y))))

@@ -101,7 +101,7 @@ def _is_worth_it(x: Tensor, conv: nn.Conv2d, *others: Tensor) -> bool:
 
 def _is_plain(module: nn.Module | None, cls: type[T]) -> TypeGuard[T]:
     """Whether a module is just of this class, with nothing that is to happen when it is called."""
-    if module is None or type(module) is not cls:
+    if module is None or type(module) is not cls or "forward" in vars(module):  # some libraries replace it
         return False
     hooks = (module._forward_pre_hooks, module._forward_hooks)
     everywhere = (every_module._global_forward_pre_hooks, every_module._global_forward_hooks)
