@@ -42,6 +42,9 @@ def test_every_bench_prints_and_writes(bench, tiny, tmp_path, capsys):
 def test_bench_of_models_compares_networks_with_yardsticks(tiny, capsys):
     rows = models.measure(quick=True)
     assert [row["mode"] for row in rows] == ["inference", "training"]
+    for row in rows:
+        ratios = [there / here for here, there in zip(row["network"]["ms"], row["yardstick"]["ms"], strict=True)]
+        assert row["faster"] == sum(ratios) / 2
     for who, name in (("network", "sasa_nano"), ("yardstick", "sasa_nano of convolutions")):
         inference, training = (row[who] for row in rows)
         assert inference["name"] == training["name"] == name
@@ -104,6 +107,8 @@ def test_times():
     assert len(times["a"].ms) == len(times["b"].ms) == 4
     assert times["b"].median > times["a"].median
     assert Times([3.0, 1.0, 2.0]).median == 2.0
+    # Two slow rounds and one fast, of both alike; one of them sat out the last.
+    assert Times([1.0, 10.0, 8.0]).faster_than(Times([2.0, 30.0, 16.0, 1.0])) == 2.0
 
 
 def test_passes_take_every_gradient():

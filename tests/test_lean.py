@@ -245,6 +245,18 @@ def test_the_end_of_a_block_heeds_hooks_and_derivatives_of_its_own(fused):
 
 
 @torch.no_grad()
+def test_a_block_calls_what_hangs_in_the_place_of_its_pool(fused):
+    block, x = filled(Bottleneck(8, 8, 8, 8, nn.Conv2d(8, 8, 3, padding=1, bias=False))), torch.randn(2, 8, 24, 24)
+    before = block(x)
+    assert fused == ["relu", "relu", "add relu"]
+    with block.pool.register_forward_hook(lambda module, args, out: torch.zeros_like(out)):
+        after = block(x)
+    assert fused[3:] == ["relu", "add relu"]
+    assert not torch.equal(after, before)
+    torch.testing.assert_close(after, (block.up(block.norm(torch.zeros_like(x)).relu()) + x).relu())
+
+
+@torch.no_grad()
 def test_slices_are_sequences_too(fused):
     block, x = filled(ConvNorm(nn.Conv2d(4, 8, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU())), torch.randn(2, 4, 12, 12)
     assert torch.equal(block[:1](x), block[0](x))

@@ -7,6 +7,7 @@ A yardstick is the ResNet that a network replaces, or timm's network of the same
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,39 +28,33 @@ PAIRS = (  # network, its yardstick, and an image size that both take
 
 def measure(quick: bool) -> list[dict[str, Any]]:
     """Images per second in inference and in a training step without its optimiser, and the peak memory of training."""
-    batch, rounds, seconds = (4, 2, 5.0) if quick else (16, 5, 60.0)
-    print(f"batch {batch}; memory: what training steps add to the peak of a fresh process")
+    batch, rounds, seconds = (4, 2, 5.0) if quick else (16, 15, 60.0)
+    print(f"batch {batch}; faster: median of the rounds' ratios; memory: what training adds to a fresh process's peak")
     speed = f"{'images/s: network':>25}{'yardstick':>25}{'faster':>10}"
     print(f"{'':67}{speed}{'MB: network':>14}{'yardstick':>12}{'smaller':>10}")
-    rows = []
+    rows: list[dict[str, Any]] = []
     for network, yardstick, size in PAIRS:
-        for row in _pair(network, yardstick, size, batch, rounds, seconds):
+        names = {"network": network, "yardstick": yardstick}
+        for mode, steps in (("inference", _inference), ("training", _training)):
+            row = {"mode": mode, "batch": batch, "size": size}
+            row |= _contest(names, partial(steps, batch=batch, size=size), rounds, seconds)
+            if mode == "training":
+                for who in names:
+                    asked = (row[who]["name"], row[who]["format"], batch, size, torch.get_num_threads())
+                    row[who]["peak_memory"] = in_fresh_process(training_memory, *asked)
             rows.append(row)
             _print(row)
     return rows
 
 
-def _pair(network: str, yardstick: str, size: int, batch: int, rounds: int, seconds: float) -> list[dict[str, Any]]:
-    names = {"network": network, "yardstick": yardstick}
-    contenders: dict[str, Callable[[], Any]] = {}
-    for who, name in names.items():
-        for layout in FORMATS:
-            for mode, steps in (("inference", _inference), ("training", _training)):
-                contenders[f"{mode} {who} {layout}"] = steps(name, layout, batch, size)
-    found = race(contenders, rounds, seconds)
-    contenders.clear()  # the processes that are looked at next need the room
-    rows: list[dict[str, Any]] = []
-    for mode in ("inference", "training"):
-        row: dict[str, Any] = {"mode": mode, "batch": batch, "size": size}
-        for who, name in names.items():
-            times = {layout: found[f"{mode} {who} {layout}"] for layout in FORMATS}
-            best = min(times, key=lambda layout: times[layout].median)
-            row[who] = {"name": name, "format": best, **times[best].facts()}
-            if mode == "training":
-                asked = (name, best, batch, size, torch.get_num_threads())
-                row[who]["peak_memory"] = in_fresh_process(training_memory, *asked)
-        rows.append(row)
-    return rows
+def _contest(names: dict[str, str], steps: Callable[..., Callable], rounds: int, seconds: float) -> dict[str, Any]:
+    """A heat, in which each finds its better memory format, and then the two of them in turn."""
+    entrants = [(who, layout) for who in names for layout in FORMATS]
+    heat = race({f"{who} {layout}": steps(names[who], layout) for who, layout in entrants}, 2, seconds)
+    best = {who: min(FORMATS, key=lambda layout: heat[f"{who} {layout}"].median) for who in names}
+    final = race({who: steps(name, best[who]) for who, name in names.items()}, rounds, seconds)
+    facts = {who: {"name": name, "format": best[who], **final[who].facts()} for who, name in names.items()}
+    return {**facts, "faster": final["network"].faster_than(final["yardstick"])}
 
 
 def training_memory(name: str, layout: str, batch: int, size: int, threads: int) -> int:
@@ -110,7 +105,7 @@ def _print(row: dict[str, Any]) -> None:
     title = f"{both[0]['name']} against {both[1]['name']}, {row['size']}" if row["mode"] == "inference" else ""
     speeds = [row["batch"] * 1e3 / one["median_ms"] for one in both]
     shown = [f"{speed:.1f} ({one['format']})" for speed, one in zip(speeds, both, strict=True)]
-    line = f"{title:56}{row['mode']:11}{shown[0]:>25}{shown[1]:>25}{speeds[0] / speeds[1]:9.2f}x"
+    line = f"{title:56}{row['mode']:11}{shown[0]:>25}{shown[1]:>25}{row['faster']:9.2f}x"
     if row["mode"] == "training":
         memory = [one["peak_memory"] / 1e6 for one in both]
         line += f"{memory[0]:14,.0f}{memory[1]:12,.0f}{memory[1] / memory[0]:9.2f}x"

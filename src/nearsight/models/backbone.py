@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..errors import OptionError
 from ..layers import AttentionStem2d
-from .lean import ConvNorm, MaxPool2d, conv_norm, conv_norm_add_relu
+from .lean import ConvNorm, MaxPool2d, conv_norm, conv_norm_add_relu, is_plain
 
 
 class Backbone(nn.Module, PyTorchModelHubMixin, library_name="nearsight", license="apache-2.0", tags=["timm"]):
@@ -171,7 +171,7 @@ class Bottleneck(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.down(x)
-        if isinstance(self.pool, nn.Identity):  # then what is spatial may be a convolution
+        if is_plain(self.pool, nn.Identity):  # then what is spatial may be a convolution
             y = conv_norm(y, self.spatial, self.norm, self.act)
         else:
             y = self.act(self.norm(self.pool(self.spatial(y))))

@@ -56,8 +56,8 @@ def conv_norm(x: Tensor, conv: nn.Module, norm: nn.Module, act: nn.Module | None
         x: (B, C, H, W).
         act: a ReLU, or None or ``nn.Identity`` for nothing.
     """
-    is_nothing = act is None or _is_plain(act, nn.Identity)
-    folded = _folded(x, conv, norm) if is_nothing or _is_plain(act, nn.ReLU) else None
+    is_nothing = act is None or is_plain(act, nn.Identity)
+    folded = _folded(x, conv, norm) if is_nothing or is_plain(act, nn.ReLU) else None
     if folded is None:
         y = norm(conv(x))
         return y if act is None else act(y)
@@ -66,8 +66,8 @@ def conv_norm(x: Tensor, conv: nn.Module, norm: nn.Module, act: nn.Module | None
 
 def conv_norm_add_relu(x: Tensor, conv_and_norm: ConvNorm, shortcut: Tensor) -> Tensor:
     """The end of a residual block, relu(norm(conv(x)) + shortcut), as :func:`conv_norm` does it."""
-    is_plain = _is_plain(conv_and_norm, ConvNorm) and len(conv_and_norm) == 2 and infers_plainly(shortcut)
-    folded = _folded(x, *conv_and_norm) if is_plain else None
+    is_pair = is_plain(conv_and_norm, ConvNorm) and len(conv_and_norm) == 2
+    folded = _folded(x, *conv_and_norm) if is_pair and infers_plainly(shortcut) else None
     if folded is None:
         y = conv_and_norm(x)
         y += shortcut
@@ -77,7 +77,7 @@ def conv_norm_add_relu(x: Tensor, conv_and_norm: ConvNorm, shortcut: Tensor) -> 
 
 def _folded(x: Tensor, conv: nn.Module, norm: nn.Module) -> tuple | None:
     """Weight, bias and geometry of the convolution that does the batch norm's work too; None if the modules have to."""
-    if _convolve is None or not (_is_plain(conv, nn.Conv2d) and _is_plain(norm, nn.BatchNorm2d)):
+    if _convolve is None or not (is_plain(conv, nn.Conv2d) and is_plain(norm, nn.BatchNorm2d)):
         return None
     if norm.training or conv.bias is not None or conv.padding_mode != "zeros" or isinstance(conv.padding, str):
         return None
@@ -99,7 +99,7 @@ def _is_worth_it(x: Tensor, conv: nn.Conv2d, *others: Tensor) -> bool:
     return cells >= MANY * conv.weight[0].numel()
 
 
-def _is_plain(module: nn.Module | None, cls: type[T]) -> TypeGuard[T]:
+def is_plain(module: nn.Module | None, cls: type[T]) -> TypeGuard[T]:
     """Whether a module is just of this class, with nothing that is to happen when it is called."""
     if module is None or type(module) is not cls or "forward" in vars(module):  # some libraries replace it
         return False
