@@ -149,6 +149,22 @@ def test_features_only(name):
 
 
 @every_small
+@pytest.mark.filterwarnings("ignore:Was not able to add assertion")
+def test_graphs_of_torch_fx(name):
+    """As timm traces its own networks; the graph serves maps of other sizes too."""
+    model = small(name).eval()
+    graph = timm.models.GraphExtractNet(model, ["head"])
+    for size in ((32, 32), (29, 40)):
+        x = torch.randn(2, 3, *size)
+        torch.testing.assert_close(graph(x), model(x))
+
+
+def test_networks_of_convolutions_are_traced_by_torch_fx_itself():
+    model, x = ns.create_model("conv_nano").eval(), torch.randn(2, 3, 16, 16)
+    torch.testing.assert_close(torch.fx.symbolic_trace(model)(x), model(x))
+
+
+@every_small
 def test_forward_intermediates(name):
     model, x = small(name).eval(), torch.randn(1, 3, 32, 32)
     final, maps = model.forward_intermediates(x)

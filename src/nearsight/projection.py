@@ -85,16 +85,19 @@ def records_plainly(*tensors: Tensor) -> bool:
 
     Compilers, tracers, torch.func and forward-mode derivatives see through PyTorch's own operators only.
     """
-    return _has_gradient(tensors) and not _is_watched(tensors)
+    return _are_plain(tensors) and _has_gradient(tensors) and not _is_watched(tensors)
 
 
 def infers_plainly(*tensors: Tensor) -> bool:
     """Whether nobody asks what becomes of these tensors but for its value: no autograd, autocast or any of its kin."""
-    if _has_gradient(tensors) or _is_watched(tensors) or torch.is_autocast_enabled("cpu"):
+    if not _are_plain(tensors) or _has_gradient(tensors) or _is_watched(tensors) or torch.is_autocast_enabled("cpu"):
         return False
-    # Counters of FLOPs and tracers are modes; what is not just a tensor may have operators of its own.
-    is_mode_on = torch._C._len_torch_dispatch_stack() > 0
-    return not is_mode_on and all(type(tensor) in (Tensor, nn.Parameter) for tensor in tensors)
+    return torch._C._len_torch_dispatch_stack() == 0  # counters of FLOPs and tracers are modes
+
+
+def _are_plain(tensors: Sequence[Tensor]) -> bool:
+    # A subclass may have operators of its own, and the stand-ins of torch.fx cannot be asked anything.
+    return all(type(tensor) in (Tensor, nn.Parameter) for tensor in tensors)
 
 
 def _has_gradient(tensors: Sequence[Tensor]) -> bool:

@@ -9,15 +9,27 @@ from typing import Any
 
 import timm
 import yaml
+from timm.models import register_notrace_module
 from torch import nn
 
 from ..errors import OptionError
+from ..layers import AttentionStem2d, GlobalSelfAttention2d, HaloSelfAttention2d, LocalSelfAttention2d
 from . import halonet, nat, sasa, twins  # twins registers what is held against them  # noqa: F401
 from .flops import count_flops
 
 __all__ = ["count_flops", "create_model", "list_models", "parse_spec"]
 
 _FAMILIES = (halonet, nat, sasa)
+
+# timm's graphs of torch.fx take these whole: what they do hangs on the size of the map, which a graph does not know.
+for layer in (
+    AttentionStem2d,
+    GlobalSelfAttention2d,
+    HaloSelfAttention2d,
+    LocalSelfAttention2d,
+    nat.NeighbourhoodAttention,
+):
+    register_notrace_module(layer)
 
 
 def list_models() -> list[str]:

@@ -115,7 +115,7 @@ class MaxPool2d(nn.MaxPool2d):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        if input.device.type != "cpu" or not records_plainly(input):
+        if not records_plainly(input) or input.device.type != "cpu":
             return super().forward(input)  # pyright: ignore[reportReturnType]
         geometry = (self.kernel_size, self.stride, self.padding, self.dilation, self.ceil_mode)
         return _MaxPool.apply(input, geometry)  # pyright: ignore[reportReturnType]
