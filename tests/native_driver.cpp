@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Calls the C ABI with random problems in exactly as much memory as they need, for the sanitizers to watch:
-//     driver PROBLEMS [SEED]
-// Right results are the contract tests' business; here every number has to be written, and finite.
+//     driver PROBLEMS [SEED [FILE]]
+// Right results are the contract tests' business; here every number has to be written, and finite. With FILE the problems
+// run on the instruction set that the machine picks, and each result goes there as a count and so many float32 numbers,
+// for a test to hold one machine's against another's.
 
 #include <math.h>
 #include <stdio.h>
@@ -17,6 +19,7 @@
 #include "nearsight.h"
 
 static std::mt19937 random_bits;
+static FILE* results;
 
 static int64_t pick(int64_t low, int64_t high) {
     return std::uniform_int_distribution<int64_t>(low, high)(random_bits);
@@ -51,8 +54,12 @@ class Map {
         for (size_t i = 0; i < count; ++i) set(i, written ? number : std::normal_distribution<float>()(random_bits));
     }
 
-    // Whether every element, not the gaps between them, is finite.
-    bool finite() const { return finite(0, 0); }
+    // Every element, not the gaps between them.
+    std::vector<float> numbers() const {
+        std::vector<float> found;
+        collect(0, 0, found);
+        return found;
+    }
 
     nearsight_tensor tensor = {};
 
@@ -79,11 +86,9 @@ class Map {
         return x;
     }
 
-    bool finite(size_t axis, int64_t offset) const {
-        if (axis == sizes_.size()) return isfinite(get(offset));
-        for (int64_t i = 0; i < sizes_[axis]; ++i)
-            if (!finite(axis + 1, offset + i * tensor.strides[axis])) return false;
-        return true;
+    void collect(size_t axis, int64_t offset, std::vector<float>& found) const {
+        if (axis == sizes_.size()) return found.push_back(get(offset));
+        for (int64_t i = 0; i < sizes_[axis]; ++i) collect(axis + 1, offset + i * tensor.strides[axis], found);
     }
 
     size_t size_;
@@ -98,8 +103,9 @@ static nearsight_problem random_problem() {
     p.rank = (int32_t)pick(1, 3);
     p.dtype = (int32_t)pick(0, 1);
     p.border = (int32_t)pick(0, 3);
-    do p.isa = (int32_t)pick(NEARSIGHT_ISA_BASELINE, NEARSIGHT_ISA_NEON);
-    while (!(nearsight_available_isas() >> p.isa & 1));
+    if (!results)
+        do p.isa = (int32_t)pick(NEARSIGHT_ISA_BASELINE, NEARSIGHT_ISA_NEON);
+        while (!(nearsight_available_isas() >> p.isa & 1));
     p.num_threads = 1;
     p.batch = pick(0, 3);
     p.heads = pick(1, 3);
@@ -117,10 +123,13 @@ static nearsight_problem random_problem() {
     return p;
 }
 
-static bool all_finite(const std::vector<float>& numbers) {
-    for (float x : numbers)
-        if (!isfinite(x)) return false;
-    return true;
+static bool check(const std::vector<float>& numbers) {
+    const int64_t count = (int64_t)numbers.size();
+    if (results) {
+        fwrite(&count, sizeof count, 1, results);
+        fwrite(numbers.data(), sizeof(float), numbers.size(), results);
+    }
+    return std::all_of(numbers.begin(), numbers.end(), [](float x) { return isfinite(x); });
 }
 
 static std::vector<float> table(size_t count) {
@@ -168,10 +177,11 @@ static bool run(const nearsight_problem& p) {
         fprintf(stderr, "error %d: %s\n", error, nearsight_error_string(error));
         return false;
     }
-    bool finite = out.finite() && grad_query.finite() && grad_key.finite() && grad_value.finite() && all_finite(lse);
-    if (with_bias) finite &= all_finite(bias_gradient);
+    bool finite = check(lse);
+    for (const Map* map : {&out, &grad_query, &grad_key, &grad_value}) finite &= check(map->numbers());
+    if (with_bias) finite &= check(bias_gradient);
     if (with_relative)
-        for (const auto& one : relative_gradients) finite &= all_finite(one);
+        for (const auto& one : relative_gradients) finite &= check(one);
     if (!finite) fprintf(stderr, "an element was not written, or is not finite\n");
     return finite;
 }
@@ -179,6 +189,7 @@ static bool run(const nearsight_problem& p) {
 int main(int count, char** arguments) {
     const int problems = count > 1 ? atoi(arguments[1]) : 100;
     random_bits.seed(count > 2 ? (unsigned)atoi(arguments[2]) : 0);
+    if (count > 3 && !(results = fopen(arguments[3], "wb"))) return 2;
     for (int i = 0; i < problems; ++i) {
         const nearsight_problem p = random_problem();
         if (!run(p)) {
@@ -187,5 +198,5 @@ int main(int count, char** arguments) {
         }
     }
     printf("%d problems\n", problems);
-    return 0;
+    return results && fclose(results) ? 2 : 0;
 }
