@@ -2,7 +2,7 @@
 //
 // Calls the C ABI with random problems in exactly as much memory as they need, for the sanitizers to watch:
 //     driver PROBLEMS [SEED [FILE]]
-// Right results are the contract tests' business; here every number has to be written, and finite. With FILE the problems
+// Right results are the contract tests' business; here every number has to be written, and finite. With FILE problems
 // run on the instruction set that the machine picks, and each result goes there as a count and so many float32 numbers,
 // for a test to hold one machine's against another's.
 
