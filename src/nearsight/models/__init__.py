@@ -22,14 +22,14 @@ __all__ = ["count_flops", "create_model", "list_models", "parse_spec"]
 _FAMILIES = (halonet, nat, sasa)
 
 # timm's graphs of torch.fx take these whole: what they do hangs on the size of the map, which a graph does not know.
-for layer in (
+for _layer in (
     AttentionStem2d,
     GlobalSelfAttention2d,
     HaloSelfAttention2d,
     LocalSelfAttention2d,
     nat.NeighbourhoodAttention,
 ):
-    register_notrace_module(layer)
+    register_notrace_module(_layer)
 
 
 def list_models() -> list[str]:
