@@ -14,7 +14,7 @@ from nearsight.attention import native
 
 ROOT = Path(__file__).parents[1]
 PROBLEMS = "200"
-FLAGS = ["-std=c++17", "-O2", "-Wall", "-Wextra", "-Wno-psabi", "-I", ROOT / "csrc"]
+FLAGS = ["-std=c++17", "-Wall", "-Wextra", "-Wno-psabi", "-I", ROOT / "csrc"]
 
 
 def results(file: Path) -> list[np.ndarray]:
@@ -34,7 +34,7 @@ def is_bfloat16(numbers: np.ndarray) -> bool:
 
 def build_for_arm64(compiler: str, folder: Path) -> Path:
     units = {
-        "csrc/kernel.cpp": ["-ffp-contract=fast", "-DNEARSIGHT_KERNEL=kernel_baseline"],
+        "csrc/kernel.cpp": ["-O2", "-ffp-contract=fast", "-DNEARSIGHT_KERNEL=kernel_baseline"],
         "csrc/dispatch.cpp": [],
         "csrc/geometry.cpp": [],
         "tests/native_driver.cpp": [],
