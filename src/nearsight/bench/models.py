@@ -19,6 +19,7 @@ from .timing import race
 
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 PAIRS = (  # network, its yardstick, and an image size that both take
+    ("sasa_resnet26", "resnet26", 224),  # timm's has stages of 2, 2, 2 and 2 blocks, the paper's of 1, 2, 4 and 1
     ("sasa_resnet26", "sasa_resnet26 of convolutions", 224),
     ("sasa_resnet38", "sasa_resnet38 of convolutions", 224),
     ("sasa_resnet50", "resnet50", 224),
