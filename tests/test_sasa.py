@@ -132,37 +132,6 @@ def test_a_bottleneck_whose_up_projects_what_attention_puts_out():
     assert isinstance(twin.act, nn.ReLU)
 
 
-@pytest.mark.parametrize("kernel_size", [3, "global"])
-def test_a_gate_multiplies_what_attention_puts_out(kernel_size):
-    """By each cell's own projection, before the norm; attention itself is the ungated network's."""
-    torch.manual_seed(0)
-    gated, plain = (ns.create_model("sasa_micro", kernel_size=kernel_size, gate=gate).eval() for gate in (True, False))
-    gate = gated.stages[1][0].spatial.gate.weight
-    assert gate.shape == (48, 48, 1, 1)
-    assert gated.stages[1][0].spatial.attention.__class__ is plain.stages[1][0].spatial.__class__
-    x = torch.randn(2, 48, 5, 7)
-    opened = torch.einsum("bchw,ec->behw", x.double(), gate[..., 0, 0].double())
-    opened = opened / (1 + (-opened).exp())
-    spatial = gated.stages[1][0].spatial
-    torch.testing.assert_close(spatial(x), (spatial.attention(x) * opened).float())
-    squares = 32**2 + 48**2 + 2 * 176**2
-    assert parameters("sasa_micro", gate=True) - parameters("sasa_micro") == squares
-    assert parameters("conv_micro", gate=True) == parameters("conv_micro")  # which has no attention to gate
-
-
-def test_what_looks_into_a_network_and_trains_it_takes_gates():
-    model = ns.create_model("sasa_micro", gate=True, num_classes=5)
-    x = torch.randn(2, 3, 28, 30)
-    maps = ns.attention_maps(model, x)
-    assert [one.layer for one in maps] == [
-        f"stages.{block}.spatial.attention" for block in ("0.0", "1.0", "2.0", "2.1")
-    ]
-    model(x).square().sum().backward()
-    assert all(p.grad is not None and p.grad.any() for p in model.parameters())
-    exported = torch.export.export(model.eval(), (x,)).module()
-    torch.testing.assert_close(exported(x), model(x))
-
-
 def test_a_bottleneck_by_hand():
     torch.manual_seed(0)
     block = ns.create_model("sasa_nano").eval().stages[1][0]

@@ -10,18 +10,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch.nn.functional as F
 from timm.models import generate_default_cfgs, register_model
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import OptionError
 from ..layers import GlobalSelfAttention2d, LocalSelfAttention2d, SelfAttention
 from ..positions import Position
-from ..projection import Pointwise2d
 from .backbone import Bottleneck, BottleneckNet, build, build_stem, config, one_per_stage
 
 __all__ = [
-    "GatedAttention2d",
     "SasaResNet",
     "sasa_micro",
     "sasa_nano",
@@ -54,35 +51,6 @@ MICRO = {
     "post_attn_act": False,
     "img_size": 32,
 }
-
-
-class GatedAttention2d(nn.Module):
-    """Attention that every cell scales for itself, channel by channel.
-
-        y = attention(x) * silu(W x)
-
-    Between the value's projection and the one that follows attention nothing bends: per head the two are one matrix. The
-    gate does, and can shut out what a cell has no use for. Source: Qiu et al. 2025 (arXiv:2505.06708), who gate large
-    language models' attention at the same place, with a sigmoid where this has SiLU.
-
-    Shapes: (B, C, H, W) -> (B, out_channels, H, W). The attention must leave the map's size as it is.
-
-    Parameters: in * out more than those of the attention.
-
-    state_dict: ``attention.*``; ``gate.weight`` (out, in, 1, 1).
-
-    Example:
-        >>> GatedAttention2d(LocalSelfAttention2d(8, kernel_size=3, num_heads=2))(torch.randn(2, 8, 5, 6)).shape
-        torch.Size([2, 8, 5, 6])
-    """
-
-    def __init__(self, attention: SelfAttention) -> None:
-        super().__init__()
-        self.attention = attention
-        self.gate = Pointwise2d(attention.in_channels, attention.out_channels, 1, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.attention(x) * F.silu(self.gate(x))
 
 
 class SasaResNet(BottleneckNet):
@@ -123,7 +91,6 @@ class SasaResNet(BottleneckNet):
         post_attn_act: a ReLU between attention's norm and the 1 x 1 up, as there is after a convolution. Without it up is
             attention's output projection: softmax makes means, and a ReLU right after them hides the sign of what differs
             between two of them before up can subtract one from the other.
-        gate: multiply what attention puts out by a gate of the cell's own, see :class:`GatedAttention2d`.
         num_heads: of every attention layer, one number or one per stage.
         position, scale: of every attention layer.
         content: False leaves out q.k, and with it the key's projection (Table 6).
@@ -158,7 +125,6 @@ class SasaResNet(BottleneckNet):
         expansion: int = 4,
         downsample: str = "pool",
         post_attn_act: bool = True,
-        gate: bool = False,
         num_heads: int | Sequence[int] = 8,
         position: str | Position = "relative",
         content: bool = True,
@@ -202,9 +168,7 @@ class SasaResNet(BottleneckNet):
             options = {"stride": stride, "drop_path": drop_path}
             if stage not in attending:
                 return Bottleneck(*channels, nn.Conv2d(width, width, 3, stride, padding=1, bias=False), **options)
-            spatial: nn.Module = attention(stage, width, stride)
-            if gate:
-                spatial = GatedAttention2d(spatial)
+            spatial = attention(stage, width, stride)
             return Bottleneck(*channels, spatial, downsample=downsample, act=post_attn_act, **options)
 
         super().__init__(

@@ -65,7 +65,6 @@ ARTICLE = {
     "block": (
         "sasa_micro,post_attn_act=True",
         "sasa_micro,downsample=pool",
-        "sasa_micro,gate=True",
         "sasa_micro",
     ),
 }
