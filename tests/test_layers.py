@@ -63,6 +63,33 @@ def test_the_layer_is_the_operation_between_projections():
 
 
 @pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("content", [True, False])
+@pytest.mark.parametrize("qk_channels", [4, 12])
+def test_queries_and_keys_of_another_width_than_the_values(qk_channels, content, stride):
+    torch.manual_seed(0)
+    options = {"stride": stride, "num_heads": 2, "qkv_bias": True, "content": content, "qk_channels": qk_channels}
+    layer = ns.LocalSelfAttention2d(6, 8, 3, **options).double()
+    nn.init.normal_(layer.qkv.bias)
+    x = torch.randn(2, 6, 5, 7, dtype=torch.float64, requires_grad=True)
+    *pair, v = layer.qkv(x).split([*[qk_channels] * (2 if content else 1), 8], 1)
+    q, k = pair if content else (pair[0], torch.zeros_like(pair[0]))
+    q, k, v = (t.unflatten(1, (2, -1)).movedim(2, -1) for t in (q, k, v))
+    _, relative = layer.position.tables(ns.Window(3), (5, 7))
+    window = ns.Window(3, stride=stride)
+    y = ns.local_attention(q[:, :, ::stride, ::stride], k, v, window, relative=relative, backend="reference")
+    y = y.movedim(-1, 2).flatten(1, 2)
+    grad = torch.randn_like(y)
+    wanted = [x, *layer.parameters()]
+    expected, weights = torch.autograd.grad(y, wanted, grad), layer.attention_weights(x)
+    torch.testing.assert_close(layer(x), y)
+    torch.testing.assert_close(torch.autograd.grad(layer(x), wanted, grad), expected)
+    torch.testing.assert_close(weights, ns.attention_weights(q[:, :, ::stride, ::stride], k, window, relative=relative))
+    single = layer.float()  # on a CPU the native kernel
+    torch.testing.assert_close(single(x.float()), y.float(), atol=1e-5, rtol=1e-5)
+    assert f"num_heads=2, qk_channels={qk_channels}" in repr(layer)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
 def test_layer_weights_mix_the_values(stride):
     layer = ns.LocalSelfAttention2d(6, 6, 3, stride=stride, num_heads=1, border="zeros")
     x = torch.randn(2, 6, 5, 7)
@@ -81,6 +108,7 @@ def test_layer_weights_mix_the_values(stride):
         ({"position": "none"}, 3 * 16 * 32),
         ({"qkv_bias": True}, 3 * 16 * 32 + 3 * 32 + 7 * 32),
         ({"out_proj": True}, 3 * 16 * 32 + 7 * 32 + 32 * 33),
+        ({"qk_channels": 24, "qkv_bias": True}, (2 * 24 + 32) * 17 + 7 * 24),
     ],
 )
 def test_parameter_count_formula(options, count):
@@ -152,6 +180,12 @@ def test_hills_decide_at_first():
 @pytest.mark.parametrize(
     ("run", "error", "message"),
     [
+        (
+            lambda: ns.LocalSelfAttention2d(16, qk_channels=12),
+            ShapeError,
+            "must divide qk_channels=12; num_heads=4 does",
+        ),
+        (lambda: ns.LocalSelfAttention2d(16, qk_channels=0), OptionError, "qk_channels must be an int of at least 1"),
         (lambda: ns.LocalSelfAttention2d(16, 30), ShapeError, "num_heads=8 must divide out_channels=30; num_heads=6"),
         (lambda: ns.LocalSelfAttention2d(0), OptionError, "in_channels must be .* received 0"),
         (lambda: ns.LocalSelfAttention2d(16, num_heads=0), OptionError, "num_heads must be .* received 0"),
@@ -257,7 +291,7 @@ def test_gradient_of_the_fused_projection_is_taken_as_it_lies(memory_format, mon
     wholes = []
     monkeypatch.setattr(layers, "_whole", lambda parts: wholes.append(_whole(parts)) or wholes[-1])
     found = torch.autograd.grad(layer(x), [x, *layer.parameters()], grad)
-    monkeypatch.setattr(layers, "split_parts", lambda joined, width: joined.split(width, 1))
+    monkeypatch.setattr(layers, "split_parts", lambda joined, widths: joined.split(widths, 1))
     expected = torch.autograd.grad(layer(x), [x, *layer.parameters()], grad)
     assert [one is not None for one in wholes] == [ns.backends()["native"] is None]
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))

@@ -210,6 +210,19 @@ def test_small_resnet_keeps_small_images_large(stride):
         )
 
 
+def test_values_wider_than_queries():
+    """Queries and keys of half the width pay for values of twice it; the norm and the projection up have more to read."""
+    squares, widths = 32**2 + 48**2 + 2 * 176**2, 32 + 48 + 2 * 176
+    wider = {"value_ratio": 2, "qk_ratio": 0.5}
+    assert parameters("sasa_micro", **wider) == parameters("sasa_micro") + 2 * squares + 2 * widths
+    assert parameters("sasa_micro", value_ratio=(2, 1, 1)) == parameters("sasa_micro") + 3 * 32**2 + 2 * 32
+    assert parameters("conv_micro", **wider) == parameters("conv_micro")
+    for options in (wider, {**wider, "kernel_size": "global"}):
+        block = ns.create_model("sasa_micro", **options).stages[1][0]
+        assert (block.spatial.in_channels, block.spatial.qk_channels, block.spatial.out_channels) == (48, 24, 96)
+        assert block(torch.randn(2, 64, 7, 9)).shape == (2, 96, 4, 5)
+
+
 @pytest.mark.parametrize("size", [(8, 8), (9, 13), (28, 28), (64, 64)])
 def test_small_images_of_any_size(size):
     assert ns.create_model("sasa_nano", in_chans=1)(torch.randn(2, 1, *size)).shape == (2, 10)
@@ -221,6 +234,8 @@ def test_small_images_of_any_size(size):
         ({"attention_stages": (1, 4)}, r"among \[1, 2, 3\]; received \(1, 4\)"),
         ({"kernel_size": (3, 5)}, r"one number or 3.*received \(3, 5\)"),
         ({"num_heads": (2, 4)}, r"num_heads must be one number or 3.*received \(2, 4\)"),
+        ({"value_ratio": (1, 2)}, r"value_ratio must be one number or 3.*received \(1, 2\)"),
+        ({"qk_ratio": (0.5,)}, r"qk_ratio must be one number or 3.*received \(0.5,\)"),
         ({"widths": (16, 32)}, r"widths must be one number or 3.*received \(16, 32\)"),
         ({"stem": "pixel", "stem_stride": 2}, "received 'pixel' with stem_stride=2"),
         ({"stem": "attention"}, "received 'attention' with stem_stride=1"),

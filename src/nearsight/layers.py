@@ -95,6 +95,7 @@ class SelfAttention(nn.Module):
         *,
         window: Window | None,
         num_heads: int,
+        qk_channels: int | None,
         position: str | Position,
         map_size: int | tuple[int, ...],
         scale: float | None,
@@ -108,18 +109,20 @@ class SelfAttention(nn.Module):
     ) -> None:
         super().__init__()
         out_channels = in_channels if out_channels is None else out_channels
-        _check_channels(in_channels, out_channels, num_heads)
+        qk_channels = out_channels if qk_channels is None else qk_channels
+        _check_channels(num_heads, in_channels=in_channels, out_channels=out_channels, qk_channels=qk_channels)
         map_size = _per_axis("map_size", map_size, self.rank)
         self.in_channels = in_channels
         self.out_channels = out_channels
+        self.qk_channels = qk_channels
         self.num_heads = num_heads
-        self.head_dim = out_channels // num_heads
+        self.head_dim = qk_channels // num_heads
         self.window = window
         self.scale = scale
         self.backend = backend
         self.content = content
         self.recompute_qkv = recompute_qkv
-        self.qkv = POINTWISE[self.rank](in_channels, (3 if content else 2) * out_channels, 1, bias=qkv_bias)
+        self.qkv = POINTWISE[self.rank](in_channels, sum(self._widths), 1, bias=qkv_bias)
         self.position = position_encoding(
             position,
             channels=in_channels,
@@ -143,7 +146,7 @@ class SelfAttention(nn.Module):
         nn.init.normal_(self.qkv.weight, std=self.in_channels**-0.5)
         if isinstance(self.position, QuadraticPosition):
             with torch.no_grad():
-                self.qkv.weight[: 2 * self.out_channels] *= 0.3
+                self.qkv.weight[: 2 * self.qk_channels] *= 0.3
         if self.qkv.bias is not None:
             nn.init.zeros_(self.qkv.bias)
 
@@ -186,6 +189,11 @@ class SelfAttention(nn.Module):
         """The memory block on a map of ``size`` cells: the layer's own, or for global attention the whole map."""
         return Window.everywhere(size) if self.window is None else self.window
 
+    @property
+    def _widths(self) -> list[int]:
+        """Channels of the parts of the fused projection: query, key (which there is only with content) and value."""
+        return [self.qk_channels] * (2 if self.content else 1) + [self.out_channels]
+
     def _batched(self, x: Tensor) -> Tensor:
         if x.ndim not in (self.rank + 1, self.rank + 2) or x.shape[-self.rank - 1] != self.in_channels:
             axes = ", ".join("DHW"[-self.rank :]) if self.rank > 1 else "L"
@@ -201,17 +209,18 @@ class SelfAttention(nn.Module):
         strides = [axis.stride for axis in window.axes(self.rank)]
         if max(strides) == 1:
             return [self.qkv(x)]
-        weight, bias, width = self.qkv.weight, self.qkv.bias, self.out_channels
+        weight, bias, width = self.qkv.weight, self.qkv.bias, self.qk_channels
         query_bias, pair_bias = (None, None) if bias is None else (bias[:width], bias[width:])
         places = x[(..., *[slice(None, None, stride) for stride in strides])]
         return [project(places, weight[:width], query_bias), project(x, weight[width:], pair_bias)]
 
     def _heads(self, projected: Sequence[Tensor], window: Window) -> tuple[Tensor, Tensor, Tensor]:
-        query, *pair = (part for joined in projected for part in split_parts(joined, self.out_channels))
-        query, *pair = (split_heads(tensor, self.num_heads) for tensor in (query, *pair))
+        *first, joined = projected  # the query by itself where there is a stride
+        parts = (*first, *split_parts(joined, self._widths[len(first) :]))
+        query, *pair = (split_heads(part, self.num_heads) for part in parts)
         value = pair[-1]
         # Without content every key is zero, and of the logits q.r is left.
-        key = pair[0] if self.content else value.new_zeros(()).expand(value.shape)
+        key = pair[0] if self.content else value.new_zeros(()).expand(*value.shape[:-1], self.head_dim)
         query, key = self.position.rotate(query, key, window)
         return query, key, value
 
@@ -233,6 +242,7 @@ class SelfAttention(nn.Module):
 
     def extra_repr(self) -> str:
         parts = [f"{self.in_channels}, {self.out_channels}", f"num_heads={self.num_heads}"]
+        parts += [f"qk_channels={self.qk_channels}"] if self.qk_channels != self.out_channels else []
         if self.window is not None:
             defaults = {"stride": 1, "dilation": 1, "border": "mask", "causal": False}
             parts.insert(1, f"kernel_size={self.window.kernel_size}")
@@ -259,6 +269,7 @@ class _Local(SelfAttention):
         border: str = "mask",
         causal: bool | tuple[bool, ...] = False,
         num_heads: int = 8,
+        qk_channels: int | None = None,
         position: str | Position = "relative",
         map_size: int | tuple[int, ...] = 32,
         content: bool = True,
@@ -277,6 +288,7 @@ class _Local(SelfAttention):
             out_channels,
             window=window,
             num_heads=num_heads,
+            qk_channels=qk_channels,
             position=position,
             map_size=map_size,
             scale=scale,
@@ -316,10 +328,10 @@ class LocalSelfAttention2d(_Local):
     Shapes: (B, in_channels, H, W) or (in_channels, H, W) -> the same with out_channels and ``ceil(n / stride)`` cells per
     axis; contiguous or channels_last, and the output follows the input.
 
-    Parameters: 3 * in * out, + 3 * out with ``qkv_bias``, + out * (out + 1) with ``out_proj``, + those of the position
-    encoding (relative: k * out). Their number does not depend on k otherwise. ``content=False``: 2 in place of 3.
+    Parameters: in * (2 * qk + out), + 2 * qk + out with ``qkv_bias``, + out * (out + 1) with ``out_proj``, + those of the
+    position encoding (relative: k * qk). Their number does not depend on k otherwise. ``content=False``: one qk less.
 
-    state_dict: ``qkv.weight`` (3 * out, in, 1, 1) with the query's rows first, then key and value; ``qkv.bias``;
+    state_dict: ``qkv.weight`` (2 * qk + out, in, 1, 1) with the query's rows first, then key and value; ``qkv.bias``;
     ``position.*`` (see :mod:`nearsight.positions`); ``proj.weight``, ``proj.bias``. With ``content=False`` the key's rows
     are not there.
     ``.eval()`` changes nothing.
@@ -327,7 +339,10 @@ class LocalSelfAttention2d(_Local):
     Args:
         in_channels, out_channels: borders of the layer; out_channels None means in_channels.
         kernel_size, stride, dilation, border, causal: the memory block, see :class:`Window`.
-        num_heads: heads split the width: head_dim = out_channels // num_heads.
+        num_heads: heads split the width: each has qk_channels // num_heads channels of queries and keys, head_dim, and
+            out_channels // num_heads of values.
+        qk_channels: channels of queries and keys; None means out_channels, as the paper. Fewer of them leave room for more
+            values, which are all that a layer passes on.
         position: a name from ``nearsight.positions.POSITIONS``, or a module from there.
         map_size: cells per axis that ``position="learned"`` is made for; it is resampled on other maps.
         content: False leaves out q.k: there is no key's projection, and where to look follows from q.r alone (Table 6).
@@ -341,7 +356,7 @@ class LocalSelfAttention2d(_Local):
         device, dtype: of the parameters, as in ``nn.Conv2d``.
 
     Raises:
-        ShapeError: channels that heads do not divide, an input of other channels or rank.
+        ShapeError: out_channels or qk_channels that heads do not divide, an input of other channels or rank.
         OptionError: an unknown name, a size below 1, ``content=False`` without relative embeddings.
 
     Example:
@@ -370,6 +385,7 @@ class _Global(SelfAttention):
         out_channels: int | None = None,
         *,
         num_heads: int = 8,
+        qk_channels: int | None = None,
         position: str | Position = "relative",
         map_size: int | tuple[int, ...] = 32,
         scale: float | None = None,
@@ -385,6 +401,7 @@ class _Global(SelfAttention):
             out_channels,
             window=None,
             num_heads=num_heads,
+            qk_channels=qk_channels,
             position=position,
             map_size=map_size,
             scale=scale,
@@ -506,8 +523,7 @@ class HaloSelfAttention2d(nn.Module):
         width = round(out_channels / value_ratio)
         if round(width * value_ratio) != out_channels:
             raise ShapeError(f"value_ratio={value_ratio} must divide out_channels={out_channels} into whole channels")
-        _check_channels(in_channels, out_channels, num_heads)
-        _check_channels(in_channels, width, num_heads)
+        _check_channels(num_heads, in_channels=in_channels, out_channels=out_channels, width=width)
         for name, value, least in (("block_size", block_size, 1), ("halo_size", halo_size, 0), ("stride", stride, 1)):
             if not isinstance(value, int) or value < least:
                 raise OptionError(f"{name} must be an int of at least {least}; received {value!r}")
@@ -686,7 +702,7 @@ class AttentionStem2d(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        _check_channels(in_channels, out_channels, num_heads)
+        _check_channels(num_heads, in_channels=in_channels, out_channels=out_channels)
         if kernel_size < 2:
             raise OptionError(
                 f"kernel_size must be at least 2: in a block of one cell nothing attends; received {kernel_size}"
@@ -780,21 +796,21 @@ def _weights_in_blocks(
     return weights.unflatten(2, out) if queries is None else weights
 
 
-def split_parts(joined: Tensor, width: int) -> tuple[Tensor, ...]:
-    """The parts of a fused projection, of ``width`` channels each.
+def split_parts(joined: Tensor, widths: Sequence[int]) -> tuple[Tensor, ...]:
+    """The parts of a fused projection, of ``widths`` channels.
 
-    ``joined.split(width, 1)``, but its gradient is not copied together where it lies in memory as a whole already, as the
+    ``joined.split(widths, 1)``, but its gradient is not copied together where it lies in memory as a whole already, as the
     native kernel leaves it: up to a tenth of a layer's time.
     """
     if not records_plainly(joined):
-        return joined.split(width, 1)
-    return _Parts.apply(joined, width)  # pyright: ignore[reportReturnType]
+        return joined.split(widths, 1)
+    return _Parts.apply(joined, widths)  # pyright: ignore[reportReturnType]
 
 
 class _Parts(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, joined, width):
-        return joined.split(width, 1)
+    def forward(ctx, joined, widths):
+        return joined.split(widths, 1)
 
     @staticmethod
     def backward(ctx, *grads):  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -833,13 +849,15 @@ def _tiles(x: Tensor, dim: int, block: int) -> list[Tensor]:
     return [tile for tile in x.split([x.shape[dim] - rest, rest], dim) if tile.shape[dim]]
 
 
-def _check_channels(in_channels: int, out_channels: int, num_heads: int) -> None:
-    for name, value in (("in_channels", in_channels), ("out_channels", out_channels), ("num_heads", num_heads)):
+def _check_channels(num_heads: int, in_channels: int, **split: int) -> None:
+    """Every number at least 1, and those of ``split`` shared out evenly among the heads."""
+    for name, value in {"in_channels": in_channels, **split, "num_heads": num_heads}.items():
         if not isinstance(value, int) or value < 1:
             raise OptionError(f"{name} must be an int of at least 1; received {value!r}")
-    if out_channels % num_heads:
-        fitting = max(heads for heads in range(1, num_heads) if out_channels % heads == 0)
-        raise ShapeError(f"num_heads={num_heads} must divide out_channels={out_channels}; num_heads={fitting} does")
+    for name, channels in split.items():
+        if channels % num_heads:
+            fitting = max(heads for heads in range(1, num_heads) if all(n % heads == 0 for n in split.values()))
+            raise ShapeError(f"num_heads={num_heads} must divide {name}={channels}; num_heads={fitting} does")
 
 
 def _per_axis(name: str, value: int | tuple[int, ...], rank: int) -> tuple[int, ...]:

@@ -304,7 +304,7 @@ def one_per_stage(name: str, value: Any, stages: int) -> list[Any]:
     Raises:
         OptionError: another number of them.
     """
-    values = [value] * stages if isinstance(value, (int, str)) else list(value)
+    values = [value] * stages if isinstance(value, (int, float, str)) else list(value)
     if len(values) != stages:
         raise OptionError(f"{name} must be one number or {stages}, one per stage; received {value}")
     return values

@@ -92,6 +92,9 @@ class SasaResNet(BottleneckNet):
             attention's output projection: softmax makes means, and a ReLU right after them hides the sign of what differs
             between two of them before up can subtract one from the other.
         num_heads: of every attention layer, one number or one per stage.
+        value_ratio, qk_ratio: channels of attention's values, and of its queries and keys, per channel of the bottleneck;
+            one number or one per stage. A convolution has a matrix for each of its cells. What reaches up from a cell here
+            are the values of those heads that look at it, so wide values are what comes nearest.
         position, scale: of every attention layer.
         content: False leaves out q.k, and with it the key's projection (Table 6).
         recompute_qkv: of every attention layer: less memory in training for a little more time. The networks of the paper,
@@ -103,9 +106,9 @@ class SasaResNet(BottleneckNet):
     Shapes: (B, in_chans, H, W) of any H and W -> (B, num_classes).
 
     Raises:
-        OptionError: a stage that is not there, an unknown stem or downsample, widths, kernel sizes or heads for another
-            number of stages, ``content=False`` with global attention.
-        ShapeError: pictures larger than ``img_size`` for global attention with tables.
+        OptionError: a stage that is not there, an unknown stem or downsample, widths, kernel sizes, heads or ratios for
+            another number of stages, ``content=False`` with global attention.
+        ShapeError: channels that heads do not divide, pictures larger than ``img_size`` for global attention with tables.
 
     Example:
         >>> SasaResNet((1, 1), (16, 32), stem_stride=1, num_heads=4)(torch.randn(2, 3, 16, 16)).shape
@@ -126,6 +129,8 @@ class SasaResNet(BottleneckNet):
         downsample: str = "pool",
         post_attn_act: bool = True,
         num_heads: int | Sequence[int] = 8,
+        value_ratio: float | Sequence[float] = 1.0,
+        qk_ratio: float | Sequence[float] = 1.0,
         position: str | Position = "relative",
         content: bool = True,
         scale: float | None = None,
@@ -144,6 +149,8 @@ class SasaResNet(BottleneckNet):
         widths = one_per_stage("widths", widths, len(depths))
         kernel_sizes = one_per_stage("kernel_size", kernel_size, len(depths))
         heads = one_per_stage("num_heads", num_heads, len(depths))
+        value_ratios = one_per_stage("value_ratio", value_ratio, len(depths))
+        qk_ratios = one_per_stage("qk_ratio", qk_ratio, len(depths))
         if stem is None:
             stem = "conv" if not attending else "patch" if stem_stride == 1 else "attention"
         if downsample not in ("pool", "patch"):
@@ -157,19 +164,21 @@ class SasaResNet(BottleneckNet):
             # The map that it looks at: a block that halves it does so after its attention, unless told otherwise.
             reduction = stem_stride * 2 ** (stage - 1) // (1 if downsample == "patch" else stride)
             map_size = tuple(-(-side // reduction) for side in sides)
-            size, kwargs = kernel_sizes[stage - 1], {"num_heads": heads[stage - 1], "map_size": map_size, **shared}
-            if size == "global":
-                return GlobalSelfAttention2d(width, **kwargs)
-            return LocalSelfAttention2d(width, kernel_size=size, content=content, **kwargs)
+            values, queries = round(value_ratios[stage - 1] * width), round(qk_ratios[stage - 1] * width)
+            kwargs = {"num_heads": heads[stage - 1], "qk_channels": queries, "map_size": map_size, **shared}
+            if kernel_sizes[stage - 1] == "global":
+                return GlobalSelfAttention2d(width, values, **kwargs)
+            return LocalSelfAttention2d(width, values, kernel_sizes[stage - 1], content=content, **kwargs)
 
         def block(stage: int, in_channels: int, stride: int, drop_path: float) -> Bottleneck:
             width = widths[stage - 1]
-            channels = (in_channels, width, width, expansion * width)
             options = {"stride": stride, "drop_path": drop_path}
             if stage not in attending:
-                return Bottleneck(*channels, nn.Conv2d(width, width, 3, stride, padding=1, bias=False), **options)
-            spatial = attention(stage, width, stride)
-            return Bottleneck(*channels, spatial, downsample=downsample, act=post_attn_act, **options)
+                spatial = nn.Conv2d(width, width, 3, stride, padding=1, bias=False)
+            else:
+                spatial = attention(stage, width, stride)
+                options |= {"downsample": downsample, "act": post_attn_act}
+            return Bottleneck(in_channels, width, spatial.out_channels, expansion * width, spatial, **options)
 
         super().__init__(
             depths,
