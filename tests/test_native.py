@@ -406,6 +406,23 @@ def test_vmap(in_dims):
 
 
 @needs_library
+@pytest.mark.parametrize("widths", [(6, 6, 6), (4, 4, 10)])
+def test_vmap_where_gradients_come_as_one_tensor(widths):
+    """Every mapped element needs its own channels of it."""
+
+    def function(*maps):
+        heads = (one.unflatten(1, (2, -1)).movedim(2, -1) for one in maps)
+        return local(*heads, ns.Window(3)).square().sum()
+
+    many = [torch.randn(2, 4, width, 5, 6) for width in widths]  # mapped over axis 1: then heads join without a copy
+    gradient = torch.func.grad(function, argnums=(0, 1, 2))
+    found = torch.func.vmap(gradient, (1, 1, 1))(*many)
+    each = [gradient(*(one.select(1, index) for one in many)) for index in range(4)]
+    for one, other in zip(found, zip(*each, strict=True), strict=True):
+        torch.testing.assert_close(one, torch.stack(other))
+
+
+@needs_library
 def test_second_derivatives_are_refused_with_advice():
     query, key, value = (planar().requires_grad_() for _ in range(3))
     (gradient,) = torch.autograd.grad(local(query, key, value, ns.Window(3)).square().sum(), query, create_graph=True)
@@ -414,16 +431,26 @@ def test_second_derivatives_are_refused_with_advice():
 
 
 @needs_library
-def test_gradients_of_a_fused_projection_are_its_gradient():
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("widths", [(24, 24, 24), (12, 12, 30), (6, 6, 3)])
+def test_gradients_of_a_fused_projection_are_its_gradient(widths, memory_format):
     """Taken together they fill one piece of memory, laid out as the projection is."""
-    for memory_format in (torch.contiguous_format, torch.channels_last):
-        fused = torch.randn(2, 3 * 24, 6, 9).to(memory_format=memory_format)
-        maps = [part.unflatten(1, (3, 8)).movedim(2, -1).requires_grad_() for part in fused.chunk(3, 1)]
-        gradients = torch.autograd.grad(local(*maps, ns.Window(3)).square().sum(), maps)
-        whole = gradients[0].as_strided(fused.shape, fused.stride(), gradients[0].storage_offset())
-        parts = [part.unflatten(1, (3, 8)).movedim(2, -1) for part in whole.chunk(3, 1)]
-        assert all(torch.equal(part, gradient) for part, gradient in zip(parts, gradients, strict=True))
-        assert whole.untyped_storage().nbytes() == fused.untyped_storage().nbytes()
+
+    def split(joined):
+        return [part.unflatten(1, (3, -1)).movedim(2, -1) for part in joined.split(widths, 1)]
+
+    fused = torch.randn(2, sum(widths), 6, 9).to(memory_format=memory_format)
+    maps = [part.requires_grad_() for part in split(fused)]
+
+    def gradients_by(backend):
+        y = ns.local_attention(*maps, ns.Window(3), backend=backend)
+        return torch.autograd.grad(y.square().sum(), maps)
+
+    gradients = gradients_by("native")
+    torch.testing.assert_close(gradients, gradients_by("reference"), atol=1e-4, rtol=1e-4)
+    whole = gradients[0].as_strided(fused.shape, fused.stride(), gradients[0].storage_offset())
+    assert all(torch.equal(part, gradient) for part, gradient in zip(split(whole), gradients, strict=True))
+    assert whole.untyped_storage().nbytes() == fused.untyped_storage().nbytes()
 
 
 @needs_library

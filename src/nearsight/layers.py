@@ -820,15 +820,15 @@ class _Parts(torch.autograd.Function):
 
 def _whole(parts: Sequence[Tensor]) -> Tensor | None:
     """The tensor of which these are the parts along axis 1, if there is one in memory."""
-    first = parts[0]
-    step = first.shape[1] * first.stride(1)
-    for index, part in enumerate(parts):
+    first, channels = parts[0], 0
+    for part in parts:
         same_memory = part.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
-        in_place = part.storage_offset() == first.storage_offset() + index * step
-        if not (same_memory and in_place and part.shape == first.shape and part.stride() == first.stride()):
+        in_place = part.storage_offset() == first.storage_offset() + channels * first.stride(1)
+        same_map = (len(part), *part.shape[2:]) == (len(first), *first.shape[2:]) and part.stride() == first.stride()
+        if not (same_memory and in_place and same_map):
             return None
-    channels = len(parts) * first.shape[1]
-    return first.as_strided((first.shape[0], channels, *first.shape[2:]), first.stride())
+        channels += part.shape[1]
+    return first.as_strided((len(first), channels, *first.shape[2:]), first.stride())
 
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:

@@ -420,28 +420,46 @@ def _memory_order(tensor: Tensor) -> list[int]:
 def _gradients(query, key, value, bias, relative, wanted) -> list[Tensor]:
     """Memory for the gradients that are wanted.
 
-    Maps of one shape mostly are the parts of one fused projection, and their gradients will be joined to its gradient. So
-    theirs come as one tensor, (3, B, N, *map, D), that lies in memory as the projection does.
+    Maps mostly are the parts of one fused projection, and their gradients will be joined to its gradient. So where they can
+    be, theirs come as one tensor, (B, 2*N*D + N*E, *map), that lies in memory as the projection does.
     """
     maps = (query, key, value)
-    if all(wanted[:3]) and query.shape == key.shape == value.shape:
-        order = _memory_order(query)
-        three = order.index(1)  # just before the heads
-        sizes = [query.shape[axis] for axis in order]
-        joined = query.new_empty([*sizes[:three], 3, *sizes[three:]])
-        found = [joined.movedim(three, 0).permute(0, *(1 + order.index(axis) for axis in range(query.ndim)))]
+    joined = _joined(*maps) if all(wanted[:3]) else None
+    if joined is not None:
+        found = [joined]
     else:
         found = [torch.empty_like(tensor) for tensor, want in zip(maps, wanted[:3], strict=True) if want]
     tables = [*([bias] if wanted[3] else []), *(relative if wanted[4] else [])]
     return [*found, *(torch.empty_like(table) for table in tables)]
 
 
+def _joined(query: Tensor, key: Tensor, value: Tensor) -> Tensor | None:
+    """Memory for what all three are parts of; None for maps of several sizes, or where a head's channels are not channels
+    of a map: right after the heads from the largest stride to the smallest.
+    """
+    batch, heads, *size, head_dim = query.shape
+    order = _memory_order(query)
+    after = order.index(1) + 1
+    if query.shape != key.shape or key.shape[:-1] != value.shape[:-1] or order[after : after + 1] != [query.ndim - 1]:
+        return None
+    del order[after]
+    sizes = [batch, heads * (2 * head_dim + value.shape[-1]), *size]
+    memory = query.new_empty([sizes[axis] for axis in order])
+    return memory.permute([order.index(axis) for axis in range(len(order))])
+
+
 def _sorted(gradients: Sequence[Tensor], query: Tensor, wanted: Sequence[bool]):
     """The gradients of query, key, value and bias, each None if not wanted, and those of relative in a list."""
-    if all(wanted[:3]) and gradients[0].ndim > query.ndim:
-        gradients = [*gradients[0].unbind(0), *gradients[1:]]
+    if all(wanted[:3]) and gradients[0].ndim < query.ndim:
+        parts = _parts(gradients[0], query.shape[1] * query.shape[-1])
+        gradients = [*(part.unflatten(1, (query.shape[1], -1)).movedim(2, -1) for part in parts), *gradients[1:]]
     places = iter(gradients)
     return *(next(places) if want else None for want in wanted[:4]), list(places)
+
+
+def _parts(joined: Tensor, width: int) -> tuple[Tensor, ...]:
+    """Of query and key, ``width`` channels each, and of value, the rest."""
+    return joined.split([width, width, joined.shape[1] - 2 * width], 1)
 
 
 def _fake_backward(grad, query, key, value, bias, relative, out, lse, wanted, *geometry):
@@ -555,8 +573,14 @@ def _attend_backward_mapped(info, in_dims, grad, query, key, value, bias, relati
     tables = _join_tables(bias, relative, in_dims[4:6], info.batch_size)
     gradients = _attend_backward(*maps[:4], *tables, *maps[4:], wanted, *geometry)
     of_maps = len(gradients) - wanted[3] - len(relative) * wanted[4]
-    heads = [1 + g.ndim - maps[0].ndim if place < of_maps else 0 for place, g in enumerate(gradients)]
-    return [g.unflatten(axis, (info.batch_size, -1)) for g, axis in zip(gradients, heads, strict=True)], heads
+    heads = [1 if place < of_maps else 0 for place in range(len(gradients))]
+    found = [g.unflatten(axis, (info.batch_size, -1)) for g, axis in zip(gradients, heads, strict=True)]
+    if (
+        all(wanted[:3]) and gradients[0].ndim < maps[0].ndim
+    ):  # all queries' channels came first: now those of each in turn
+        parts = _parts(gradients[0], maps[1].shape[1] * maps[1].shape[-1])
+        found[0] = torch.cat([part.unflatten(1, (info.batch_size, -1)) for part in parts], 2)
+    return found, heads
 
 
 def _join(tensor: Tensor, mapped: int | None, heads: int, count: int) -> Tensor:
