@@ -575,9 +575,8 @@ def _attend_backward_mapped(info, in_dims, grad, query, key, value, bias, relati
     of_maps = len(gradients) - wanted[3] - len(relative) * wanted[4]
     heads = [1 if place < of_maps else 0 for place in range(len(gradients))]
     found = [g.unflatten(axis, (info.batch_size, -1)) for g, axis in zip(gradients, heads, strict=True)]
-    if (
-        all(wanted[:3]) and gradients[0].ndim < maps[0].ndim
-    ):  # all queries' channels came first: now those of each in turn
+    if all(wanted[:3]) and gradients[0].ndim < maps[0].ndim:
+        # The channels of all mapped elements' queries came first, then keys, then values: now each element's own.
         parts = _parts(gradients[0], maps[1].shape[1] * maps[1].shape[-1])
         found[0] = torch.cat([part.unflatten(1, (info.batch_size, -1)) for part in parts], 2)
     return found, heads
