@@ -158,6 +158,28 @@ def test_the_twin_is_a_resnet():
     torch.testing.assert_close(twin(x), resnet(x))
 
 
+def test_averaged_shortcuts():
+    """``avg_down`` is timm's: the same from the same weights, odd maps included, and no parameter more."""
+    import timm
+
+    depths = {"depths": (1, 1, 1, 1), "num_classes": 5}
+    twin = ns.create_model("sasa_resnet26", attention_stages=(), avg_down=True, **depths).eval()
+    resnet = timm.models.ResNet(timm.models.resnet.Bottleneck, (1, 1, 1, 1), num_classes=5, avg_down=True).eval()
+    resnet.load_state_dict(dict(zip(resnet.state_dict(), twin.state_dict().values(), strict=True)))
+    x = torch.randn(1, 3, 70, 100)
+    torch.testing.assert_close(twin(x), resnet(x))
+
+    assert parameters("sasa_micro", avg_down=True) == parameters("sasa_micro")
+    block = ns.create_model("sasa_micro", avg_down=True).stages[1][0].eval()
+    x = torch.randn(2, 64, 7, 9)
+    averages = F.avg_pool2d(F.pad(x, (0, 1, 0, 1)), 2)
+    averages[..., -1, :] *= 2  # of the cells that there are
+    averages[..., -1] *= 2
+    project = block.shortcut[1]
+    y = block.up(block.norm(block.spatial(block.down(x))))
+    torch.testing.assert_close(block(x), (y + project[1](F.conv2d(averages, project[0].weight))).relu())
+
+
 def resorted(twin):
     """A twin's state_dict under timm's names."""
     renamed = {}

@@ -121,7 +121,7 @@ class Backbone(nn.Module, PyTorchModelHubMixin, library_name="nearsight", licens
 class Bottleneck(nn.Module):
     """1 x 1 down, something spatial, 1 x 1 up, and the shortcut around them (He et al. 2016, arXiv:1512.03385; v1.5).
 
-        y = relu( x' + up(relu(norm(pool(spatial(relu(down(x))))))) ),   x' = x, or a strided 1 x 1 projection of it
+        y = relu( x' + up(relu(norm(pool(spatial(relu(down(x))))))) ),   x' = x, or a 1 x 1 projection of it
 
     The shortcut is a projection where the block changes size or channels. Every convolution has a batch norm after it.
 
@@ -131,6 +131,8 @@ class Bottleneck(nn.Module):
         stride: of the whole block.
         downsample: what strides: ``"spatial"`` itself, an average ``"pool"`` after it, or ``"patch"``: down projects patches
             of ``stride`` x ``stride`` cells that do not overlap.
+        avg_down: average those cells before a shortcut's projection, which else reads one of them (timm's ``avg_down``;
+            ResNet-D of He et al. 2019, arXiv:1812.01187).
         act: False leaves out the ReLU between ``spatial`` and up.
         drop_path: chance to skip the block for an image in training.
     """
@@ -145,6 +147,7 @@ class Bottleneck(nn.Module):
         *,
         stride: int = 1,
         downsample: str = "spatial",
+        avg_down: bool = False,
         act: bool = True,
         drop_path: float = 0.0,
     ) -> None:
@@ -158,16 +161,17 @@ class Bottleneck(nn.Module):
         self.spatial = spatial
         self.pool: nn.Module = nn.Identity()
         if downsample == "pool" and stride > 1:
-            # So do ceil_mode and the count.
-            self.pool = nn.AvgPool2d(stride, ceil_mode=True, count_include_pad=False)
+            self.pool = _average(stride)
         self.norm = nn.BatchNorm2d(spatial_channels)
         self.act = nn.ReLU(inplace=True) if act else nn.Identity()
         self.up = ConvNorm(nn.Conv2d(spatial_channels, out_channels, 1, bias=False), nn.BatchNorm2d(out_channels))
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
         self.shortcut = nn.Identity()
         if stride != 1 or in_channels != out_channels:
-            conv = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
-            self.shortcut = ConvNorm(conv, nn.BatchNorm2d(out_channels))
+            averages = avg_down and stride > 1
+            conv = nn.Conv2d(in_channels, out_channels, 1, 1 if averages else stride, bias=False)
+            project = ConvNorm(conv, nn.BatchNorm2d(out_channels))
+            self.shortcut = nn.Sequential(_average(stride), project) if averages else project
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.down(x)
@@ -253,6 +257,11 @@ class BottleneckNet(Backbone):
         """How timm's layer-wise learning rate decay groups the parameters."""
         blocks = r"^stages\.(\d+)" if coarse else r"^stages\.(\d+)\.(\d+)"
         return {"stem": r"^stem", "blocks": [(blocks, None), (r"^final", (99999,))]}
+
+
+def _average(stride: int) -> nn.AvgPool2d:
+    # ceil_mode and the count keep odd sizes in step with "same" and the strided 1 x 1.
+    return nn.AvgPool2d(stride, ceil_mode=True, count_include_pad=False)
 
 
 def build_stem(name: str, in_chans: int, channels: int, stride: int) -> nn.Module:

@@ -88,6 +88,8 @@ class SasaResNet(BottleneckNet):
         downsample: how a stage's first block halves the map: ``"pool"``, after its attention, as the paper does, or
             ``"patch"``: the 1 x 1 down becomes a projection of 2 x 2 cells (Swin's patch merging, Liu et al. 2021,
             arXiv:2103.14030), so that attention runs on the halved map, at a quarter of the cost.
+        avg_down: where the map is halved, average 2 x 2 cells before the shortcut's projection, which else reads one of the
+            four (ResNet-D, He et al. 2019, arXiv:1812.01187, and timm's word). For the convolutional twin too.
         post_attn_act: a ReLU between attention's norm and the 1 x 1 up, as there is after a convolution. Without it up is
             attention's output projection: softmax makes means, and a ReLU right after them hides the sign of what differs
             between two of them before up can subtract one from the other.
@@ -127,6 +129,7 @@ class SasaResNet(BottleneckNet):
         kernel_size: int | str | Sequence[int | str] = 7,
         expansion: int = 4,
         downsample: str = "pool",
+        avg_down: bool = False,
         post_attn_act: bool = True,
         num_heads: int | Sequence[int] = 8,
         value_ratio: float | Sequence[float] = 1.0,
@@ -172,7 +175,7 @@ class SasaResNet(BottleneckNet):
 
         def block(stage: int, in_channels: int, stride: int, drop_path: float) -> Bottleneck:
             width = widths[stage - 1]
-            options = {"stride": stride, "drop_path": drop_path}
+            options = {"stride": stride, "drop_path": drop_path, "avg_down": avg_down}
             if stage not in attending:
                 spatial = nn.Conv2d(width, width, 3, stride, padding=1, bias=False)
             else:
