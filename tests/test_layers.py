@@ -16,7 +16,7 @@ from nearsight import layers
 from nearsight.attention import native
 from nearsight.errors import OptionError, ShapeError
 from nearsight.layers import _whole
-from nearsight.projection import POINTWISE, project
+from nearsight.projection import POINTWISE, PatchProjection2d, project
 
 CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 SIZE = (7, 10, 5)
@@ -321,6 +321,27 @@ def test_a_projection_is_a_convolution_with_a_kernel_of_one(rank, bias, images):
     torch.testing.assert_close(found, expected)
     inputs = [x, *projection.parameters()]
     assert torch.autograd.gradgradcheck(lambda x, *weights: project(x, *weights), inputs)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
+@pytest.mark.parametrize(("size", "patch_size"), [((6, 8), 2), ((7, 5), 2), ((9, 7), 3), ((8, 11), 3)])
+def test_a_patch_projection_is_a_convolution_whose_stride_is_its_kernel(size, patch_size, memory_format):
+    projection = PatchProjection2d(3, 5, patch_size).double()
+    x = torch.randn(2, 3, *size, dtype=torch.float64).to(memory_format=memory_format).requires_grad_()
+    filled = torch.nn.functional.pad(x, (0, -size[1] % patch_size, 0, -size[0] % patch_size))
+    expected = torch.nn.functional.conv2d(filled, projection.weight, stride=patch_size)
+    y = projection(x)
+    assert (type(y.grad_fn).__name__ == "ConvolutionBackward0") == (memory_format is torch.contiguous_format)
+    torch.testing.assert_close(y, expected)
+    grad = torch.randn_like(expected)
+    inputs = [x, projection.weight]
+    torch.testing.assert_close(torch.autograd.grad(y, inputs, grad), torch.autograd.grad(expected, inputs, grad))
+    with torch.no_grad():
+        torch.testing.assert_close(projection(x), expected)
+    torch.testing.assert_close(torch.jit.trace(projection, x)(x), expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert projection.float()(x.float()).dtype == torch.bfloat16
 
 
 def test_a_projection_leaves_transforms_and_autocast_alone():

@@ -245,6 +245,16 @@ def test_values_wider_than_queries():
         assert block(torch.randn(2, 64, 7, 9)).shape == (2, 96, 4, 5)
 
 
+def test_attention_with_nothing_behind_it():
+    bare = {"post_attn_norm": False, "post_attn_act": False}
+    assert parameters("sasa_micro", **bare) == parameters("sasa_micro") - 2 * (32 + 48 + 2 * 176)
+    assert parameters("conv_micro", **bare) == parameters("conv_micro")
+    block = ns.create_model("sasa_micro", **bare).stages[0][0].eval()
+    x = torch.randn(2, 32, 6, 5)
+    expected = block.up(block.spatial(block.down(x))) + block.shortcut(x)
+    torch.testing.assert_close(block(x), expected.relu())
+
+
 @pytest.mark.parametrize("size", [(8, 8), (9, 13), (28, 28), (64, 64)])
 def test_small_images_of_any_size(size):
     assert ns.create_model("sasa_nano", in_chans=1)(torch.randn(2, 1, *size)).shape == (2, 10)

@@ -14,6 +14,7 @@ from torch import nn
 
 from ..errors import OptionError
 from ..layers import AttentionStem2d, GlobalSelfAttention2d, HaloSelfAttention2d, LocalSelfAttention2d
+from ..projection import PatchProjection2d
 from . import halonet, nat, sasa, twins  # twins registers what is held against them  # noqa: F401
 from .flops import count_flops
 
@@ -27,6 +28,7 @@ for _layer in (
     GlobalSelfAttention2d,
     HaloSelfAttention2d,
     LocalSelfAttention2d,
+    PatchProjection2d,
     nat.NeighbourhoodAttention,
 ):
     register_notrace_module(_layer)

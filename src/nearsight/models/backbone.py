@@ -11,12 +11,13 @@ from typing import Any
 import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import ClassifierHead, Conv2dSame, DropPath
+from timm.layers import ClassifierHead, DropPath
 from timm.models import build_model_with_cfg, checkpoint_seq
 from torch import Tensor, nn
 
 from ..errors import OptionError
 from ..layers import AttentionStem2d
+from ..projection import PatchProjection2d
 from .lean import ConvNorm, MaxPool2d, conv_norm, conv_norm_add_relu, is_plain
 
 
@@ -123,7 +124,7 @@ class Bottleneck(nn.Module):
 
         y = relu( x' + up(relu(norm(pool(spatial(relu(down(x))))))) ),   x' = x, or a 1 x 1 projection of it
 
-    The shortcut is a projection where the block changes size or channels. Every convolution has a batch norm after it.
+    The shortcut is a projection where the block changes size or channels. Every 1 x 1 convolution has a batch norm after it.
 
     Args:
         in_channels, width, spatial_channels, out_channels: of the input, and after down, ``spatial`` and up.
@@ -133,7 +134,7 @@ class Bottleneck(nn.Module):
             of ``stride`` x ``stride`` cells that do not overlap.
         avg_down: average those cells before a shortcut's projection, which else reads one of them (timm's ``avg_down``;
             ResNet-D of He et al. 2019, arXiv:1812.01187).
-        act: False leaves out the ReLU between ``spatial`` and up.
+        norm, act: False leaves out the batch norm, the ReLU between ``spatial`` and up.
         drop_path: chance to skip the block for an image in training.
     """
 
@@ -148,13 +149,13 @@ class Bottleneck(nn.Module):
         stride: int = 1,
         downsample: str = "spatial",
         avg_down: bool = False,
+        norm: bool = True,
         act: bool = True,
         drop_path: float = 0.0,
     ) -> None:
         super().__init__()
         if downsample == "patch" and stride > 1:
-            # "Same" keeps odd sizes in step with the shortcut.
-            down = Conv2dSame(in_channels, width, stride, stride, bias=False)
+            down = PatchProjection2d(in_channels, width, stride)
         else:
             down = nn.Conv2d(in_channels, width, 1, bias=False)
         self.down = ConvNorm(down, nn.BatchNorm2d(width), nn.ReLU(inplace=True))
@@ -162,7 +163,7 @@ class Bottleneck(nn.Module):
         self.pool: nn.Module = nn.Identity()
         if downsample == "pool" and stride > 1:
             self.pool = _average(stride)
-        self.norm = nn.BatchNorm2d(spatial_channels)
+        self.norm = nn.BatchNorm2d(spatial_channels) if norm else nn.Identity()
         self.act = nn.ReLU(inplace=True) if act else nn.Identity()
         self.up = ConvNorm(nn.Conv2d(spatial_channels, out_channels, 1, bias=False), nn.BatchNorm2d(out_channels))
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
@@ -260,7 +261,7 @@ class BottleneckNet(Backbone):
 
 
 def _average(stride: int) -> nn.AvgPool2d:
-    # ceil_mode and the count keep odd sizes in step with "same" and the strided 1 x 1.
+    # ceil_mode and the count keep odd sizes in step with a strided 1 x 1.
     return nn.AvgPool2d(stride, ceil_mode=True, count_include_pad=False)
 
 

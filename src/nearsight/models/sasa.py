@@ -93,6 +93,7 @@ class SasaResNet(BottleneckNet):
         post_attn_act: a ReLU between attention's norm and the 1 x 1 up, as there is after a convolution. Without it up is
             attention's output projection: softmax makes means, and a ReLU right after them hides the sign of what differs
             between two of them before up can subtract one from the other.
+        post_attn_norm: attention's norm. Up is linear and has one of its own, so that without the ReLU this one can go.
         num_heads: of every attention layer, one number or one per stage.
         value_ratio, qk_ratio: channels of attention's values, and of its queries and keys, per channel of the bottleneck;
             one number or one per stage. A convolution has a matrix for each of its cells. What reaches up from a cell here
@@ -131,6 +132,7 @@ class SasaResNet(BottleneckNet):
         downsample: str = "pool",
         avg_down: bool = False,
         post_attn_act: bool = True,
+        post_attn_norm: bool = True,
         num_heads: int | Sequence[int] = 8,
         value_ratio: float | Sequence[float] = 1.0,
         qk_ratio: float | Sequence[float] = 1.0,
@@ -180,7 +182,7 @@ class SasaResNet(BottleneckNet):
                 spatial = nn.Conv2d(width, width, 3, stride, padding=1, bias=False)
             else:
                 spatial = attention(stage, width, stride)
-                options |= {"downsample": downsample, "act": post_attn_act}
+                options |= {"downsample": downsample, "act": post_attn_act, "norm": post_attn_norm}
             return Bottleneck(in_channels, width, spatial.out_channels, expansion * width, spatial, **options)
 
         super().__init__(
