@@ -255,7 +255,7 @@ def test_memory_is_that_of_a_fresh_process():
     tasks = [(large, TEXTBOOK), (large, TEXTBOOK), (large, GLOBAL), (small, LOCAL)]
     *textbook, dense, unseen = growing._extra_memory(tasks)
     weights = 4 * 40**4
-    assert all(2 * weights <= extra <= 2.3 * weights for extra in textbook)
+    assert all(1.95 * weights <= extra <= 2.3 * weights for extra in textbook)  # the call before leaves a little to use
     assert dense is None or dense < 0.3 * weights
     assert unseen is None  # 2 KB of output
 
