@@ -43,7 +43,7 @@ class PatchProjection2d(nn.Conv2d):
     """``nn.Conv2d`` of patches that do not overlap; an odd map is filled up with zeros at its end.
 
     Where the channels of a cell lie side by side, a row of a patch does so too, and in training the convolution is a matrix
-    product of them: forward and backward take 0.71 of the time at 192 channels and 8 x 8 cells.
+    product of them: forward and backward take 0.71 of the time for 128 maps of 192 channels and 8 x 8 cells (AVX2).
 
     Shapes: (B, C, H, W) -> (B, E, ceil(H / patch_size), ceil(W / patch_size)).
 
