@@ -86,18 +86,19 @@ def test_tables_5_and_6_parameters():
 def test_small_networks():
     assert parameters("sasa_nano") == 84_906
     assert spatial_convolutions(ns.create_model("sasa_nano")) == []
-    assert parameters("sasa_micro") == 520_362
+    assert parameters("sasa_micro") == 1_086_548
     assert spatial_convolutions(ns.create_model("sasa_micro")) == ["stem.0"]
     assert spatial_convolutions(ns.create_model("conv_micro"))[0] == "stem.0"
 
 
 def test_what_the_small_network_is_held_against():
     """A twin of convolutions in the same places, and a transformer of about as many parameters."""
-    squares = 32**2 + 48**2 + 2 * 176**2
-    convolutions = 9 * squares
-    attention = 3 * squares + 3 * (8 + 12 + 2 * 22)  # and its hills
-    patches = 3 * (64 * 48 + 96 * 176)  # what 2 x 2 cells have more than one
-    assert parameters("conv_micro") - parameters("sasa_micro") == convolutions - attention - patches
+    squares, last = 48**2 + 96**2, 2 * 224**2  # two stages of the same ratios, and two blocks of another
+    convolutions = 9 * (squares + last) + 2 * (48 + 96 + 2 * 224)  # and their norms
+    attention = (0.5 + 0.5 + 2) * squares + (0.25 + 0.25 + 1.75) * last + 3 * (6 + 12 + 2 * 14)  # and its hills
+    patches = 3 * (96 * 96 + 192 * 224)  # what 2 x 2 cells have more than one
+    ups = 2 * squares + 0.75 * 2 * last  # what wide values have more to read
+    assert parameters("conv_micro") - parameters("sasa_micro") == convolutions - attention - patches - ups
     assert parameters("vit_micro") == pytest.approx(parameters("sasa_micro"), rel=0.03)
 
 
@@ -124,7 +125,7 @@ def test_a_small_network_attends_to_halved_maps():
 
 def test_a_bottleneck_whose_up_projects_what_attention_puts_out():
     block = ns.create_model("sasa_micro").eval().stages[1][0]
-    x = torch.randn(2, 64, 10, 12)
+    x = torch.randn(2, 96, 10, 12)
     y = block.up(block.norm(block.spatial(block.down(x))))
     torch.testing.assert_close(block(x), (y + block.shortcut(x)).relu())
     assert (block.spatial(block.down(x)) < 0).any()
@@ -169,9 +170,9 @@ def test_averaged_shortcuts():
     x = torch.randn(1, 3, 70, 100)
     torch.testing.assert_close(twin(x), resnet(x))
 
-    assert parameters("sasa_micro", avg_down=True) == parameters("sasa_micro")
-    block = ns.create_model("sasa_micro", avg_down=True).stages[1][0].eval()
-    x = torch.randn(2, 64, 7, 9)
+    assert parameters("sasa_micro", avg_down=False) == parameters("sasa_micro")
+    block = ns.create_model("sasa_micro").stages[1][0].eval()
+    x = torch.randn(2, 96, 7, 9)
     averages = F.avg_pool2d(F.pad(x, (0, 1, 0, 1)), 2)
     averages[..., -1, :] *= 2  # of the cells that there are
     averages[..., -1] *= 2
@@ -233,23 +234,23 @@ def test_small_resnet_keeps_small_images_large(stride):
 
 
 def test_values_wider_than_queries():
-    """Queries and keys of half the width pay for values of twice it; the norm and the projection up have more to read."""
-    squares, widths = 32**2 + 48**2 + 2 * 176**2, 32 + 48 + 2 * 176
-    wider = {"value_ratio": 2, "qk_ratio": 0.5}
-    assert parameters("sasa_micro", **wider) == parameters("sasa_micro") + 2 * squares + 2 * widths
-    assert parameters("sasa_micro", value_ratio=(2, 1, 1)) == parameters("sasa_micro") + 3 * 32**2 + 2 * 32
-    assert parameters("conv_micro", **wider) == parameters("conv_micro")
-    for options in (wider, {**wider, "kernel_size": "global"}):
+    """A channel of the values costs one matrix and what two in the projection up have more to read."""
+    equal = parameters("sasa_micro", value_ratio=1, qk_ratio=1)
+    first, last = 48**2 + 96**2, 2 * 224**2  # ratios of 2 and 0.5, of 1.75 and 0.25
+    assert parameters("sasa_micro") == equal + (3 * 1 - 2 * 0.5) * first + (3 * 0.75 - 2 * 0.75) * last
+    assert parameters("sasa_micro", value_ratio=(3, 2, 1.75)) == parameters("sasa_micro") + 3 * 48**2
+    assert parameters("conv_micro", value_ratio=1, qk_ratio=1) == parameters("conv_micro")
+    for options in ({}, {"kernel_size": "global"}):
         block = ns.create_model("sasa_micro", **options).stages[1][0]
-        assert (block.spatial.in_channels, block.spatial.qk_channels, block.spatial.out_channels) == (48, 24, 96)
-        assert block(torch.randn(2, 64, 7, 9)).shape == (2, 96, 4, 5)
+        assert (block.spatial.in_channels, block.spatial.qk_channels, block.spatial.out_channels) == (96, 48, 192)
+        assert block(torch.randn(2, 96, 7, 9)).shape == (2, 192, 4, 5)
 
 
 def test_attention_with_nothing_behind_it():
-    bare = {"post_attn_norm": False, "post_attn_act": False}
-    assert parameters("sasa_micro", **bare) == parameters("sasa_micro") - 2 * (32 + 48 + 2 * 176)
-    assert parameters("conv_micro", **bare) == parameters("conv_micro")
-    block = ns.create_model("sasa_micro", **bare).stages[0][0].eval()
+    normed = {"post_attn_norm": True}
+    assert parameters("sasa_micro", **normed) == parameters("sasa_micro") + 2 * (2 * 48 + 2 * 96 + 2 * 1.75 * 224)
+    assert parameters("conv_micro", **normed) == parameters("conv_micro")
+    block = ns.create_model("sasa_micro").stages[0][0].eval()
     x = torch.randn(2, 32, 6, 5)
     expected = block.up(block.spatial(block.down(x))) + block.shortcut(x)
     torch.testing.assert_close(block(x), expected.relu())

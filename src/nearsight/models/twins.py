@@ -36,7 +36,7 @@ def conv_nano(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 def conv_micro(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """The twin of ``sasa_micro``: 3 x 3 convolutions in the place of attention, and widths, depths and stem the same.
 
-    A ReLU follows them, and they stride where ``sasa_micro`` projects patches of 2 x 2 cells: a ResNet's ways.
+    A norm and a ReLU follow them, and they stride where ``sasa_micro`` projects patches of 2 x 2 cells: a ResNet's ways.
     """
     return _create_twin("conv_micro", pretrained, {**MICRO, **kwargs})
 
@@ -47,7 +47,7 @@ def vit_micro(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 
     Dosovitskiy et al. 2021, arXiv:2010.11929. It takes images of one size, ``img_size``, 32 unless given.
     """
-    size = {"patch_size": 4, "embed_dim": 102, "depth": 4, "num_heads": 3}
+    size = {"patch_size": 4, "embed_dim": 150, "depth": 4, "num_heads": 3}
     features = {"feature_cls": "getter", "out_indices": 3}
     return build_model_with_cfg(VisionTransformer, "vit_micro", pretrained, feature_cfg=features, **{**size, **kwargs})
 

@@ -38,7 +38,8 @@ RECIPE_FILE = "compare.yaml"
 PER_RUN = ("model", "seed")  # of a recipe's values, those in which the runs differ
 
 # The question of the article: can attention stand in for convolution, and what does it need for that? Each group changes one
-# thing about sasa_micro, which has a convolutional stem, kernel_size=[3, 5, 5] and position=quadratic.
+# thing about sasa_micro, which has a convolutional stem, kernel_size=[3, 5, 5] and position=quadratic; its way of halving
+# the map and its block are given back one by one.
 ARTICLE = {
     "what looks": (
         "conv_micro",
@@ -63,7 +64,10 @@ ARTICLE = {
         "sasa_micro",
     ),
     "block": (
-        "sasa_micro,post_attn_act=True",
+        "sasa_micro,post_attn_norm=true",
+        "sasa_micro,post_attn_norm=true,post_attn_act=true",
+        "sasa_micro,value_ratio=1,qk_ratio=1",
+        "sasa_micro,avg_down=false",
         "sasa_micro,downsample=pool",
         "sasa_micro",
     ),

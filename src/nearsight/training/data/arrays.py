@@ -147,6 +147,7 @@ def _mnist(
     std: tuple[float, ...],
     augment: nn.Module,
     turned: bool = False,
+    **defaults: Any,
 ) -> Pictures:
     files = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
     if download:
@@ -169,7 +170,7 @@ def _mnist(
         test=(arrays[2], arrays[3]),
         mean=mean,
         std=std,
-        defaults={"epochs": 20, "batch_size": 128, "lr": 3e-3},
+        defaults={"epochs": 20, "batch_size": 128, "lr": 3e-3, **defaults},
         augment=augment,
     )
 
@@ -231,6 +232,8 @@ SOURCES: dict[str, Callable[[str, str | None, bool], Pictures]] = {
         mean=(0.2860,),
         std=(0.3530,),
         augment=RandomAffine(shift=2, mirror=True),
+        lr=1.5e-3,
+        random_erasing=0.25,
     ),
     "rotated-fashion-mnist": partial(
         _mnist,
