@@ -145,7 +145,7 @@ def position_tables(model: nn.Module, maps: Sequence[Any]) -> dict[tuple[str, st
 def draw_tables(tables: dict[tuple[str, str], np.ndarray]) -> Any:
     most = max(map(len, tables.values()))
     labels = [f"{layer}\n{what}" for layer, what in tables]
-    return draw.grid(list(tables.values()), labels, [f"head {head + 1}" for head in range(most)])
+    return draw.grid([list(values) for values in tables.values()], labels, [f"head {head + 1}" for head in range(most)])
 
 
 # ------------------------------------------------------------------------------------------------------------- numbers

@@ -29,4 +29,4 @@ def main(run: str, output: str, image_index: int = 3, pixel: tuple[int, int] | N
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:3])
+    main(sys.argv[1], sys.argv[2])

@@ -56,7 +56,10 @@ def _in_style(draw: Callable[Params, Figure]) -> Callable[Params, Figure]:
 class BlockMap(Protocol):
     """What is drawn of an attention layer; :class:`nearsight.inspect.maps.AttentionMap` is one."""
 
-    layer: str
+    @property
+    def layer(self) -> str:
+        """The module's name."""
+        ...
 
     def memory_block(self, pixel: tuple[int, int], image_index: int = 0) -> np.ndarray:
         """Weights (heads, H, W) that the query covering ``pixel`` gave to each cell."""

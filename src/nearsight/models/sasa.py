@@ -231,9 +231,9 @@ def sasa_micro(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 
     A convolutional stem of stride 2, as the paper found best, then attention in every block; ``stem="patch"`` leaves no
     spatial convolution that overlaps. Not the paper's: heads start as hills at places of their own
-    (``position="quadratic"``), values are wide and queries and keys narrow (``value_ratio``, ``qk_ratio``), neither a norm nor
-    a ReLU stands right after attention (``post_attn_norm=False``, ``post_attn_act=False``), and where the map is halved
-    patches of 2 x 2 cells are projected (``downsample="patch"``) and the shortcut averages them (``avg_down=True``).
+    (``position="quadratic"``), values are wide and queries and keys narrow (``value_ratio``, ``qk_ratio``), no norm and no
+    ReLU stand right after attention (``post_attn_norm=False``, ``post_attn_act=False``), and where the map is halved patches
+    of 2 x 2 cells are projected (``downsample="patch"``) and the shortcut averages them (``avg_down=True``).
     """
     return _create("sasa_micro", pretrained, **{**MICRO, **kwargs})
 
