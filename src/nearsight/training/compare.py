@@ -38,8 +38,8 @@ RECIPE_FILE = "compare.yaml"
 PER_RUN = ("model", "seed")  # of a recipe's values, those in which the runs differ
 
 # The question of the article: can attention stand in for convolution, and what does it need for that? Each group changes one
-# thing about sasa_micro, which has a convolutional stem, kernel_size=[3, 5, 5] and position=quadratic; its way of halving
-# the map and its block are given back one by one.
+# thing about sasa_micro, which has a convolutional stem, kernel_size=[3, 5, 5] and position=quadratic; the last undoes
+# its block piece by piece.
 ARTICLE = {
     "what looks": (
         "conv_micro",
