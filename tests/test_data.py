@@ -18,6 +18,7 @@ from nearsight.errors import DataError, OptionError
 from nearsight.training.data import IGNORED, Dealer, RandomAffine, View, load_pictures, loader, warn_of_broken
 from nearsight.training.data.arrays import _turned
 from nearsight.training.evaluate import evaluate
+from nearsight.training.recipe import Recipe
 
 MNIST_FILES = {
     "train-images-idx3-ubyte": (100, 6, 5),
@@ -102,6 +103,14 @@ def test_a_lacking_idx_file_is_named(tmp_path):
     (tmp_path / "t10k-labels-idx1-ubyte.gz").unlink()
     with pytest.raises(DataError, match="lacks t10k-labels-idx1-ubyte"):
         load_pictures("mnist", str(tmp_path))
+
+
+def test_fashion_mnist_has_a_recipe_of_its_own():
+    upright, turned = load_pictures("fashion-mnist").defaults, load_pictures("rotated-fashion-mnist").defaults
+    assert upright == {"epochs": 20, "batch_size": 128, "lr": 0.0015, "random_erasing": 0.25}
+    assert turned == {"epochs": 20, "batch_size": 128, "lr": 0.003}
+    filled = Recipe(data="fashion-mnist", lr=0.01).filled(upright)
+    assert (filled.lr, filled.random_erasing) == (0.01, 0.25)
 
 
 def test_rotated_pictures_are_the_same_ones_turned_once():
