@@ -46,7 +46,9 @@ def bound(reference: np.ndarray, dtype: torch.dtype, condition: float = 1.0) -> 
     )
 
 
-def assert_near(name: str, found: Tensor, reference: np.ndarray, condition: float = 1.0, slack: float = 0.0) -> None:
+def assert_near(
+    name: str, found: Tensor, reference: np.ndarray, condition: float = 1.0, slack: float | np.ndarray = 0.0
+) -> None:
     """Fail unless every element of ``found`` is within :func:`bound` and ``slack`` of the oracle's."""
     assert tuple(found.shape) == reference.shape, f"{name}: shape {tuple(found.shape)}, expected {reference.shape}"
     error = np.abs(found.detach().double().numpy() - reference)
