@@ -14,7 +14,7 @@ import hypothesis
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import nearsight as ns
 from nearsight.attention import BACKENDS
@@ -31,6 +31,16 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 # The c in c * eps * max(1, |ref|): how many roundings a result may be away from the oracle. Half precision is held in
 # float32 inside, so that only the rounding of the result is left; see `bound`.
 TOL = {torch.float64: 24, torch.float32: 24, torch.float16: 1, torch.bfloat16: 1}
+
+
+def projections(layer: nn.Module) -> list[nn.Module]:
+    """The modules that project to query, key and value."""
+    return [layer.qkv] if hasattr(layer, "qkv") else [layer.q, layer.kv]
+
+
+def projected(layer: nn.Module, x: Tensor) -> Tensor:
+    """Query, key and value of every cell, side by side in the channels."""
+    return torch.cat([projection(x) for projection in projections(layer)], 1)
 
 
 def bound(reference: np.ndarray, dtype: torch.dtype, condition: float = 1.0) -> np.ndarray:

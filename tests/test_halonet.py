@@ -3,6 +3,7 @@
 
 import pytest
 import torch
+from conftest import projected
 from torch import nn
 
 import nearsight as ns
@@ -32,7 +33,7 @@ def test_table_of_networks(name):
 def by_loops(layer, x):
     """The layer's equation, cell by cell, for one image without batch."""
     heads, width, block, halo = layer.num_heads, layer.width, layer.block_size, layer.halo_size
-    q, k, v = layer.qkv(x[None])[0].split([width, width, layer.out_channels])
+    q, k, v = projected(layer, x[None])[0].split([width, width, layer.out_channels])
     q, k, v = (t.unflatten(0, (heads, -1)).movedim(1, -1) for t in (q, k, v))
     scale = q.shape[-1] ** -0.5 if layer.scale is None else layer.scale
     middle = block + 2 * halo - 1
@@ -71,8 +72,9 @@ def by_loops(layer, x):
 )
 def test_by_loops(options, size, border):
     layer = ns.HaloSelfAttention2d(4, num_heads=2, border=border, **options).double()
-    if layer.qkv.bias is not None:
-        nn.init.normal_(layer.qkv.bias)
+    if layer.kv.bias is not None:
+        nn.init.normal_(layer.q.bias)
+        nn.init.normal_(layer.kv.bias)
     x = torch.randn(4, *size, dtype=torch.float64)
     torch.testing.assert_close(layer(x), by_loops(layer, x))
 
@@ -91,7 +93,7 @@ def test_gradients():
 def test_a_block_as_large_as_the_map_is_global_attention():
     layer = ns.HaloSelfAttention2d(8, num_heads=2, block_size=9, halo_size=0)
     x = torch.randn(2, 8, 9, 9)
-    q, k, v = (t.unflatten(1, (2, 4)).movedim(2, -1) for t in layer.qkv(x).chunk(3, 1))
+    q, k, v = (t.unflatten(1, (2, 4)).movedim(2, -1) for t in projected(layer, x).chunk(3, 1))
     relative = [table.expand(2, -1, -1) for table in (layer.rows, layer.columns)]
     expected = ns.global_attention(q, k, v, relative=relative)
     torch.testing.assert_close(layer(x), expected.movedim(-1, 2).flatten(1, 2))
@@ -129,7 +131,8 @@ def test_borders_and_formats_of_the_layer(stride):
 def test_parameters_and_names():
     layer = ns.HaloSelfAttention2d(16, value_ratio=2.5, num_heads=4, block_size=4, halo_size=1)
     assert {name: tuple(p.shape) for name, p in layer.state_dict().items()} == {
-        "qkv.weight": (16 + 16 + 40, 16, 1, 1),
+        "q.weight": (16, 16, 1, 1),
+        "kv.weight": (16 + 40, 16, 1, 1),
         "rows": (11, 4),
         "columns": (11, 4),
     }
@@ -145,8 +148,8 @@ def test_padding_votes_under_zeros_alone():
     for layer in (mask, zeros):
         nn.init.zeros_(layer.rows)
         nn.init.zeros_(layer.columns)
-        nn.init.zeros_(layer.qkv.weight[:4])  # queries of zero look everywhere alike
-    torch.testing.assert_close(mask(x).mean(), mask.qkv(x)[:, 8:].mean())
+        nn.init.zeros_(layer.q.weight)  # queries of zero look everywhere alike
+    torch.testing.assert_close(mask(x).mean(), mask.kv(x)[:, 4:].mean())
     torch.testing.assert_close(zeros(x), mask(x) * 16 / 64)
 
 

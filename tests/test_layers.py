@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import projected, projections
 from torch import nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
@@ -54,9 +55,10 @@ def test_memory_formats(rank, kind):
 def test_the_layer_is_the_operation_between_projections():
     torch.manual_seed(0)
     layer = ns.LocalSelfAttention2d(6, 8, 3, stride=2, num_heads=2, qkv_bias=True, out_proj=True).double()
-    nn.init.normal_(layer.qkv.bias)
+    for projection in projections(layer):
+        nn.init.normal_(projection.bias)
     x = torch.randn(2, 6, 5, 7, dtype=torch.float64)
-    q, k, v = (t.unflatten(1, (2, 4)).movedim(2, -1) for t in layer.qkv(x).chunk(3, 1))
+    q, k, v = (t.unflatten(1, (2, 4)).movedim(2, -1) for t in projected(layer, x).chunk(3, 1))
     _, relative = layer.position.tables(ns.Window(3), (5, 7))
     y = ns.local_attention(q[:, :, ::2, ::2], k, v, ns.Window(3, stride=2), relative=relative, backend="reference")
     torch.testing.assert_close(layer(x), layer.proj(y.movedim(-1, 2).flatten(1, 2)))
@@ -69,9 +71,10 @@ def test_queries_and_keys_of_another_width_than_the_values(qk_channels, content,
     torch.manual_seed(0)
     options = {"stride": stride, "num_heads": 2, "qkv_bias": True, "content": content, "qk_channels": qk_channels}
     layer = ns.LocalSelfAttention2d(6, 8, 3, **options).double()
-    nn.init.normal_(layer.qkv.bias)
+    for projection in projections(layer):
+        nn.init.normal_(projection.bias)
     x = torch.randn(2, 6, 5, 7, dtype=torch.float64, requires_grad=True)
-    *pair, v = layer.qkv(x).split([*[qk_channels] * (2 if content else 1), 8], 1)
+    *pair, v = projected(layer, x).split([*[qk_channels] * (2 if content else 1), 8], 1)
     q, k = pair if content else (pair[0], torch.zeros_like(pair[0]))
     q, k, v = (t.unflatten(1, (2, -1)).movedim(2, -1) for t in (q, k, v))
     _, relative = layer.position.tables(ns.Window(3), (5, 7))
@@ -95,7 +98,7 @@ def test_layer_weights_mix_the_values(stride):
     x = torch.randn(2, 6, 5, 7)
     weights = layer.attention_weights(x)
     assert weights.shape == (2, 1, *ns.Window(3, stride=stride).output_size((5, 7)), 3, 3)
-    patches = F.unfold(layer.qkv(x)[:, 12:], 3, padding=1, stride=stride).unflatten(1, (6, 9))
+    patches = F.unfold(projected(layer, x)[:, 12:], 3, padding=1, stride=stride).unflatten(1, (6, 9))
     torch.testing.assert_close(
         torch.einsum("bckp,bpk->bcp", patches, weights.flatten(1, 3).flatten(2)), layer(x).flatten(2)
     )
@@ -393,7 +396,8 @@ def test_what_is_projected_again_is_the_same_to_the_bit(options, frozen):
     keeping, remaking = (ns.LocalSelfAttention2d(**options, recompute_qkv=again) for again in (False, True))
     remaking.load_state_dict(keeping.state_dict())
     for layer in (keeping, remaking):
-        layer.qkv.requires_grad_(not frozen)
+        for projection in projections(layer):
+            projection.requires_grad_(not frozen)
     x = torch.randn(2, 16, 9, 11).to(memory_format=torch.channels_last).requires_grad_()
     grad = torch.randn(2, keeping.out_channels, 9, 11)
     assert all(map(torch.equal, trained(remaking, x, grad), trained(keeping, x, grad)))

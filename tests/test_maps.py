@@ -12,6 +12,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from conftest import projected
 from torch import nn
 
 import nearsight as ns
@@ -40,12 +41,12 @@ def gated(convolution, margin=0):
 
 # Each with its input and what it mixes: a function from layer and input to values (N, *map, E), the output being (N, E) per
 # query, heads one after the other.
-def projected(layer, x):
-    return layers.split_heads(layer.qkv(x).split(layer.out_channels, 1)[-1], layer.num_heads)[0]
+def values_of(layer, x):
+    return layers.split_heads(projected(layer, x).split(layer.out_channels, 1)[-1], layer.num_heads)[0]
 
 
 def in_blocks(layer, x):
-    return layers.split_heads(layer.qkv(x)[:, 2 * layer.width :], layer.num_heads)[0]
+    return layers.split_heads(layer.kv(x)[:, layer.width :], layer.num_heads)[0]
 
 
 LOCAL = {
@@ -88,7 +89,7 @@ def test_a_map_and_the_values_make_the_layers_output(name):
     layer, x = make().double(), torch.randn(shape, dtype=torch.float64)
     (found,) = ns.attention_maps(nn.Sequential(layer), x)
     assert (found.layer, found.map_size, found.image_size) == ("0", shape[2:], shape[2:])
-    values = (in_blocks if isinstance(layer, ns.HaloSelfAttention2d) else projected)(layer, x)
+    values = (in_blocks if isinstance(layer, ns.HaloSelfAttention2d) else values_of)(layer, x)
     torch.testing.assert_close(mixed(found, values.detach()), layer(x)[0].detach(), **NEAR)
 
 
@@ -530,4 +531,4 @@ def test_a_transposed_map_would_be_seen(monkeypatch):
     (found,) = ns.attention_maps(nn.Sequential(layer), x)
     turned = AttentionMap("0", found.weights.mT.contiguous(), found.window, found.map_size, found.image_size)
     with pytest.raises(AssertionError):
-        torch.testing.assert_close(mixed(turned, projected(layer, x).detach()), layer(x)[0].detach(), **NEAR)
+        torch.testing.assert_close(mixed(turned, values_of(layer, x).detach()), layer(x)[0].detach(), **NEAR)

@@ -4,6 +4,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import projections
 from torch import nn
 
 import nearsight as ns
@@ -289,10 +290,12 @@ def test_without_content(stride):
     torch.manual_seed(0)
     layer = ns.LocalSelfAttention2d(6, 8, 3, stride=stride, num_heads=2, content=False, qkv_bias=True)
     full = ns.LocalSelfAttention2d(6, 8, 3, stride=stride, num_heads=2, qkv_bias=True, position=layer.position)
-    nn.init.normal_(layer.qkv.bias)
-    with torch.no_grad():
-        for mine, theirs in ((layer.qkv.weight, full.qkv.weight), (layer.qkv.bias, full.qkv.bias)):
-            theirs.copy_(torch.cat([mine[:8], torch.zeros_like(mine[:8]), mine[8:]]))
+    state = full.state_dict()
+    for name in ("weight", "bias"):
+        nn.init.normal_(mine := torch.cat([getattr(projection, name) for projection in projections(layer)]).detach())
+        layer.load_state_dict({f"qkv.{name}": mine}, strict=False)
+        state[f"qkv.{name}"] = torch.cat([mine[:8], torch.zeros_like(mine[:8]), mine[8:]])
+    full.load_state_dict({name: value for name, value in state.items() if name[:2] not in ("q.", "kv")})
     x = torch.randn(2, 6, 5, 7)
     torch.testing.assert_close(layer(x), full(x))
     torch.testing.assert_close(layer.attention_weights(x), full.attention_weights(x))

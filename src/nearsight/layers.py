@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from .attention import attention_weights, global_attention, local_attention
 from .attention.chosen import weights_of
 from .errors import OptionError, ShapeError
 from .positions import Position, QuadraticPosition, RelativePosition, Tables, position_encoding
-from .projection import POINTWISE, Pointwise2d, project, records_plainly, remaker
+from .projection import POINTWISE, records_plainly, remaker
 from .window import Window
 
 
@@ -80,13 +80,88 @@ class AttentionLayer(Protocol):
         ...
 
 
-class SelfAttention(nn.Module):
+class _Projecting(nn.Module):
+    """What all layers share: projections to query, key and value, each called as the module that it is.
+
+    One convolution, ``qkv``, makes all three; where there may be fewer queries than keys, ``q`` makes the query and ``kv``
+    the others. So whatever hangs on these modules, or stands in their place, takes part: adapters, hooks, parametrisations.
+    """
+
+    rank: int
+    in_channels: int
+    num_heads: int
+    qkv: nn.Module
+    q: nn.Module
+    kv: nn.Module
+
+    @property
+    def _widths(self) -> list[int]:
+        """Channels of query, key (if it is projected at all) and value."""
+        raise NotImplementedError
+
+    def _hold_projections(self, *, apart: bool, bias: bool) -> None:
+        width, *others = self._widths
+        for name, channels in {"q": width, "kv": sum(others)}.items() if apart else [("qkv", width + sum(others))]:
+            setattr(self, name, POINTWISE[self.rank](self.in_channels, channels, 1, bias=bias))
+        self.register_load_state_dict_pre_hook(_load_projections)
+
+    def _projections(self) -> list[nn.Module]:
+        return [self.qkv] if "qkv" in self._modules else [self.q, self.kv]
+
+    @torch.no_grad()
+    def _draw_projections(self, small: int = 0) -> None:
+        """Weights that keep the input's variance, those of the first ``small`` channels 0.3 of that; biases of zero.
+
+        They are drawn as one tensor: a seed gives the same numbers, however many modules hold them.
+        """
+        weights: list[Tensor] = [projection.get_parameter("weight") for projection in self._projections()]
+        drawn = nn.init.normal_(torch.cat(weights), std=self.in_channels**-0.5)
+        drawn[:small] *= 0.3
+        for weight, part in zip(weights, drawn.split([len(weight) for weight in weights]), strict=True):
+            weight.copy_(part)
+        for projection in self._projections():
+            if projection.bias is not None:
+                nn.init.zeros_(projection.get_parameter("bias"))
+
+    def _project(self, x: Tensor, strides: Sequence[int]) -> list[Tensor]:
+        """Query, key and value in one tensor, or the query, of the cells that stay, by itself."""
+        if "qkv" in self._modules:
+            return [self.qkv(x)]
+        return [self.q(x[(..., *[slice(None, None, stride) for stride in strides])]), self.kv(x)]
+
+    def _split(self, projected: Sequence[Tensor]) -> list[Tensor]:
+        """The heads, (B, N, *map, D), of query, key (if it is projected at all) and value."""
+        *first, joined = projected
+        parts = (*first, *split_parts(joined, self._widths[len(first) :]))
+        return [split_heads(part, self.num_heads) for part in parts]
+
+
+def _load_projections(layer: _Projecting, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """Take apart, or put together, projections that a file holds the other way, as those of older versions do.
+
+    A hook of ``load_state_dict``, which checks the shapes of what it then finds.
+    """
+    width = layer._widths[0]
+    for name in ("weight", "bias"):
+        whole, query, others = (f"{prefix}{part}.{name}" for part in ("qkv", "q", "kv"))
+        if any(getattr(projection, name, None) is None for projection in layer._projections()):
+            continue
+        if "qkv" not in layer._modules:
+            if whole in state and state[whole].ndim and query not in state and others not in state:
+                joined = state.pop(whole)
+                state[query], state[others] = joined[:width].clone(), joined[width:].clone()
+        elif whole not in state and query in state and others in state:
+            parts = state[query], state[others]
+            if parts[0].shape == (width, *parts[1].shape[1:]):
+                state[whole] = torch.cat(parts)
+                del state[query], state[others]
+
+
+class SelfAttention(_Projecting):
     """What local and global layers share: project to query, key and value, attend, perhaps project again.
 
     Use :class:`LocalSelfAttention2d` and its siblings.
     """
-
-    rank: int
 
     def __init__(
         self,
@@ -122,7 +197,8 @@ class SelfAttention(nn.Module):
         self.backend = backend
         self.content = content
         self.recompute_qkv = recompute_qkv
-        self.qkv = POINTWISE[self.rank](in_channels, sum(self._widths), 1, bias=qkv_bias)
+        strides = [] if window is None else [axis.stride for axis in window.axes(self.rank)]
+        self._hold_projections(apart=any(stride > 1 for stride in strides), bias=qkv_bias)
         self.position = position_encoding(
             position,
             channels=in_channels,
@@ -143,17 +219,12 @@ class SelfAttention(nn.Module):
 
         Where heads start as hills (``position="quadratic"``) queries and keys are small, so that the hills decide at first.
         """
-        nn.init.normal_(self.qkv.weight, std=self.in_channels**-0.5)
-        if isinstance(self.position, QuadraticPosition):
-            with torch.no_grad():
-                self.qkv.weight[: 2 * self.qk_channels] *= 0.3
-        if self.qkv.bias is not None:
-            nn.init.zeros_(self.qkv.bias)
+        self._draw_projections(small=2 * self.qk_channels if isinstance(self.position, QuadraticPosition) else 0)
 
     def forward(self, x: Tensor) -> Tensor:
         batched = self._batched(x)
         window = self.window_on(batched.shape[2:])
-        projected = self._project(batched, window)
+        projected = self._projected(batched, window)
         query, key, value = self._heads(projected, window)
         out = local_attention(
             query,
@@ -175,7 +246,7 @@ class SelfAttention(nn.Module):
         """
         batched = self._batched(x)
         window = self.window_on(batched.shape[2:])
-        query, key, _ = self._heads(self._project(batched, window), window)
+        query, key, _ = self._heads(self._projected(batched, window), window)
         tables = self._tables(window, key)
         if queries is None:
             return attention_weights(query, key, window, **tables, scale=self.scale)
@@ -191,7 +262,6 @@ class SelfAttention(nn.Module):
 
     @property
     def _widths(self) -> list[int]:
-        """Channels of the parts of the fused projection: query, key (which there is only with content) and value."""
         return [self.qk_channels] * (2 if self.content else 1) + [self.out_channels]
 
     def _batched(self, x: Tensor) -> Tensor:
@@ -203,21 +273,11 @@ class SelfAttention(nn.Module):
             )
         return x if x.ndim == self.rank + 2 else x.unsqueeze(0)
 
-    def _project(self, x: Tensor, window: Window) -> list[Tensor]:
-        """Query, key and value as one fused projection; with a stride the query for itself, of the cells that stay."""
-        x = self.position.embed(x)
-        strides = [axis.stride for axis in window.axes(self.rank)]
-        if max(strides) == 1:
-            return [self.qkv(x)]
-        weight, bias, width = self.qkv.weight, self.qkv.bias, self.qk_channels
-        query_bias, pair_bias = (None, None) if bias is None else (bias[:width], bias[width:])
-        places = x[(..., *[slice(None, None, stride) for stride in strides])]
-        return [project(places, weight[:width], query_bias), project(x, weight[width:], pair_bias)]
+    def _projected(self, x: Tensor, window: Window) -> list[Tensor]:
+        return self._project(self.position.embed(x), [axis.stride for axis in window.axes(self.rank)])
 
     def _heads(self, projected: Sequence[Tensor], window: Window) -> tuple[Tensor, Tensor, Tensor]:
-        *first, joined = projected  # the query by itself where there is a stride
-        parts = (*first, *split_parts(joined, self._widths[len(first) :]))
-        query, *pair = (split_heads(part, self.num_heads) for part in parts)
+        query, *pair = self._split(projected)
         value = pair[-1]
         # Without content every key is zero, and of the logits q.r is left.
         key = pair[0] if self.content else value.new_zeros(()).expand(*value.shape[:-1], self.head_dim)
@@ -331,9 +391,10 @@ class LocalSelfAttention2d(_Local):
     Parameters: in * (2 * qk + out), + 2 * qk + out with ``qkv_bias``, + out * (out + 1) with ``out_proj``, + those of the
     position encoding (relative: k * qk). Their number does not depend on k otherwise. ``content=False``: one qk less.
 
-    state_dict: ``qkv.weight`` (2 * qk + out, in, 1, 1) with the query's rows first, then key and value; ``qkv.bias``;
-    ``position.*`` (see :mod:`nearsight.positions`); ``proj.weight``, ``proj.bias``. With ``content=False`` the key's rows
-    are not there.
+    state_dict: ``qkv.weight`` (2 * qk + out, in, 1, 1) with the query's rows first, then key and value; ``qkv.bias``; with
+    a stride, where queries are fewer, ``q.weight`` (qk, in, 1, 1) and ``kv.weight`` (qk + out, in, 1, 1), ``q.bias`` and
+    ``kv.bias``; ``position.*`` (see :mod:`nearsight.positions`); ``proj.weight``, ``proj.bias``. With ``content=False`` the
+    key's rows are not there. Either way of holding the projections is loaded into the other.
     ``.eval()`` changes nothing.
 
     Args:
@@ -458,7 +519,7 @@ class GlobalSelfAttention3d(_Global):
     rank = 3
 
 
-class HaloSelfAttention2d(nn.Module):
+class HaloSelfAttention2d(_Projecting):
     """Blocked local attention: the queries of a block share one memory block, the block and a halo around it.
 
         q, k, v = W x;   y[p] = sum_{c in M(p)} softmax_c( scale * q[p] . (k[c] + row[c_y - p_y] + column[c_x - p_x]) ) v[c]
@@ -480,8 +541,8 @@ class HaloSelfAttention2d(nn.Module):
     Parameters: in * (2 * width + out) + 2 * (2 * (block_size + 2 * halo_size) - 1) * width / num_heads, with
     width = out / value_ratio.
 
-    state_dict: ``qkv.weight`` (2 * width + out, in, 1, 1) with the query's rows first, then key and value; ``qkv.bias``;
-    ``rows``, ``columns`` (entries, width / num_heads).
+    state_dict: ``q.weight`` (width, in, 1, 1), ``kv.weight`` (width + out, in, 1, 1) with the key's rows first; ``q.bias``,
+    ``kv.bias``; ``rows``, ``columns`` (entries, width / num_heads). Files in which one ``qkv`` holds both are loaded too.
 
     Args:
         in_channels, out_channels: borders of the layer; out_channels None means in_channels * value_ratio.
@@ -532,7 +593,7 @@ class HaloSelfAttention2d(nn.Module):
         self.in_channels, self.out_channels, self.width = in_channels, out_channels, width
         self.block_size, self.halo_size, self.stride = block_size, halo_size, stride
         self.border, self.num_heads, self.scale = border, num_heads, scale
-        self.qkv = Pointwise2d(in_channels, 2 * width + out_channels, 1, bias=qkv_bias)
+        self._hold_projections(apart=True, bias=qkv_bias)
         entries, head_dim = 2 * (block_size + 2 * halo_size) - 1, width // num_heads
         self.rows = nn.Parameter(torch.randn(entries, head_dim))
         self.columns = nn.Parameter(torch.randn(entries, head_dim))
@@ -542,13 +603,11 @@ class HaloSelfAttention2d(nn.Module):
 
     def reset_parameters(self) -> None:
         """Start with queries, keys and values of the input's variance, so that logits have variance one."""
-        nn.init.normal_(self.qkv.weight, std=self.in_channels**-0.5)
-        if self.qkv.bias is not None:
-            nn.init.zeros_(self.qkv.bias)
+        self._draw_projections()
 
     def forward(self, x: Tensor) -> Tensor:
         batched = self._batched(x)
-        query, key, value = self._project(batched)
+        query, key, value = self._heads(batched)
         axes = [_halo_axis(n, self.block_size, self.halo_size, self.stride, x.device) for n in x.shape[-2:]]
         scale = query.shape[-1] ** -0.5 if self.scale is None else self.scale
         out = _halo_attention(query * scale, key, value, self.rows, self.columns, axes, self.border)
@@ -560,7 +619,7 @@ class HaloSelfAttention2d(nn.Module):
 
         With ``queries`` (Q, 2), the index of each along both axes of the output, those alone: (B, N, Q, span, span).
         """
-        query, key, _ = self._project(self._batched(x))
+        query, key, _ = self._heads(self._batched(x))
         relative = [table.expand(self.num_heads, -1, -1) for table in (self.rows, self.columns)]
         return _weights_in_blocks(queries, query, key, self.window_on(key.shape[2:-1]), relative, self.scale)
 
@@ -578,13 +637,12 @@ class HaloSelfAttention2d(nn.Module):
             raise ShapeError(f"HaloSelfAttention2d takes {takes}; received {tuple(x.shape)}")
         return x if x.ndim == 4 else x.unsqueeze(0)
 
-    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        weight, bias, width = self.qkv.weight, self.qkv.bias, self.width
-        query_bias, pair_bias = (None, None) if bias is None else (bias[:width], bias[width:])
-        query = project(x[..., :: self.stride, :: self.stride], weight[:width], query_bias)
-        key, value = project(x, weight[width:], pair_bias).split([width, self.out_channels], 1)
-        query, key, value = (split_heads(tensor, self.num_heads) for tensor in (query, key, value))
-        return query, key, value
+    @property
+    def _widths(self) -> list[int]:
+        return [self.width, self.width, self.out_channels]
+
+    def _heads(self, x: Tensor) -> list[Tensor]:
+        return self._split(self._project(x, [self.stride] * 2))
 
     def extra_repr(self) -> str:
         parts = [
