@@ -5,16 +5,20 @@ from __future__ import annotations
 
 import copy
 import pickle
+import tracemalloc
 from dataclasses import FrozenInstanceError
 
 import numpy as np
 import oracle
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 import nearsight as ns
 from nearsight.errors import DtypeError, NearsightError, OptionError, ShapeError
+from nearsight.layers import BlockWindow
+from nearsight.window import Axis
 
 axes = st.builds(
     oracle.Axis,
@@ -43,6 +47,25 @@ def test_every_place_is_the_oracles(axis):
         taking_part = [(axis.cells if cell == -2 else cell, entry) for cell, entry in places if cell != -1]
         assert taking_part == [(cell, entry) for _, cell, entry in oracle.places(axis, query)]
         assert all(0 <= entry < axis.table_size for _, entry in places)
+
+
+@given(axes, st.data())
+def test_places_of_chosen_queries(axis, data):
+    (ours,) = window_of(axis).axes(1)
+    queries = torch.tensor(data.draw(st.lists(st.integers(0, axis.queries - 1), max_size=4)), dtype=torch.long)
+    assert torch.equal(ours.neighbours(axis.cells, queries), ours.neighbours(axis.cells)[queries])
+
+
+@pytest.mark.parametrize("axis", [Axis(1599), Axis(1599, border="shift", dilation=2), BlockWindow(100, 700)])
+def test_places_are_kept_by_nobody_and_are_no_python_objects(axis):
+    tracemalloc.start()
+    try:
+        assert len(axis.neighbours(800)) == 800
+        now, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 100_000  # tensors are not Python's memory; a tuple per place would be 140 MB
+    assert now < 10_000
 
 
 @given(axes)

@@ -45,16 +45,15 @@ class BlockWindow:
     def output_size(self, in_size: Sequence[int]) -> tuple[int, ...]:
         return tuple(-(-cells // self.stride) for cells in in_size)
 
-    def neighbours(self, cells: int) -> tuple[tuple[tuple[int, int], ...], ...]:
+    def neighbours(self, cells: int, queries: Tensor | None = None) -> Tensor:
         """As :meth:`nearsight.window.Axis.neighbours`."""
-        outside = -2 if self.border == "zeros" else -1
-
-        def places(query: int):
-            first = query // self.block_size * self.block_size - self.halo_size
-            for place in range(first, first + self.kernel_size):
-                yield place if 0 <= place < cells else outside, place - query + self.kernel_size - 1
-
-        return tuple(tuple(places(query)) for query in range(0, cells, self.stride))
+        if queries is None:
+            queries = torch.arange(-(-cells // self.stride), device="cpu")
+        query = queries[:, None] * self.stride
+        first = query // self.block_size * self.block_size - self.halo_size
+        place = first + torch.arange(self.kernel_size, device=queries.device)
+        cell = torch.where((place >= 0) & (place < cells), place, -2 if self.border == "zeros" else -1)
+        return torch.stack((cell, place - query + self.kernel_size - 1), -1)
 
 
 @runtime_checkable

@@ -337,7 +337,8 @@ def _fit(table: Tensor, dim: int, axis: Axis) -> Tensor:
 
 
 def _offsets(window: Window, size: Sequence[int], like: Tensor) -> list[Tensor]:
-    return [torch.tensor(axis, dtype=like.dtype, device=like.device) for axis in window.offsets(len(size))]
+    offsets = [axis.offsets for axis in window.axes(len(size))]
+    return [torch.arange(o.start, o.stop, o.step, dtype=like.dtype, device=like.device) for o in offsets]
 
 
 def _rotate(query: Tensor, key: Tensor, frequencies: Tensor, window: Window) -> tuple[Tensor, Tensor]:

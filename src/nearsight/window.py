@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
-from functools import lru_cache
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from .errors import DtypeError, OptionError, ShapeError
 
@@ -54,10 +56,10 @@ class Axis:
         return 2 * self.kernel_size - 1 if self.border == "shift" else self.kernel_size
 
     @property
-    def offsets(self) -> tuple[int, ...]:
+    def offsets(self) -> range:
         """Key cell minus query cell, for every entry of a position table."""
         zero = self.kernel_size - 1 if self.border == "shift" else self.left
-        return tuple((entry - zero) * self.dilation for entry in range(self.table_size))
+        return range(-zero * self.dilation, (self.table_size - zero) * self.dilation, self.dilation)
 
     def output_size(self, cells: Any) -> Any:
         return (cells + self.stride - 1) // self.stride
@@ -89,32 +91,27 @@ class Axis:
             reach = self.left >= cells - 1 and self.kernel_size - 1 - self.left >= cells - 1
         return reach and (self.dilation == 1 or cells <= 1)
 
-    def neighbours(self, cells: int) -> tuple[tuple[tuple[int, int], ...], ...]:
-        """For every query the ``(cell, entry)`` of each of its ``kernel_size`` places.
+    def neighbours(self, cells: int, queries: Tensor | None = None) -> Tensor:
+        """The ``(cell, entry)`` of each of the ``kernel_size`` places of every query, (queries, kernel_size, 2).
 
         ``cell`` is -1 where the place lies outside and takes no part, -2 where it lies outside and votes as a zero.
+        ``queries`` are the indices of those that are asked for, on the device where the answer is wanted; None is all.
         """
-        return _neighbours(self, cells)
-
-
-@lru_cache(maxsize=256)
-def _neighbours(axis: Axis, cells: int) -> tuple[tuple[tuple[int, int], ...], ...]:
-    return tuple(tuple(_places(axis, p * axis.stride, cells)) for p in range(axis.output_size(cells)))
-
-
-def _places(axis: Axis, query_cell: int, cells: int):
-    query_step, phase = divmod(query_cell, axis.dilation)
-    steps = axis.steps(phase, cells)
-    first = axis.first_step(query_step, steps)
-    for step in range(first, first + axis.kernel_size):
-        entry = axis.entry(step, query_step, first)
-        if axis.border == "wrap":
-            yield (phase + step * axis.dilation) % cells, entry
-        elif 0 <= step < steps:
-            yield phase + step * axis.dilation, entry
+        if queries is None:
+            queries = torch.arange(self.output_size(cells), device="cpu")
+        query = queries[:, None] * self.stride
+        step, phase = query // self.dilation, query % self.dilation
+        steps = self.steps(phase, cells)
+        first = self.first_step(step, steps)
+        place = first + torch.arange(self.kernel_size, device=queries.device)
+        # An entry past the table's end can only belong to a place that takes no part.
+        entry = self.entry(place, step, first).clamp(0, self.table_size - 1)
+        cell = phase + place * self.dilation
+        if self.border == "wrap":
+            cell = cell % cells
         else:
-            # An entry past the table's end can only belong to a place that takes no part.
-            yield (-2 if axis.border == "zeros" else -1), min(max(entry, 0), axis.table_size - 1)
+            cell = torch.where((place >= 0) & (place < steps), cell, -2 if self.border == "zeros" else -1)
+        return torch.stack((cell, entry), -1)
 
 
 @dataclass(frozen=True)
@@ -204,7 +201,7 @@ class Window:
 
     def offsets(self, rank: int) -> tuple[tuple[int, ...], ...]:
         """Per axis, the distance in cells from query to key for every entry of a position table."""
-        return tuple(axis.offsets for axis in self.axes(rank))
+        return tuple(tuple(axis.offsets) for axis in self.axes(rank))
 
     def covers(self, in_size: Sequence[int]) -> bool:
         """Whether every query sees the whole map, each cell once: local attention is then global attention."""

@@ -20,8 +20,11 @@ GATHERED = 2**22  # numbers: how many of the keys' are gathered at a time, 16 MB
 class Neighbours(Protocol):
     """A memory block along one axis: :class:`nearsight.window.Axis`, or another rule for which cells a query sees."""
 
-    def neighbours(self, cells: int) -> tuple[tuple[tuple[int, int], ...], ...]:
-        """For every query the (cell, table entry) of each place; cell -1 takes no part, -2 votes as a zero."""
+    @property
+    def kernel_size(self) -> int: ...
+
+    def neighbours(self, cells: int, queries: Tensor | None = None) -> Tensor:
+        """For queries, or all, the (cell, table entry) of each place; cell -1 takes no part, -2 votes as a zero."""
         ...
 
 
@@ -46,24 +49,20 @@ def weights_of(
     Raises:
         ShapeError: a query that is not there.
     """
-    rank, size = len(axes), key.shape[2:-1]
+    rank = len(axes)
     if queries.ndim != 2 or queries.shape[1] != rank:
         raise ShapeError(f"queries must be (Q, {rank}), an index per axis of the map; received {tuple(queries.shape)}")
     limit = torch.tensor(query.shape[2:-1], device=queries.device)
     if ((queries < 0) | (queries >= limit)).any():
         raise ShapeError(f"queries must lie in an output of {tuple(query.shape[2:-1])}; received {queries.tolist()}")
-    places = [
-        torch.tensor(axis.neighbours(cells), dtype=torch.long, device=key.device)  # queries, places, 2
-        for axis, cells in zip(axes, size, strict=True)
-    ]
-    block = [table.shape[1] for table in places]
+    block = [axis.kernel_size for axis in axes]
     per_query = query.shape[0] * query.shape[1] * query.shape[-1] * torch.Size(block).numel()
     factor = max(query.shape[-1], 1) ** -0.5 if scale is None else scale
     key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)  # a key may serve a group of query heads
     wide = torch.promote_types(query.dtype, torch.float32)
     with torch.autocast(query.device.type, enabled=False):  # it would narrow the logits
         chunks = [
-            _weights(some, query.to(wide), key.to(wide), places, bias, relative, factor)
+            _weights(some, query.to(wide), key.to(wide), axes, bias, relative, factor)
             for some in queries.to(key.device).split(max(1, GATHERED // max(per_query, 1)))
         ]
         return torch.cat(chunks, 2) if chunks else query.new_zeros(*query.shape[:2], 0, *block, dtype=wide)
@@ -73,13 +72,13 @@ def _weights(
     queries: Tensor,
     query: Tensor,
     key: Tensor,
-    places: Sequence[Tensor],
+    axes: Sequence[Neighbours],
     bias: Tensor | None,
     relative: Sequence[Tensor] | None,
     scale: float,
 ) -> Tensor:
-    rank, size = len(places), key.shape[2:-1]
-    chosen = [table[index] for table, index in zip(places, queries.T, strict=True)]  # per axis: Q, places, 2
+    rank, size = len(axes), key.shape[2:-1]
+    chosen = [axis.neighbours(n, some) for axis, n, some in zip(axes, size, queries.T, strict=True)]  # Q, places, 2
     cells = [_spread(table[..., 0], axis, rank) for axis, table in enumerate(chosen)]
     flat = torch.zeros((), dtype=torch.long, device=key.device)
     inside = takes_part = torch.ones((), dtype=torch.bool, device=key.device)

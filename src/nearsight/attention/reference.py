@@ -110,9 +110,9 @@ def _letters(problem: Problem) -> tuple[str, str]:
 def _places(problem: Problem, axis: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """The cell and the table entry of every place of every query along one axis, each (queries, kernel_size)."""
     geometry = problem.axes[axis]
-    places = torch.tensor(geometry.neighbours(problem.in_size[axis]), dtype=torch.long, device=device)
-    places = places.view(problem.out_size[axis], geometry.kernel_size, 2)
-    return places[..., 0], places[..., 1]
+    queries = torch.arange(problem.out_size[axis], device=device)
+    cells, entries = geometry.neighbours(problem.in_size[axis], queries).unbind(-1)
+    return cells, entries
 
 
 def _gather(tensor: Tensor, indices: list[Tensor], first_axis: int) -> Tensor:

@@ -247,7 +247,7 @@ class _Page:
                     "kind": type(layers[layer.layer]).__name__,
                     "heads": layer.num_heads,
                     "map": layer.map_size,
-                    "block": [table.shape[1] for table in layer.cells],
+                    "block": list(layer.block),
                     **_pack(layer, step),
                     "tables": tables,
                     "distance": numbers.distance.round(4).tolist(),
@@ -330,7 +330,7 @@ def _kept(count: int, step: int) -> np.ndarray:
 def _size(layer: AttentionMap, step: int) -> int:
     """Bytes of a layer's weights when every ``step``-th query per axis is kept, with their scales of four."""
     rows, columns = (len(_kept(count, step)) for count in _query_grid(layer))
-    block = math.prod(min(table.shape[1], n) for table, n in zip(layer.cells, layer.map_size, strict=True))
+    block = math.prod(min(places, n) for places, n in zip(layer.block, layer.map_size, strict=True))
     return layer.num_heads * rows * columns * (block + 4)
 
 
@@ -345,9 +345,9 @@ def _pack(layer: AttentionMap, step: int) -> dict[str, Any]:
     if layer.queries is not None:
         queries = [np.array(sorted({query[axis] for query in layer.queries})) for axis in (0, 1)]
     queries = [indices[some] for indices, some in zip(queries, kept, strict=True)]
-    rows, columns = (_on_cells(table[some]) for table, some in zip(layer.cells, queries, strict=True))
-    on_cells = np.einsum("nyxij,yia->nyxaj", weights, rows[1])
-    on_cells = np.einsum("nyxaj,xjb->nyxab", on_cells, columns[1])
+    rows, columns = (_on_cells(places) for places in layer.cells_of(queries))
+    on_cells = _gathered(weights, rows[1][:, None, :, None], rows[0].shape[1], axis=3)
+    on_cells = _gathered(on_cells, columns[1][:, None, :], columns[0].shape[1], axis=4)
     steps, largest = _quantise(on_cells.reshape(*on_cells.shape[:3], -1))
     strides = [axis.stride for axis in layer.window.axes(2)]
     return {
@@ -365,13 +365,22 @@ def _on_cells(places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         places: (queries, kernel_size), the cell in each place, negative outside.
 
     Returns:
-        The cells that each query sees, each once, (queries, most), filled up with -1; and what takes the weights there,
-        (queries, kernel_size, most).
+        The cells that each query sees, each once, (queries, most), filled up with -1; and which of them each place holds,
+        (queries, kernel_size), ``most`` for a place beside the map.
     """
     seen = [np.unique(row[row >= 0]) for row in places]
     most = max(map(len, seen))
     cells = np.array([np.pad(row, (0, most - len(row)), constant_values=-1) for row in seen])
-    return cells, ((places[..., None] == cells[:, None]) & (cells[:, None] >= 0)).astype(np.float32)
+    nth = [np.where(row >= 0, np.searchsorted(one, row), most) for one, row in zip(seen, places, strict=True)]
+    return cells, np.array(nth)
+
+
+def _gathered(weights: np.ndarray, nth: np.ndarray, most: int, axis: int) -> np.ndarray:
+    """Add up along an axis the weights of places that hold the same cell; those beside the map are left out."""
+    size = [*weights.shape[:axis], most + 1, *weights.shape[axis + 1 :]]
+    index = torch.from_numpy(np.broadcast_to(nth, weights.shape).copy())
+    found = torch.zeros(size).scatter_add(axis, index, torch.from_numpy(np.ascontiguousarray(weights)))
+    return found.narrow(axis, 0, most).numpy()
 
 
 def _quantise(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -7,7 +7,6 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 import torch
@@ -55,14 +54,24 @@ class AttentionMap:
         """Pixels of the image per cell of the layer's input, per axis."""
         return tuple(pixels / cells for pixels, cells in zip(self.image_size, self.map_size, strict=True))
 
-    @cached_property
+    @property
+    def block(self) -> tuple[int, ...]:
+        """Places of a memory block per axis."""
+        return tuple(axis.kernel_size for axis in self.window.axes(len(self.map_size)))
+
+    @property
     def cells(self) -> list[np.ndarray]:
         """Per axis the cell in each place of each query's memory block, (queries, kernel_size).
 
-        -1 where the place lies outside and takes no part, -2 where it lies outside and votes as a zero.
+        -1 where the place lies outside and takes no part, -2 where it lies outside and votes as a zero. Made anew each
+        time; :meth:`cells_of` makes those of some queries.
         """
-        axes = self.window.axes(len(self.map_size))
-        return [np.array(axis.neighbours(n))[..., 0] for axis, n in zip(axes, self.map_size, strict=True)]
+        return self.cells_of([np.arange(queries) for queries in self.out_size])
+
+    def cells_of(self, queries: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """The same for the queries with these indices along every axis."""
+        axes = zip(self.window.axes(len(self.map_size)), self.map_size, queries, strict=True)
+        return [axis.neighbours(n, torch.from_numpy(some))[..., 0].numpy() for axis, n, some in axes]
 
     @property
     def query_centres(self) -> list[np.ndarray]:
@@ -105,7 +114,7 @@ class AttentionMap:
         query = self.query(pixel)
         weights = self.weights[(image_index, slice(None), *self._place(query))].numpy()
         block = np.zeros((self.num_heads, *self.map_size), dtype=weights.dtype)
-        cells = [table[q] for table, q in zip(self.cells, query, strict=True)]
+        cells = [table[0] for table in self.cells_of([np.array([index]) for index in query])]
         inside = np.ix_(*[place >= 0 for place in cells])
         index = np.ix_(np.arange(self.num_heads), *[place[place >= 0] for place in cells])
         # A torus smaller than the window shows a cell more than once: its weights add up.
@@ -117,10 +126,12 @@ class AttentionMap:
 
         On a torus the shortest way counts. NaN at places outside the map.
         """
-        axes = zip(self.query_centres, self.key_centres, self.image_size, strict=True)
+        axes = self.window.axes(len(self.map_size))
         square = torch.zeros(())
-        for axis, (query, key, pixels) in enumerate(axes):
-            apart = np.abs(key - query[:, None])
+        for axis, (queries, cells) in enumerate(zip(self._held, self.cells_of(self._held), strict=True)):
+            size, pixels = self.cell_size[axis], self.image_size[axis]
+            own = _centres(axes[axis].stride * queries, size)
+            apart = np.abs(np.where(cells < 0, np.nan, _centres(cells, size)) - own[:, None])
             if self.window.border == "wrap":
                 apart = np.minimum(apart, pixels - apart)
             square = square + self._spread(apart**2, axis)
@@ -129,7 +140,7 @@ class AttentionMap:
     def key_cells(self) -> Tensor:
         """The flat index of the cell in every place, (*out, *kernel_size) or (Q, *kernel_size); -1 outside the map."""
         flat, outside = torch.zeros((), dtype=torch.long), torch.zeros((), dtype=torch.bool)
-        for axis, (cells, count) in enumerate(zip(self.cells, self.map_size, strict=True)):
+        for axis, (cells, count) in enumerate(zip(self.cells_of(self._held), self.map_size, strict=True)):
             spread = self._spread(cells, axis)
             flat, outside = flat * count + spread, outside | (spread < 0)
         return flat.masked_fill(outside, -1)
@@ -137,7 +148,7 @@ class AttentionMap:
     def takes_part(self) -> Tensor:
         """Which places are in the softmax, (*out, *kernel_size) or (Q, *kernel_size)."""
         part = torch.ones((), dtype=torch.bool)
-        for axis, cells in enumerate(self.cells):
+        for axis, cells in enumerate(self.cells_of(self._held)):
             part = part & self._spread(cells != -1, axis)
         return part
 
@@ -145,6 +156,13 @@ class AttentionMap:
     def _own_cells(self) -> list[np.ndarray]:
         axes = self.window.axes(len(self.map_size))
         return [axis.stride * np.arange(n) for axis, n in zip(axes, self.out_size, strict=True)]
+
+    @property
+    def _held(self) -> list[np.ndarray]:
+        """Per axis the index of every query whose weights are here: of a grid of all, or of each that was asked for."""
+        if self.queries is None:
+            return [np.arange(queries) for queries in self.out_size]
+        return list(np.array(self.queries, dtype=np.int64).reshape(-1, len(self.map_size)).T)
 
     def _place(self, query: tuple[int, ...]) -> tuple[int, ...]:
         """Where a query's weights are."""
@@ -155,13 +173,12 @@ class AttentionMap:
         return (self.queries.index(query),)
 
     def _spread(self, table: np.ndarray, axis: int) -> Tensor:
-        """A (queries, places) table of one axis, in the shape of the weights of one head."""
-        values, rank = torch.from_numpy(table), len(self.map_size)
+        """A (queries, places) table of one axis for those that are held, in the shape of the weights of one head."""
+        values, rank = torch.from_numpy(np.ascontiguousarray(table)), len(self.map_size)
         places = [1] * rank
         places[axis] = table.shape[1]
         if self.queries is not None:
-            chosen = torch.tensor(self.queries, dtype=torch.long).view(-1, rank)
-            return values[chosen[:, axis]].view(-1, *places)
+            return values.view(-1, *places)
         queries = [1] * rank
         queries[axis] = table.shape[0]
         return values.view(*queries, *places)
@@ -252,7 +269,7 @@ def _look(
     blank = AttentionMap(name, x.new_zeros(0, 0), layer.window_on(size), size, image_size)
     chosen = None if pixels is None else tuple(dict.fromkeys(blank.query(pixel) for pixel in pixels))
     asked = math.prod(blank.out_size) if chosen is None else len(chosen)
-    count = len(x) * layer.num_heads * asked * math.prod(table.shape[1] for table in blank.cells)
+    count = len(x) * layer.num_heads * asked * math.prod(blank.block)
     if count > room:
         gigabytes = (KEPT - room + count) * 4 / 2**30
         raise OptionError(
@@ -271,7 +288,7 @@ def _weights(
         return layer.attention_weights(x, torch.tensor(chosen, dtype=torch.long).view(-1, len(out)))
     if count <= GATHERED:
         return layer.attention_weights(x)
-    everywhere = torch.tensor(list(np.ndindex(*out)))
+    everywhere = torch.cartesian_prod(*(torch.arange(queries) for queries in out)).view(-1, len(out))
     return layer.attention_weights(x, everywhere).unflatten(2, out)
 
 
