@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .attention import attention_weights, global_attention, local_attention
 from .attention.chosen import weights_of
 from .errors import OptionError, ShapeError
-from .positions import Position, QuadraticPosition, RelativePosition, Tables, position_encoding
+from .positions import PositionLike, QuadraticPosition, RelativePosition, Tables, position_encoding
 from .projection import POINTWISE, records_plainly, remaker
 from .window import Window
 
@@ -170,7 +170,7 @@ class SelfAttention(_Projecting):
         window: Window | None,
         num_heads: int,
         qk_channels: int | None,
-        position: str | Position,
+        position: PositionLike,
         map_size: int | tuple[int, ...],
         scale: float | None,
         qkv_bias: bool,
@@ -329,7 +329,7 @@ class _Local(SelfAttention):
         causal: bool | tuple[bool, ...] = False,
         num_heads: int = 8,
         qk_channels: int | None = None,
-        position: str | Position = "relative",
+        position: PositionLike = "relative",
         map_size: int | tuple[int, ...] = 32,
         content: bool = True,
         scale: float | None = None,
@@ -403,7 +403,8 @@ class LocalSelfAttention2d(_Local):
             out_channels // num_heads of values.
         qk_channels: channels of queries and keys; None means out_channels, as the paper. Fewer of them leave room for more
             values, which are all that a layer passes on.
-        position: a name from ``nearsight.positions.POSITIONS``, or a module from there.
+        position: a name from ``nearsight.positions.POSITIONS``, a module from there, or what makes one; see
+            :func:`nearsight.positions.register`.
         map_size: cells per axis that ``position="learned"`` is made for; it is resampled on other maps.
         content: False leaves out q.k: there is no key's projection, and where to look follows from q.r alone (Table 6).
         scale: factor of the logits' products; None means head_dim ** -0.5.
@@ -446,7 +447,7 @@ class _Global(SelfAttention):
         *,
         num_heads: int = 8,
         qk_channels: int | None = None,
-        position: str | Position = "relative",
+        position: PositionLike = "relative",
         map_size: int | tuple[int, ...] = 32,
         scale: float | None = None,
         qkv_bias: bool = False,
@@ -757,6 +758,8 @@ class AttentionStem2d(nn.Module):
         mixtures: int = 4,
         scale: float | None = None,
         backend: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         _check_channels(num_heads, in_channels=in_channels, out_channels=out_channels)
@@ -780,6 +783,8 @@ class AttentionStem2d(nn.Module):
         self.norm = nn.BatchNorm2d(out_channels)
         for projection in (self.qk, self.value):
             nn.init.normal_(projection.weight, std=in_channels**-0.5)
+        if device is not None or dtype is not None:
+            self.to(device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         self._check(x)

@@ -7,6 +7,11 @@ An encoding may act in three places, and every class here fills in one of them:
     rotate(query, key, window)         how query and key turn with their position    rotary encodings
     tables(window, size)               bias and relative tables of the operation     relative encodings
 
+What an encoding computes of places, it computes in float32 or wider whatever the dtype of its layer (in half precision
+cells would share a place), and anew at every call: there is no buffer that loading a state could leave uninitialised.
+
+:func:`register` gives an encoding of one's own a name, for layers, networks, command lines and files.
+
 ``equivariant`` says whether attention with the encoding commutes with translations: exactly so on a torus
 (``border="wrap"``), and elsewhere as far as no window touches the border.
 
@@ -15,13 +20,20 @@ Symbols: N heads, D head_dim, C = N*D channels, k window, delta = key cell - que
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from difflib import get_close_matches
 from itertools import pairwise
+from types import MappingProxyType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from .errors import DtypeError, OptionError, ShapeError
 from .window import Axis, Window
@@ -32,10 +44,40 @@ Tables = tuple[Tensor | None, Sequence[Tensor] | None]
 class Position(nn.Module):
     """No encoding: attention sees a set of cells, and global attention is permutation-equivariant.
 
-    The base of all encodings: every hook does nothing. Parameters: 0.
+    The base of all encodings: every hook does nothing. A subclass that takes the arguments below, or has no ``__init__`` of
+    its own, can be given to a layer or a network as it is. Parameters: 0.
+
+    Args:
+        channels: of the layer's input.
+        num_heads, head_dim: of the layer's queries and keys.
+        window: the widest that the layer will use; for global attention it covers a map of ``map_size`` from everywhere.
+        map_size: cells per axis; as many numbers as the layer has axes.
+
+    Example:
+        >>> class Table(Position):
+        ...     def __init__(self, *, num_heads, window, map_size, **_):
+        ...         super().__init__()
+        ...         self.table = nn.Parameter(torch.zeros(num_heads, *window.table_size(len(map_size))))
+        ...
+        ...     def tables(self, window, size):
+        ...         return self.table, None
+        >>> from nearsight import LocalSelfAttention2d
+        >>> LocalSelfAttention2d(16, kernel_size=3, position=Table)(torch.randn(1, 16, 5, 6)).shape
+        torch.Size([1, 16, 5, 6])
     """
 
     equivariant = True
+
+    def __init__(
+        self,
+        *,
+        channels: int | None = None,
+        num_heads: int | None = None,
+        head_dim: int | None = None,
+        window: Window | None = None,
+        map_size: Sequence[int] | None = None,
+    ) -> None:
+        super().__init__()
 
     def embed(self, x: Tensor) -> Tensor:
         """Act on the layer's input, (B, C_in, *map)."""
@@ -68,16 +110,17 @@ class SinusoidalPosition(Position):
         super().__init__()
         _divide("sinusoidal encoding", "in_channels", channels, 2 * rank)
         self.rank = rank
-        self.register_buffer("frequencies", _frequencies(channels // (2 * rank), 10000.0), persistent=False)
+        self.waves = channels // (2 * rank)  # per axis
 
     def embed(self, x: Tensor) -> Tensor:
-        frequencies = self.get_buffer("frequencies")
+        wide = _wide(x)
+        frequencies = _frequencies(self.waves, 10000.0, **wide)
+        y = x.to(wide["dtype"])
         for axis in range(self.rank):
-            cells = torch.arange(x.shape[2 + axis], device=x.device, dtype=frequencies.dtype)
+            cells = torch.arange(x.shape[2 + axis], **wide)
             angles = frequencies[:, None] * cells  # waves, cells
-            waves = torch.cat([angles.sin(), angles.cos()]).to(x.dtype)
-            x = _add_to_share(x, waves, axis, self.rank)
-        return x
+            y = _add_to_share(y, torch.cat([angles.sin(), angles.cos()]), axis, self.rank)
+        return y.to(x.dtype)
 
 
 class LearnedPosition(Position):
@@ -192,7 +235,8 @@ class ContinuousBias(Position):
             for delta, reach in zip(_offsets(window, size, like), self.reach, strict=True)
         ]
         features = torch.stack(torch.meshgrid(*spread, indexing="ij"), -1)
-        return 16 * self.mlp(features).sigmoid().movedim(-1, 0), None
+        with _without_autocast(like):
+            return 16 * _called_wide(self.mlp, features).sigmoid().movedim(-1, 0), None
 
 
 class QuadraticPosition(Position):
@@ -215,8 +259,9 @@ class QuadraticPosition(Position):
     def tables(self, window: Window, size: Sequence[int]) -> Tables:
         delta = torch.stack(torch.meshgrid(*_offsets(window, size, self.centre), indexing="ij"), -1)
         heads = (slice(None), *[None] * len(size))
-        distance = (delta - self.centre[heads]).square().sum(-1)
-        return -self.alpha[heads] * distance, None
+        with _without_autocast(delta):
+            distance = (delta - self.centre[heads]).square().sum(-1)
+            return -self.alpha[heads] * distance, None
 
 
 class RotaryPosition(Position):
@@ -235,14 +280,16 @@ class RotaryPosition(Position):
     def __init__(self, head_dim: int, rank: int) -> None:
         super().__init__()
         _divide("rotary encoding", "head_dim", head_dim, 2 * rank)
-        share = head_dim // (2 * rank)
-        frequencies = torch.zeros(1, rank, rank, share)
-        for axis in range(rank):
-            frequencies[0, axis, axis] = _frequencies(share, 100.0)
-        self.register_buffer("frequencies", frequencies.flatten(2), persistent=False)  # heads or 1, axes, pairs
+        self.rank = rank
+        self.share = head_dim // (2 * rank)  # pairs per axis
 
     def rotate(self, query: Tensor, key: Tensor, window: Window) -> tuple[Tensor, Tensor]:
-        return _rotate(query, key, self.get_buffer("frequencies"), window)
+        return _rotate(query, key, self.frequencies(query), window)
+
+    def frequencies(self, like: Tensor) -> Tensor:
+        """In radians per cell, (1, axes, head_dim / 2): every axis turns its own share of the pairs."""
+        waves = _frequencies(self.share, 100.0, **_wide(like))
+        return torch.block_diag(*[waves] * self.rank)[None]
 
 
 class MixedRotaryPosition(Position):
@@ -264,54 +311,187 @@ class MixedRotaryPosition(Position):
         super().__init__()
         _divide("mixed rotary encoding", "head_dim", head_dim, 2)
         direction = F.normalize(torch.randn(num_heads, rank, head_dim // 2), dim=1)
-        self.frequencies = nn.Parameter(direction * _frequencies(head_dim // 2, 10.0))
+        lengths = _frequencies(head_dim // 2, 10.0, **_wide(direction))
+        self.frequencies = nn.Parameter((direction * lengths).to(direction.dtype))
 
     def rotate(self, query: Tensor, key: Tensor, window: Window) -> tuple[Tensor, Tensor]:
         return _rotate(query, key, self.frequencies, window)
 
 
-POSITIONS = ("none", "sinusoidal", "learned", "relative", "bias", "cpb", "quadratic", "rope", "mixed_rope")
+Factory = Callable[..., Position]
+PositionLike = str | Position | Factory
+
+_FACTORIES: dict[str, Factory] = {
+    "none": Position,
+    "sinusoidal": lambda *, channels, map_size, **_: SinusoidalPosition(channels, len(map_size)),
+    "learned": lambda *, channels, map_size, **_: LearnedPosition(channels, map_size),
+    "relative": lambda *, num_heads, head_dim, window, map_size, **_: RelativePosition(
+        num_heads, head_dim, window.table_size(len(map_size))
+    ),
+    "bias": lambda *, num_heads, window, map_size, **_: BiasPosition(num_heads, window.table_size(len(map_size))),
+    "cpb": lambda *, num_heads, window, map_size, **_: ContinuousBias(num_heads, window.offsets(len(map_size))),
+    "quadratic": lambda *, num_heads, map_size, **_: QuadraticPosition(num_heads, len(map_size)),
+    "rope": lambda *, head_dim, map_size, **_: RotaryPosition(head_dim, len(map_size)),
+    "mixed_rope": lambda *, num_heads, head_dim, map_size, **_: MixedRotaryPosition(num_heads, head_dim, len(map_size)),
+}
+_OWN = tuple(_FACTORIES)
+
+POSITIONS: Mapping[str, Factory] = MappingProxyType(_FACTORIES)
+"""Every name that ``position=`` knows, with what makes the encoding: nearsight's own, then those registered."""
+
+
+UNNAMED_POSITION = (
+    "a file can hold a position by its name alone: give yours one with nearsight.positions.register(name, factory) before "
+    "the network is built"
+)
+
+
+def register(name: str, factory: Factory) -> None:
+    """Give an encoding of your own a name, by which layers, networks, the command line and saved files know it.
+
+    A file keeps the name alone: what loads it has to register the encoding first, as what trained it did.
+
+    Args:
+        name: letters, digits, ``_``, ``-`` and ``.``, beginning with a letter.
+        factory: called for each layer with ``channels``, ``num_heads``, ``head_dim``, ``window`` and ``map_size``, all by
+            name (see :class:`Position`); makes a new :class:`Position` every time. A class that takes these is a factory.
+
+    Raises:
+        OptionError: a name that is not of this form, nearsight's own, or another factory's already.
+        DtypeError: what is no factory.
+
+    Example:
+        >>> register("hill", lambda *, num_heads, map_size, **_: QuadraticPosition(num_heads, len(map_size)))
+        >>> from nearsight import create_model
+        >>> create_model("sasa_nano,position=hill", num_classes=10)(torch.randn(1, 3, 28, 28)).shape
+        torch.Size([1, 10])
+    """
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z][A-Za-z0-9_.-]*", name):
+        raise OptionError(
+            f"the name of a position must be made of letters, digits, _, - and ., a letter first; received {name!r}"
+        )
+    if not callable(factory) or isinstance(factory, nn.Module):
+        raise DtypeError(
+            f"a position's factory must be a class or a function that makes an encoding for each layer; received "
+            f"{_kind(factory)}"
+        )
+    if name in _OWN:
+        raise OptionError(f"position {name!r} is one of nearsight's own: register yours under another name")
+    if _FACTORIES.get(name, factory) is not factory:
+        raise OptionError(f"position {name!r} is registered already, for another factory: take another name")
+    _FACTORIES[name] = factory
+
+
+def name_of(position: PositionLike) -> str | None:
+    """The name by which a file can refer to a position; None for one that is not registered."""
+    if isinstance(position, str):
+        return position
+    return next((name for name, factory in _FACTORIES.items() if factory is position), None)
 
 
 def position_encoding(
-    position: str | Position, *, channels: int, num_heads: int, head_dim: int, window: Window, map_size: Sequence[int]
+    position: PositionLike, *, channels: int, num_heads: int, head_dim: int, window: Window, map_size: Sequence[int]
 ) -> Position:
-    """The encoding of that name for a layer; a module of :mod:`nearsight.positions` is taken as it is.
+    """The encoding for a layer: by its name, from a factory, or a module of :mod:`nearsight.positions` as it is.
 
     Args:
-        channels: of the layer's input, for absolute encodings.
-        window: the widest window that the layer will use, for tables.
-        map_size: cells per axis that learnt absolute embeddings are made for.
+        channels, num_heads, head_dim, window, map_size: of the layer, see :class:`Position`.
 
     Raises:
-        OptionError: an unknown name.
-        DtypeError: neither a name nor an encoding.
+        OptionError: an unknown name; a factory that does not take these arguments.
+        DtypeError: neither a name nor a factory nor an encoding; a factory that makes something else.
     """
     if isinstance(position, Position):
         return position
-    if not isinstance(position, str):
+    if isinstance(position, nn.Module) or not (isinstance(position, str) or callable(position)):
         raise DtypeError(
-            f"position must be a name or a module of nearsight.positions; received {type(position).__name__}"
+            f"position must be a name, a factory or a module of nearsight.positions; received {_kind(position)}"
         )
-    rank = len(map_size)
-    make = {
-        "none": Position,
-        "sinusoidal": lambda: SinusoidalPosition(channels, rank),
-        "learned": lambda: LearnedPosition(channels, map_size),
-        "relative": lambda: RelativePosition(num_heads, head_dim, window.table_size(rank)),
-        "bias": lambda: BiasPosition(num_heads, window.table_size(rank)),
-        "cpb": lambda: ContinuousBias(num_heads, window.offsets(rank)),
-        "quadratic": lambda: QuadraticPosition(num_heads, rank),
-        "rope": lambda: RotaryPosition(head_dim, rank),
-        "mixed_rope": lambda: MixedRotaryPosition(num_heads, head_dim, rank),
+    if isinstance(position, str) and position not in POSITIONS:
+        near = get_close_matches(position, POSITIONS, n=1)
+        raise OptionError(
+            f"position must be one of {', '.join(POSITIONS)}; received {position!r}"
+            + (f" (did you mean {near[0]}?)" if near else "")
+            + f"; one of your own is made known by nearsight.positions.register({position!r}, factory) beforehand"
+        )
+    factory = POSITIONS[position] if isinstance(position, str) else position
+    arguments = {
+        "channels": channels,
+        "num_heads": num_heads,
+        "head_dim": head_dim,
+        "window": window,
+        "map_size": tuple(map_size),
     }
-    if position not in make:
-        raise OptionError(f"position must be one of {', '.join(POSITIONS)}; received {position!r}")
-    return make[position]()
+    _check_takes(factory, arguments)
+    made = factory(**arguments)
+    if not isinstance(made, Position):
+        raise DtypeError(f"a position's factory must make a nearsight.positions.Position; {factory} made {_kind(made)}")
+    return made
 
 
-def _frequencies(count: int, base: float) -> Tensor:
-    return base ** (-torch.arange(count) / count)
+def refuse_instance(position: PositionLike | None) -> None:
+    """What has several layers makes an encoding for each: one module would be shared, tables and all.
+
+    Raises:
+        OptionError: a module in place of a name or a factory.
+    """
+    if isinstance(position, nn.Module):
+        raise OptionError(
+            "the position of a network must be a name or a factory, which makes an encoding for each layer; received an "
+            f"instance of {type(position).__name__}, which all layers would share: give the class, or a function that "
+            "makes it"
+        )
+
+
+def refuse_shared(layers: Iterable[nn.Module]) -> None:
+    """Hold the layers of a network against each other.
+
+    Raises:
+        OptionError: two of them have one encoding, because a factory made the same twice.
+    """
+    encodings = [layer.position for layer in layers if isinstance(getattr(layer, "position", None), Position)]
+    if len(set(map(id, encodings))) < len(encodings):
+        raise OptionError("a position's factory must make a new encoding at every call; it gave one to two layers")
+
+
+def _check_takes(factory: Factory, arguments: Mapping[str, Any]) -> None:
+    try:
+        inspect.signature(factory).bind(**arguments)
+    except TypeError as error:
+        raise OptionError(
+            f"a position's factory is called with {', '.join(arguments)}, all by name; {factory} does not take them: {error}"
+        ) from error
+    except ValueError:
+        pass  # what is built in shows no signature
+
+
+def _kind(value: Any) -> str:
+    return f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
+
+
+def _frequencies(count: int, base: float, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return base ** (-torch.arange(count, dtype=dtype, device=device) / count)
+
+
+def _wide(like: Tensor) -> dict[str, Any]:
+    """Where and how places are computed: in float32 or wider, beside what they are for."""
+    return {"dtype": torch.promote_types(like.dtype, torch.float32), "device": like.device}
+
+
+def _without_autocast(like: Tensor) -> Any:
+    kind = like.device.type
+    is_on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, enabled=False) if is_on else nullcontext()
+
+
+def _called_wide(module: nn.Module, x: Tensor) -> Tensor:
+    """Call a module, its hooks included, on x with its parameters in the dtype of x where theirs is narrower."""
+    wide = {
+        name: parameter.to(x.dtype)
+        for name, parameter in module.named_parameters()
+        if parameter.is_floating_point() and parameter.dtype != x.dtype
+    }
+    return functional_call(module, wide, (x,)) if wide else module(x)
 
 
 def _add_to_share(x: Tensor, waves: Tensor, axis: int, rank: int) -> Tensor:
@@ -338,13 +518,13 @@ def _fit(table: Tensor, dim: int, axis: Axis) -> Tensor:
 
 def _offsets(window: Window, size: Sequence[int], like: Tensor) -> list[Tensor]:
     offsets = [axis.offsets for axis in window.axes(len(size))]
-    return [torch.arange(o.start, o.stop, o.step, dtype=like.dtype, device=like.device) for o in offsets]
+    return [torch.arange(o.start, o.stop, o.step, **_wide(like)) for o in offsets]
 
 
 def _rotate(query: Tensor, key: Tensor, frequencies: Tensor, window: Window) -> tuple[Tensor, Tensor]:
     """Turn query and key by (heads or 1, axes, pairs) frequencies, in float32 or wider."""
     axes, size = window.axes(query.ndim - 3), key.shape[2:-1]
-    frequencies = frequencies.to(torch.promote_types(frequencies.dtype, torch.float32))
+    frequencies = frequencies.to(_wide(frequencies)["dtype"])
     if window.border == "wrap":
         frequencies = _whole_turns(frequencies, size)
     return _turn(query, frequencies, [axis.stride for axis in axes]), _turn(key, frequencies, [1] * len(axes))

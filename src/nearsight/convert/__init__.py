@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 from ..errors import OptionError
 from ..layers import AttentionLayer
 from ..models import count_flops
+from ..positions import Factory, name_of, refuse_instance, refuse_shared
 from .gpsa import GatedPositionalSelfAttention
 from .random import attention_like
 from .report import ATTENTION, CONVERTED, SKIPPED, Report, Row
@@ -44,7 +45,7 @@ def convert(
     stem: bool = False,
     kernel_size: int | None = None,
     num_heads: int | None = None,
-    position: str | None = None,
+    position: str | Factory | None = None,
     margin: int | None = None,
     locality: float | None = None,
     content: bool | None = None,
@@ -76,7 +77,8 @@ def convert(
         where: only layers for which ``where(name, convolution)`` holds.
         stem: also what reads the picture itself.
         kernel_size, num_heads, position: of random attention, as in :class:`LocalSelfAttention2d`; 7, 8 and "relative" if
-            not given. Where the number of heads does not divide the channels, the nearest that does is taken.
+            not given. Where the number of heads does not divide the channels, the nearest that does is taken. A position is
+            a name or a factory, which makes an encoding for each layer.
         margin: places that exact attention may reach beyond the kernel, on every side (0).
         locality: how hard its heads look (1.0); below 1 the conversion is no longer exact.
         content: False leaves out content, so that heads can only move and widen (True).
@@ -86,7 +88,8 @@ def convert(
         What became of every layer. Filters add up: a layer has to pass them all.
 
     Raises:
-        OptionError: the model is itself a convolution; a filter that fits no layer; an option of the other ``init``.
+        OptionError: the model is itself a convolution; a filter that fits no layer; an option of the other ``init``; a
+            position that layers would share.
 
     Example:
         >>> model = create_model("resnet10t")
@@ -94,6 +97,7 @@ def convert(
         >>> report.converted, report.error
         (('layer4.0.conv1', 'layer4.0.conv2'), 0.0)
     """
+    refuse_instance(position)
     options = _options(init, kernel_size, num_heads, position, margin, locality, content)
     if isinstance(model, _CONVOLUTION):
         raise OptionError(
@@ -114,6 +118,7 @@ def convert(
             outcome, new[module] = CONVERTED, after
         rows.append(Row(name, _describe(module), outcome, reason or "", _count(module), _count(after)))
 
+    refuse_shared(layer for after in new.values() for layer in after.modules())
     before = _Measures(model, input_size)
     _replace(model, new)
     after = _Measures(model, input_size)
@@ -124,7 +129,7 @@ def convert(
             "init": init,
             "names": [row.name for row in rows if row.outcome == CONVERTED],
             "stem": True,
-            **options,
+            **{name: name_of(value) or value if name == "position" else value for name, value in options.items()},
         },
         parameters_before=before.parameters,
         parameters_after=after.parameters,

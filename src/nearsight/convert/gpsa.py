@@ -231,7 +231,7 @@ class GatedPositionalSelfAttention(nn.Module):
             shape = [1] * self.rank
             shape[axis] = len(places)
             hats = hats * (hat / hat.sum(1, keepdim=True)).view(-1, *shape)
-        return hats
+        return hats.to(self.weight.dtype)
 
     def _centres(self) -> Tensor:
         """Home plus shift, kept inside the block: (N, axes), in steps of the dilation."""
@@ -241,12 +241,16 @@ class GatedPositionalSelfAttention(nn.Module):
         return _within(home + self.shift, low, high)
 
     def _places(self, margin: int | None = None) -> list[Tensor]:
-        """The places of the block along each axis, in steps of the dilation from the middle of the kernel."""
+        """The places of the block along each axis, in steps of the dilation from the middle of the kernel.
+
+        In float32 or wider, as all that is computed of them: in half precision places would fall together.
+        """
         margin = self.margin if margin is None else margin
-        return [
-            torch.arange(-(k // 2) - margin, k - k // 2 + margin, device=self.shift.device, dtype=self.shift.dtype)
-            for k in self.kernel_size
-        ]
+        like: dict[str, Any] = {
+            "device": self.shift.device,
+            "dtype": torch.promote_types(self.shift.dtype, torch.float32),
+        }
+        return [torch.arange(-(k // 2) - margin, k - k // 2 + margin, **like) for k in self.kernel_size]
 
     # ------------------------------------------------------------------------------------------------- by content
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import OptionError, ShapeError
 from ..layers import LocalSelfAttention1d, LocalSelfAttention2d, LocalSelfAttention3d
+from ..positions import Factory
 from .geometry import align, is_same, padding_of
 
 _ATTENTION = {1: LocalSelfAttention1d, 2: LocalSelfAttention2d, 3: LocalSelfAttention3d}
@@ -42,7 +43,7 @@ class AlignedAttention(nn.Module):
 
 
 def attention_like(
-    convolution: nn.Conv1d | nn.Conv2d | nn.Conv3d, *, kernel_size: int, num_heads: int, position: str
+    convolution: nn.Conv1d | nn.Conv2d | nn.Conv3d, *, kernel_size: int, num_heads: int, position: str | Factory
 ) -> tuple[nn.Module, str]:
     """Attention that takes and gives what the convolution did, and what is worth saying about it.
 

@@ -62,8 +62,16 @@ class Report:
         return tuple(row.name for row in self.rows if row.outcome == CONVERTED)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, fit for JSON."""
-        return {**asdict(self), "rows": [asdict(row) for row in self.rows], "converted": list(self.converted)}
+        """Plain values, fit for JSON; a position that has no name is said by that of its factory."""
+        options = {
+            name: getattr(one, "__qualname__", str(one)) if callable(one) else one for name, one in self.options.items()
+        }
+        return {
+            **asdict(self),
+            "options": options,
+            "rows": [asdict(row) for row in self.rows],
+            "converted": list(self.converted),
+        }
 
     def summary(self) -> list[str]:
         """What became of the model, in a few lines."""

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..errors import OptionError
 from ..layers import AttentionStem2d
+from ..positions import UNNAMED_POSITION
 from ..projection import PatchProjection2d
 from .lean import ConvNorm, MaxPool2d, conv_norm, conv_norm_add_relu, is_plain
 
@@ -109,7 +110,13 @@ class Backbone(nn.Module, PyTorchModelHubMixin, library_name="nearsight", licens
         self.grad_checkpointing = enable
 
     def save_pretrained(self, save_directory: str | Path, *, config: dict | None = None, **kwargs: Any) -> str | None:
-        """Write weights, arguments and a model card to a folder, for ``from_pretrained``; see huggingface_hub."""
+        """Write weights, arguments and a model card to a folder, for ``from_pretrained``; see huggingface_hub.
+
+        Raises:
+            OptionError: a position that has no name; nothing is written then.
+        """
+        if isinstance(self._hub_mixin_config, dict) and self._hub_mixin_config.get("position", "") is None:
+            raise OptionError(UNNAMED_POSITION)
         if config is None and isinstance(self._hub_mixin_config, dict):
             # The classifier may have been reset since.
             config = {**self._hub_mixin_config, "num_classes": self.num_classes}

@@ -15,7 +15,7 @@ from torch import nn
 
 from ..errors import OptionError
 from ..layers import GlobalSelfAttention2d, LocalSelfAttention2d, SelfAttention
-from ..positions import Position
+from ..positions import PositionLike, name_of, refuse_instance, refuse_shared
 from .backbone import Bottleneck, BottleneckNet, build, build_stem, config, one_per_stage
 
 __all__ = [
@@ -102,7 +102,9 @@ class SasaResNet(BottleneckNet):
         value_ratio, qk_ratio: channels of attention's values, and of its queries and keys, per channel of the bottleneck;
             one number or one per stage. A convolution has a matrix for each of its cells. What reaches up from a cell here
             are the values of those heads that look at it, so wide values are what comes nearest.
-        position, scale: of every attention layer.
+        position: of every attention layer: a name, or a factory that makes an encoding for each; see
+            :func:`nearsight.positions.register`.
+        scale: of every attention layer.
         content: False leaves out q.k, and with it the key's projection (Table 6).
         recompute_qkv: of every attention layer: less memory in training for a little more time. The networks of the paper,
             ``sasa_resnet26/38/50``, have it: with it SASA-ResNet-50 takes less memory than ResNet-50.
@@ -114,7 +116,7 @@ class SasaResNet(BottleneckNet):
 
     Raises:
         OptionError: a stage that is not there, an unknown stem or downsample, widths, kernel sizes, heads or ratios for
-            another number of stages, ``content=False`` with global attention.
+            another number of stages, ``content=False`` with global attention, a position that layers would share.
         ShapeError: channels that heads do not divide, pictures larger than ``img_size`` for global attention with tables.
 
     Example:
@@ -140,7 +142,7 @@ class SasaResNet(BottleneckNet):
         num_heads: int | Sequence[int] = 8,
         value_ratio: float | Sequence[float] = 1.0,
         qk_ratio: float | Sequence[float] = 1.0,
-        position: str | Position = "relative",
+        position: PositionLike = "relative",
         content: bool = True,
         scale: float | None = None,
         recompute_qkv: bool = False,
@@ -151,6 +153,7 @@ class SasaResNet(BottleneckNet):
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
     ) -> None:
+        refuse_instance(position)
         stages = range(1, len(depths) + 1)
         attending = set(stages if attention_stages is None else attention_stages)
         if not attending <= set(stages):
@@ -201,6 +204,9 @@ class SasaResNet(BottleneckNet):
             drop_rate=drop_rate,
             drop_path_rate=drop_path_rate,
         )
+        refuse_shared(self.modules())
+        if isinstance(self._hub_mixin_config, dict):
+            self._hub_mixin_config["position"] = name_of(position)
 
 
 default_cfgs = generate_default_cfgs(

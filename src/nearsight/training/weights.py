@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..convert import convert
 from ..errors import DataError, NearsightError, OptionError
 from ..models import create_model, parse_spec
+from ..positions import UNNAMED_POSITION
 from .data import View
 from .files import write_bytes
 
@@ -68,7 +69,12 @@ class Blueprint:
         return model
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self))
+        """The blueprint as text.
+
+        Raises:
+            OptionError: it was converted with a position that has no name.
+        """
+        return json.dumps(asdict(self), default=_unnamed)
 
     @classmethod
     def from_json(cls, text: str) -> Blueprint:
@@ -165,6 +171,10 @@ def _try_on(model: nn.Module, shape: tuple[int, ...], num_classes: int) -> None:
     model.train()
     if out.shape != (shape[0], num_classes):
         raise OptionError(f"its output must be {(shape[0], num_classes)}; received {tuple(out.shape)}")
+
+
+def _unnamed(value: Any) -> Any:
+    raise OptionError(UNNAMED_POSITION)
 
 
 def _tupled(value: Any) -> Any:
