@@ -20,6 +20,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "flags.h"
+
 namespace nearsight {
 
 constexpr int kGroupRows = 3;

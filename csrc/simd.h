@@ -46,6 +46,26 @@ typedef uint16_t ShortQuad __attribute__((vector_size(8)));
 typedef uint32_t WordQuad __attribute__((vector_size(16)));
 typedef uint16_t Bfloat16;
 
+// Clang has __builtin_shufflevector only, GCC below 12 __builtin_shuffle only, and GCC below 9 nothing that converts.
+#if defined(__clang__) || __GNUC__ >= 12
+#define NEARSIGHT_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#define NEARSIGHT_QUAD(v, k) __builtin_shufflevector(v, v, 4 * k, 4 * k + 1, 4 * k + 2, 4 * k + 3)
+#else
+#define NEARSIGHT_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, decltype((a) == (b)){__VA_ARGS__})
+#define NEARSIGHT_QUAD(v, k) ((const UnalignedQuad*)&(v))[k]
+#endif
+
+template <class To, class From>
+NEARSIGHT_INLINE To convert(From v) {
+#if defined(__clang__) || __GNUC__ >= 9
+    return __builtin_convertvector(v, To);
+#else
+    To converted;
+    for (size_t i = 0; i < sizeof(From) / sizeof(v[0]); ++i) converted[i] = v[i];
+    return converted;
+#endif
+}
+
 NEARSIGHT_INLINE Vector load(const float* p) { return *(const UnalignedVector*)p; }
 NEARSIGHT_INLINE IntVector load_mask(const int32_t* p) { return *(const UnalignedIntVector*)p; }
 NEARSIGHT_INLINE void store(float* p, Vector v) { *(UnalignedVector*)p = v; }
@@ -115,7 +135,7 @@ NEARSIGHT_INLINE Vector log_natural(Vector x) {
     p = p * s2 + splat(2.0f / 5.0f);
     p = p * s2 + splat(2.0f / 3.0f);
     p = p * s2 + splat(2.0f);
-    const Vector log = p * s + __builtin_convertvector(exponent, Vector) * 0.693147180559945f;
+    const Vector log = p * s + convert<Vector>(exponent) * 0.693147180559945f;
     return choose((IntVector)(x == x), log, x);
 }
 
@@ -125,14 +145,14 @@ NEARSIGHT_INLINE void transpose_quads(Vector& a, Vector& b, Vector& c, Vector& d
 #define HIGH(k) k + 2, kLanes + k + 2, k + 3, kLanes + k + 3
 #define LOW_PAIRS(k) k, k + 1, kLanes + k, kLanes + k + 1
 #define HIGH_PAIRS(k) k + 2, k + 3, kLanes + k + 2, kLanes + k + 3
-    const Vector ab_low = __builtin_shufflevector(a, b, NEARSIGHT_EACH_QUAD(LOW));
-    const Vector ab_high = __builtin_shufflevector(a, b, NEARSIGHT_EACH_QUAD(HIGH));
-    const Vector cd_low = __builtin_shufflevector(c, d, NEARSIGHT_EACH_QUAD(LOW));
-    const Vector cd_high = __builtin_shufflevector(c, d, NEARSIGHT_EACH_QUAD(HIGH));
-    a = __builtin_shufflevector(ab_low, cd_low, NEARSIGHT_EACH_QUAD(LOW_PAIRS));
-    b = __builtin_shufflevector(ab_low, cd_low, NEARSIGHT_EACH_QUAD(HIGH_PAIRS));
-    c = __builtin_shufflevector(ab_high, cd_high, NEARSIGHT_EACH_QUAD(LOW_PAIRS));
-    d = __builtin_shufflevector(ab_high, cd_high, NEARSIGHT_EACH_QUAD(HIGH_PAIRS));
+    const Vector ab_low = NEARSIGHT_SHUFFLE(a, b, NEARSIGHT_EACH_QUAD(LOW));
+    const Vector ab_high = NEARSIGHT_SHUFFLE(a, b, NEARSIGHT_EACH_QUAD(HIGH));
+    const Vector cd_low = NEARSIGHT_SHUFFLE(c, d, NEARSIGHT_EACH_QUAD(LOW));
+    const Vector cd_high = NEARSIGHT_SHUFFLE(c, d, NEARSIGHT_EACH_QUAD(HIGH));
+    a = NEARSIGHT_SHUFFLE(ab_low, cd_low, NEARSIGHT_EACH_QUAD(LOW_PAIRS));
+    b = NEARSIGHT_SHUFFLE(ab_low, cd_low, NEARSIGHT_EACH_QUAD(HIGH_PAIRS));
+    c = NEARSIGHT_SHUFFLE(ab_high, cd_high, NEARSIGHT_EACH_QUAD(LOW_PAIRS));
+    d = NEARSIGHT_SHUFFLE(ab_high, cd_high, NEARSIGHT_EACH_QUAD(HIGH_PAIRS));
 #undef LOW
 #undef HIGH
 #undef LOW_PAIRS
@@ -140,12 +160,12 @@ NEARSIGHT_INLINE void transpose_quads(Vector& a, Vector& b, Vector& c, Vector& d
 }
 
 NEARSIGHT_INLINE void transpose_quad(Quad& a, Quad& b, Quad& c, Quad& d) {
-    const Quad ab_low = __builtin_shufflevector(a, b, 0, 4, 1, 5), ab_high = __builtin_shufflevector(a, b, 2, 6, 3, 7);
-    const Quad cd_low = __builtin_shufflevector(c, d, 0, 4, 1, 5), cd_high = __builtin_shufflevector(c, d, 2, 6, 3, 7);
-    a = __builtin_shufflevector(ab_low, cd_low, 0, 1, 4, 5);
-    b = __builtin_shufflevector(ab_low, cd_low, 2, 3, 6, 7);
-    c = __builtin_shufflevector(ab_high, cd_high, 0, 1, 4, 5);
-    d = __builtin_shufflevector(ab_high, cd_high, 2, 3, 6, 7);
+    const Quad ab_low = NEARSIGHT_SHUFFLE(a, b, 0, 4, 1, 5), ab_high = NEARSIGHT_SHUFFLE(a, b, 2, 6, 3, 7);
+    const Quad cd_low = NEARSIGHT_SHUFFLE(c, d, 0, 4, 1, 5), cd_high = NEARSIGHT_SHUFFLE(c, d, 2, 6, 3, 7);
+    a = NEARSIGHT_SHUFFLE(ab_low, cd_low, 0, 1, 4, 5);
+    b = NEARSIGHT_SHUFFLE(ab_low, cd_low, 2, 3, 6, 7);
+    c = NEARSIGHT_SHUFFLE(ab_high, cd_high, 0, 1, 4, 5);
+    d = NEARSIGHT_SHUFFLE(ab_high, cd_high, 2, 3, 6, 7);
 }
 
 NEARSIGHT_INLINE float load_one(const float* p) { return *p; }
@@ -159,7 +179,7 @@ NEARSIGHT_INLINE Quad load_quad(const float* p) { return *(const UnalignedQuad*)
 NEARSIGHT_INLINE Quad load_quad(const Bfloat16* p) {
     ShortQuad bits;
     memcpy(&bits, p, 8);
-    return (Quad)(__builtin_convertvector(bits, WordQuad) << 16);
+    return (Quad)(convert<WordQuad>(bits) << 16);
 }
 
 NEARSIGHT_INLINE void store_one(float* p, float x) { *p = x; }
@@ -173,7 +193,7 @@ NEARSIGHT_INLINE void store_quad(Bfloat16* p, Quad v) {
     const WordQuad bits = (WordQuad)v;
     const WordQuad rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
     const WordQuad number = (WordQuad)(v == v);
-    const ShortQuad out = __builtin_convertvector((rounded & number) | (0x7fc0 & ~number), ShortQuad);
+    const ShortQuad out = convert<ShortQuad>((rounded & number) | (0x7fc0 & ~number));
     memcpy(p, &out, 8);
 }
 
@@ -198,13 +218,13 @@ NEARSIGHT_INLINE Vector load_quads(const T* p, ptrdiff_t stride) {
 template <class T>
 NEARSIGHT_INLINE void store_quads(T* p, ptrdiff_t stride, Vector v) {
     (void)stride;  // one quad is a whole vector
-    store_quad(p, __builtin_shufflevector(v, v, 0, 1, 2, 3));
+    store_quad(p, NEARSIGHT_QUAD(v, 0));
 #if NEARSIGHT_LANES >= 8
-    store_quad(p + stride, __builtin_shufflevector(v, v, 4, 5, 6, 7));
+    store_quad(p + stride, NEARSIGHT_QUAD(v, 1));
 #endif
 #if NEARSIGHT_LANES == 16
-    store_quad(p + 2 * stride, __builtin_shufflevector(v, v, 8, 9, 10, 11));
-    store_quad(p + 3 * stride, __builtin_shufflevector(v, v, 12, 13, 14, 15));
+    store_quad(p + 2 * stride, NEARSIGHT_QUAD(v, 2));
+    store_quad(p + 3 * stride, NEARSIGHT_QUAD(v, 3));
 #endif
 }
 

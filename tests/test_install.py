@@ -23,6 +23,7 @@ ROOT = Path(__file__).parents[1]
 PARTS = ("CMakeLists.txt", "LICENSE", "README.md", "csrc", "pyproject.toml", "src")
 LIBRARY = f"nearsight/attention/libnearsight{SUFFIX}"
 NO_COMPILER = {"CXX": "/bin/false"}
+BAD_FLAG = {"CXXFLAGS": "-fno-such-flag"}
 # Prints where the package is from, why there is no native kernel, and what the default computes for equal values.
 PROGRAM = """
 import torch, nearsight as ns
@@ -97,11 +98,15 @@ def test_without_a_compiler(source, tmp_path):
     file, reason, result = answers(python, tmp_path)
     assert Path(file).is_relative_to(tmp_path / "venv")
     assert "no C++17 compiler" in reason
+    assert "pip install --no-cache-dir --force-reinstall" in reason
+    log = Path(reason.split("(the log: ")[1].split(")")[0])
+    assert log.is_relative_to(tmp_path / "venv")
+    assert "/bin/false" in log.read_text()
     assert result == "1.0"
 
 
 @pytest.mark.parametrize(
-    ("environment", "expected"), [({}, "None"), (NO_COMPILER, "no C++17 compiler")], ids=["", "bare"]
+    ("environment", "expected"), [({}, "None"), (BAD_FLAG, "-fno-such-flag")], ids=["", "bad-flag"]
 )
 def test_editable(source, tmp_path, environment, expected):
     """The sources stay where they are, the library lies with the installed packages."""

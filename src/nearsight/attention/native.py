@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -255,13 +256,27 @@ def _library() -> ctypes.CDLL | str:
     path = next((path for folder in folders if (path := folder / f"libnearsight{SUFFIX}").exists()), None)
     if path is None:
         return (
-            "no C++17 compiler was found when nearsight was installed, so there is no native kernel and 'blocked' serves; "
-            "with a compiler, install nearsight again"
+            f"there is no native kernel, and 'blocked' serves: {_why_not_built()}. Mend that and install nearsight again, "
+            "past pip's cache: pip install --no-cache-dir --force-reinstall --no-deps nearsight, or . in a checkout"
         )
     try:
         return load(path)
     except BackendError as error:
         return str(error)
+
+
+def _why_not_built() -> str:
+    """What csrc/build_backend.py kept of a build that failed: its first line is the reason, the log follows."""
+    try:
+        installed = metadata.distribution("nearsight")
+        kept = installed.read_text("no-kernel.txt")
+    except metadata.PackageNotFoundError:
+        return "nearsight was not installed, it runs from a folder of sources"
+    if not kept:
+        return "its library was not among the installed files, and no failed build is on record"
+    files = (file for file in installed.files or () if file.name == "no-kernel.txt")
+    log = next((f" (the log: {installed.locate_file(file)})" for file in files), "")
+    return f"when nearsight was installed, {kept.splitlines()[0]}{log}"
 
 
 def _loaded() -> ctypes.CDLL:
