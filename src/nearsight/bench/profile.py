@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..inspect.draw import BLUE, INK, ORANGE, _figure, _in_style
 from ..inspect.walk import layers_of
+from ..models.modes import evaluating
 from .timing import copy_rate, matrix_rate, setting
 
 if TYPE_CHECKING:
@@ -94,15 +95,9 @@ def profile(model: nn.Module, x: Tensor, *, rounds: int = 7) -> Profile:
         >>> found.parameters == sum(parameter.numel() for parameter in create_model("sasa_nano").parameters())
         True
     """
-    training = {module: module.training for module in model.modules()}
-    try:
-        with torch.no_grad():
-            model.eval()
-            flops, traffic = _count(model, x)
-            whole, times = _times(model, x, rounds)
-    finally:
-        for module, was_training in training.items():
-            module.training = was_training
+    with torch.no_grad(), evaluating(model):
+        flops, traffic = _count(model, x)
+        whole, times = _times(model, x, rounds)
     gflops, gbs = matrix_rate(), copy_rate()
     parameters = _parameters(model)
     floors = {name: max(flops[name] / gflops / 1e6, traffic[name] / gbs / 1e6) for name in times}

@@ -9,7 +9,6 @@ report.py   what became of every layer
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -22,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from ..errors import OptionError
 from ..layers import AttentionLayer
 from ..models import count_flops
+from ..models.modes import evaluating
 from ..positions import Factory, name_of, refuse_instance, refuse_shared
 from .gpsa import GatedPositionalSelfAttention
 from .random import attention_like
@@ -326,13 +326,13 @@ class _Measures:
 def _outputs(model: nn.Module, input_size: Sequence[int]) -> list[Tensor]:
     like = next(model.parameters())
     picture = torch.randn(1, *input_size, generator=torch.Generator().manual_seed(0)).to(like)
-    with _evaluating(model), torch.no_grad():
+    with evaluating(model), torch.no_grad():
         leaves = tree_leaves(model(picture))
     return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
 def _flops(model: nn.Module, input_size: Sequence[int]) -> int:
-    with _evaluating(model):
+    with evaluating(model):
         return count_flops(model, input_size)
 
 
@@ -351,15 +351,3 @@ def _flops_with_content(model: nn.Module, input_size: Sequence[int] | None) -> i
         finally:
             for layer, gate in zip(layers, gates, strict=True):
                 layer.gate.copy_(gate)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """In evaluation mode, and afterwards every module in the mode that it was in."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map
 
 from ..errors import OptionError, ShapeError
 from ..layers import AttentionLayer
+from ..models.modes import evaluating
 from .draw import BLUE, GREY, INK, ORANGE, SKY, _figure, _in_style
 from .reach import Reach, closes, everywhere, inside_of, reach_of, strides_of
 from .transforms import Transform
@@ -170,16 +171,10 @@ def equivariance_by_layer(model: nn.Module, images: Tensor, transform: Transform
         raise ShapeError(f"images must be (B, C, H, W) or one (C, H, W); received {tuple(images.shape)}")
     batch = images if images.ndim == 4 else images[None]
     size = tuple(batch.shape[2:])
-    training = {module: module.training for module in model.modules()}
-    try:
-        with torch.no_grad():
-            model.eval()
-            plain, moved = _record(model, batch), _record(model, transform(batch))
-            path = _Path(size)  # goes along with the rows
-            rows = [_row(one, other, size, transform, path) for one, other in zip(plain, moved, strict=True)]
-    finally:
-        for module, was_training in training.items():
-            module.training = was_training
+    with torch.no_grad(), evaluating(model):
+        plain, moved = _record(model, batch), _record(model, transform(batch))
+        path = _Path(size)  # goes along with the rows
+        rows = [_row(one, other, size, transform, path) for one, other in zip(plain, moved, strict=True)]
     return [row for row in rows if row is not None]
 
 

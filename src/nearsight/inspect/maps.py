@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import OptionError, ShapeError
 from ..layers import AttentionLayer, BlockWindow
+from ..models.modes import evaluating
 from ..window import Window
 
 KEPT = 2**28  # weights of all layers together: 1 GB in float32
@@ -221,17 +222,14 @@ def attention_maps(
 
         return record
 
-    training = {module: module.training for module in model.modules()}
     handles = [
         layer.register_forward_pre_hook(hook(name), with_kwargs=True)  # pyright: ignore[reportAttributeAccessIssue]
         for name, layer in layers.items()
     ]
     try:
-        with torch.no_grad():
-            model.eval()(batch)
+        with torch.no_grad(), evaluating(model):
+            model(batch)
     finally:
-        for module, was_training in training.items():
-            module.training = was_training
         for handle in handles:
             handle.remove()
     return maps

@@ -12,6 +12,7 @@ from torch import nn
 
 from ..attention import BACKENDS
 from ..models import count_flops
+from ..models.modes import evaluating, keeping_modes
 from .data import Pictures, View
 from .evaluate import Evaluation
 from .recipe import Recipe
@@ -49,11 +50,11 @@ def conclusion(evaluation: Evaluation, report: Path, seconds: float) -> str:
 def backends_used(model: nn.Module, images: torch.Tensor) -> list[str]:
     """The backends that a training step of the network calls, in their order; found by trying one without a loss."""
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    training = model.training
-    with _heard() as names:
-        model.train()(images)
-    model.train(training)
-    model.load_state_dict(state)  # the batch norms have seen the images
+    try:
+        with _heard() as names, keeping_modes(model):
+            model.train()(images)
+    finally:
+        model.load_state_dict(state)  # the batch norms have seen the images
     return [backend.name for backend in BACKENDS if backend.name in names]
 
 
@@ -80,13 +81,11 @@ def _heard() -> Iterator[set[str]]:
 
 
 def _flops(model: nn.Module, shape: tuple[int, ...]) -> str:
-    training = model.training
     try:
-        return f", {count_flops(model.eval(), shape) / 1e6:,.1f} MFLOPs per image"
+        with evaluating(model):
+            return f", {count_flops(model, shape) / 1e6:,.1f} MFLOPs per image"
     except Exception:  # a network that the counter cannot follow trains all the same
         return ""
-    finally:
-        model.train(training)
 
 
 def _extras(recipe: Recipe) -> str:

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from ..errors import DataError
+from ..models.modes import evaluating
 from .data import IGNORED, warn_of_broken
 
 
@@ -57,14 +58,11 @@ class Evaluation:
 def evaluate(model: nn.Module, batches: DataLoader) -> Evaluation:
     """Run a model over all batches, without gradients and in evaluation mode."""
     device = next(model.parameters()).device
-    training = model.training
-    model.eval()
     labels, logits = [], []
-    with torch.inference_mode():
+    with evaluating(model), torch.inference_mode():
         for images, truth in batches:
             logits.append(model(images.to(device)).float().cpu())
             labels.append(truth)
-    model.train(training)
     warn_of_broken(batches.dataset)
     everything = torch.cat(labels)
     (places,) = (everything != IGNORED).nonzero(as_tuple=True)

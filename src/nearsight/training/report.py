@@ -18,6 +18,7 @@ from ..inspect import draw, plots
 from ..inspect.maps import AttentionMap, attention_maps
 from ..inspect.table import write_csv
 from ..layers import SelfAttention
+from ..models.modes import evaluating
 from .data import View
 from .evaluate import Evaluation
 from .files import write_text
@@ -129,10 +130,10 @@ def _attention(model: nn.Module, blueprint: Blueprint, evaluation: Evaluation, t
     images = torch.stack([test[int(evaluation.places[index])][0] for index in chosen]).to(
         next(model.parameters()).device
     )
-    model.eval()
     maps = _spread(attention_maps(model, images), SHOWN_LAYERS)
     pictures = []
-    pixels = _decisive_pixels(model, images)
+    with evaluating(model):
+        pixels = _decisive_pixels(model, images)
     shown = [_visible(image, blueprint.view) for image in images.cpu()]
     for place, (index, image, pixel) in enumerate(zip(chosen, shown, pixels, strict=True)):
         true = blueprint.classes[int(evaluation.labels[index])]

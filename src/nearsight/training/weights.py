@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..convert import convert
 from ..errors import DataError, NearsightError, OptionError
 from ..models import create_model, parse_spec
+from ..models.modes import evaluating
 from ..positions import UNNAMED_POSITION
 from .data import View
 from .files import write_bytes
@@ -167,8 +168,8 @@ def _pretrained_value(model: str, name: str) -> Any:
 @torch.no_grad()
 def _try_on(model: nn.Module, shape: tuple[int, ...], num_classes: int) -> None:
     """Many networks have a smallest picture; better to say so now than in the middle of a traceback."""
-    out = model.eval()(torch.zeros(shape))
-    model.train()
+    with evaluating(model):
+        out = model(torch.zeros(shape))
     if out.shape != (shape[0], num_classes):
         raise OptionError(f"its output must be {(shape[0], num_classes)}; received {tuple(out.shape)}")
 

@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Evaluation for a while. A network may hold modules in several modes, as frozen batch norms in one that trains."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+
+@contextmanager
+def keeping_modes(model: nn.Module) -> Iterator[None]:
+    """Afterwards every module is in the mode that it was in before, whatever happens meanwhile.
+
+    Example:
+        >>> model = nn.Sequential(nn.Dropout(), nn.Dropout().eval())
+        >>> with keeping_modes(model):
+        ...     model = model.train()
+        >>> [module.training for module in model]
+        [True, False]
+    """
+    before = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, training in before:
+            module.training = training
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Every module in evaluation mode, and afterwards in the mode that it was in before.
+
+    Sets the modules' own flags: ``train`` and ``eval`` of some modules do more, as merging weights, than can be undone so.
+
+    Example:
+        >>> model = nn.Dropout()
+        >>> with evaluating(model):
+        ...     model.training
+        False
+    """
+    with keeping_modes(model):
+        for module in model.modules():
+            module.training = False
+        yield
