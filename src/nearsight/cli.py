@@ -10,7 +10,6 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 import argparse
 import ctypes
-import json
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -266,6 +265,7 @@ def _eval(arguments: list[str]) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON, with the confusion matrix")
     options = _parse(parser, arguments)
 
+    from .inspect.table import to_json
     from .training.data import load_pictures, loader
     from .training.evaluate import evaluate
     from .training.weights import load_model
@@ -282,7 +282,7 @@ def _eval(arguments: list[str]) -> None:
     if options.json:
         summary = {"model": blueprint.model, "data": options.data, "images": result.count}
         measures = {"accuracy": result.accuracy, "loss": result.loss, "confusion": result.confusion.tolist()}
-        print(json.dumps({**summary, "classes": blueprint.classes, **measures}, indent=2))
+        print(to_json({**summary, "classes": blueprint.classes, **measures}))
     else:
         share = f"{result.accuracy:.2%} ({result.correct} of {result.count} test images)"
         print(f"{blueprint.model} on {options.data}: {share}")
@@ -310,12 +310,13 @@ def _convert(arguments: list[str]) -> None:
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     options = vars(_parse(parser, arguments))
 
+    from .inspect.table import to_json
     from .training.conversion import convert_to_folder
 
     as_json, output = options.pop("json"), options["output"]
     report = convert_to_folder(**options)
     if as_json:
-        print(json.dumps(report.to_dict(), indent=2))
+        print(to_json(report.to_dict()))
         return
     if find_spec("rich"):
         from rich import print as show
@@ -398,11 +399,11 @@ def _tell_cost(title: str, found: Any, grown: Any, options: argparse.Namespace) 
     from rich.console import Console
 
     from .bench import growth, profile
-    from .inspect.table import to_csv
+    from .inspect.table import to_csv, to_json
     from .training.files import write_plot, write_text
 
     facts = {"model": title, "parameters": found.parameters, "flops": found.flops, **asdict(found)}
-    text = json.dumps(facts if grown is None else {**facts, "growth": asdict(grown)}, indent=2)
+    text = to_json(facts if grown is None else {**facts, "growth": asdict(grown)})
     if options.output is not None:
         write_plot(options.output / "layers", profile.draw_profile(found, title), to_csv(found.rows))
         if grown is not None:
@@ -512,9 +513,11 @@ def _info(arguments: list[str]) -> None:
     parser = _parser("info", "Versions, attention backends (and why not), and what this machine offers.")
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = _parse(parser, arguments)
+    from .inspect.table import to_json
+
     facts = _facts()
     if options.json:
-        print(json.dumps(facts, indent=2))
+        print(to_json(facts))
         return
     for name, value in facts.items():
         if isinstance(value, dict):

@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..errors import OptionError
+from ..inspect.table import to_json
 from . import core, layers, models
 from .timing import setting, using_threads
 
@@ -36,4 +36,4 @@ def run(bench: str, *, threads: int | None = None, quick: bool = False, json_fil
             print("\n" + ", ".join(f"{name} {value}" for name, value in facts.items()))
             report["runs"].append({**facts, "rows": BENCHES[bench](quick)})
     if json_file is not None:
-        Path(json_file).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        Path(json_file).write_text(to_json(report, indent=1) + "\n", encoding="utf-8")

@@ -320,7 +320,7 @@ class _Measures:
             ((one - two).abs().max() / one.abs().max().clamp(min=torch.finfo(one.dtype).tiny)).item()
             for one, two in pairs
         ]
-        return max(errors, default=None)
+        return torch.tensor(errors).max().item() if errors else None  # NaN if one is: Python's max may lose it
 
 
 def _outputs(model: nn.Module, input_size: Sequence[int]) -> list[Tensor]:

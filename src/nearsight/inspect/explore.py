@@ -21,9 +21,11 @@ from torch import Tensor, nn
 
 from ..errors import DataError, OptionError, ShapeError
 from .equivariance import decisive, equivariance_by_layer
+from .finite import why_not_finite
 from .maps import AttentionMap, attention_layers, attention_maps
 from .rollout import attention_rollout
 from .statistics import attention_statistics
+from .table import finite
 from .transforms import Transform, Translation
 
 # What base64 makes a third longer: weights, rollouts and position tables, for a page under 5 MB.
@@ -92,7 +94,7 @@ def explore(
             :func:`nearsight.inspect.equivariance_by_layer` tells. None leaves the section out.
 
     Raises:
-        OptionError: the model has no attention layer of nearsight.
+        OptionError: the model has no attention layer of nearsight, or what it answers or weighs with is not finite.
         ShapeError: more than one image, or layers on maps of one or three axes.
         DataError: the picture cannot be read.
 
@@ -187,15 +189,17 @@ class _Page:
         from jinja2 import Environment, PackageLoader, StrictUndefined
 
         maps, output = self._look()
+        self._check_finite(maps, output)
         data = {
             "title": title,
             "image": {"height": self.size[0], "width": self.size[1], "source": _picture_source(self._shown())},
-            "layers": self._layers(maps),
+            "layers": finite(self._layers(maps)),
             "rollout": self._rollout(maps),
             "prediction": _prediction(output, classes),
             "equivariance": _equivariance(self.model, self.batch, transform),
         }
         environment = Environment(loader=PackageLoader("nearsight.inspect"), autoescape=True, undefined=StrictUndefined)
+        environment.policies["json.dumps_kwargs"] = {"sort_keys": True, "allow_nan": False}
         template = environment.get_template("explore.html.jinja")
         return template.render(
             title=title, subtitle=subtitle, data=data, notes=self.notes, version=version("nearsight")
@@ -218,6 +222,17 @@ class _Page:
         finally:
             handle.remove()
         return maps, outputs[-1]
+
+    def _check_finite(self, maps: Sequence[AttentionMap], output: Any) -> None:
+        """A page of NaN would be blank, or show a picture of nothing."""
+        if not self.batch.isfinite().all():
+            raise OptionError("the image holds NaN or infinity, so that the network can say nothing about it")
+        reason = why_not_finite(output, self.model)
+        broken = [layer.layer for layer in maps if not layer.weights.isfinite().all()]
+        if reason is None and broken:
+            reason = f"the attention weights of layer {broken[0]} are not finite"
+        if reason is not None:
+            raise OptionError(f"{reason}; there is nothing to show: take earlier weights, or train anew")
 
     def _shown(self) -> np.ndarray:
         """(H, W, 3) uint8."""
@@ -412,7 +427,9 @@ def _tables(layer: nn.Module, size: Sequence[int]) -> list[dict[str, Any]]:
 
 def _table(name: str, rows: str, columns: str, values: Tensor, of: str = "head") -> dict[str, Any]:
     values = values.detach().float().cpu()
-    largest = values.abs().max().clamp(min=torch.finfo(torch.float32).tiny) if values.numel() else torch.ones(())
+    usual = values[values.isfinite()]
+    largest = usual.abs().max().clamp(min=torch.finfo(torch.float32).tiny) if usual.numel() else torch.ones(())
+    values = values.nan_to_num(0.0, largest.item(), -largest.item())  # a bias of -inf shuts a cell out
     steps = (values / largest * 127).round().to(torch.int8).numpy()
     return {
         "name": name,
@@ -444,9 +461,7 @@ def _equivariance(model: nn.Module, batch: Tensor, transform: Transform | None) 
     if transform is None:
         return None
     rows = [asdict(row) for row in decisive(equivariance_by_layer(model, batch, transform))]
-    for row in rows:  # JSON has no word for what is not finite
-        row.update({key: None for key, value in row.items() if isinstance(value, float) and not math.isfinite(value)})
-    return {"transform": str(transform), "rows": rows}
+    return {"transform": str(transform), "rows": finite(rows)}
 
 
 def _picture_source(pixels: np.ndarray) -> str:

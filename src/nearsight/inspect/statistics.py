@@ -69,7 +69,7 @@ def _of_layer(layer: AttentionMap) -> LayerStatistics:
         layer.layer,
         distance=distance.mean((0, 2)).numpy(),
         entropy=entropy.mean((0, 2)).numpy(),
-        uniform=layer.takes_part().flatten(-rank).sum(-1).float().log2().mean().item(),
+        uniform=layer.takes_part().flatten(-rank).sum(-1).clamp(min=1).float().log2().mean().item(),
         diversity=max(0.0, shared.mean().item() / most),
     )
 

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows of numbers as CSV: what is drawn can be had as numbers too."""
+"""Numbers as CSV and JSON: what is drawn or printed can be read by programs too, and never holds NaN or infinity."""
 
 from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable, Sequence
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -25,13 +27,37 @@ def to_csv(rows: Sequence[Any]) -> str:
 
 
 def write_csv(header: Sequence[str], lines: Iterable[Sequence[Any]]) -> str:
-    """Lines under a header; a float32 is written with the six digits that it holds."""
+    """Lines under a header; a float32 is written with the six digits that it holds, a number that is not finite is empty."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(header)
-    writer.writerows([f"{one:.6g}" if type(one) is np.float32 else one for one in line] for line in lines)
+    writer.writerows([_written(one) for one in line] for line in lines)
     return text.getvalue()
+
+
+def to_json(value: Any, indent: int | None = 2) -> str:
+    """JSON that every parser takes: it has no word for NaN and infinity, so that these become null.
+
+    Example:
+        >>> to_json({"loss": float("nan"), "sizes": (1, 2)}, indent=None)
+        '{"loss": null, "sizes": [1, 2]}'
+    """
+    return json.dumps(finite(value), indent=indent, allow_nan=False)
+
+
+def finite(value: Any) -> Any:
+    """The same dicts and lists with None in the place of every float that is not finite; other values as they are."""
+    if isinstance(value, (float, np.floating)):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: finite(one) for key, one in value.items()}
+    return [finite(one) for one in value] if isinstance(value, (list, tuple)) else value
 
 
 def _cell(value: Any) -> Any:
     return "x".join(map(str, value)) if isinstance(value, tuple) else value
+
+
+def _written(value: Any) -> Any:
+    value = finite(value)
+    return f"{value:.6g}" if type(value) is np.float32 else value

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import csv
 import io
 import resource
 import signal
@@ -17,6 +16,7 @@ import lightning as L
 import torch
 from lightning.pytorch.plugins.io import CheckpointIO
 
+from ..inspect.table import write_csv
 from .data import warn_of_broken
 from .files import write_bytes, write_text
 from .weights import CHECKPOINT_FILE, read_checkpoint
@@ -136,11 +136,7 @@ class WholeFiles(CheckpointIO):
 
 
 def _to_csv(rows: list[dict[str, float]]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
+    return write_csv(list(rows[0]), [list(row.values()) for row in rows])
 
 
 def _peak_memory() -> int:

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -18,6 +16,7 @@ from ..bench.timing import setting
 from ..inspect import draw
 from ..inspect.plots import Chart, Series
 from ..inspect.plots import draw as draw_charts
+from ..inspect.table import write_csv
 from .data import Pictures
 from .files import write_plot, write_text
 from .measures import Measures
@@ -271,8 +270,4 @@ def _plus_minus(spread: Spread, unit: float, form: str) -> str:
 
 
 def _csv(lines: Sequence[Mapping[str, Any]]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(lines[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(lines)
-    return text.getvalue()
+    return write_csv(list(lines[0]), [list(line.values()) for line in lines])

@@ -3,18 +3,20 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 from timm.data import ImageNetInfo, infer_imagenet_subset
 from timm.models import get_pretrained_cfg, load_state_dict, split_model_name_tag
 from torch import nn
 
 from ..convert import Report, convert
 from ..errors import DataError, NearsightError, OptionError, TrainingError
+from ..inspect.finite import why_not_finite
+from ..inspect.table import to_json
 from ..models import create_model, parse_spec
 from .data import View
 from .files import make_folder, write_text
@@ -36,7 +38,7 @@ def convert_to_folder(
 
     Raises:
         TrainingError: the folder holds a model already, or cannot be written to.
-        DataError: weights that cannot be had, read, or fitted to the network.
+        DataError: weights that cannot be had, read, or fitted to the network, or are not finite.
         OptionError: what :func:`nearsight.convert` refuses; a network without any layer to convert.
     """
     if (output / WEIGHTS_FILE).exists():
@@ -46,9 +48,13 @@ def convert_to_folder(
     report = convert(network, input_size=(view.channels, view.size, view.size), **options)
     if not report.converted:
         raise OptionError(f"{model}: {report.summary()[0]}")
+    with torch.no_grad():
+        reason = why_not_finite(network(torch.randn(1, view.channels, view.size, view.size)), network)
+    if reason is not None:
+        raise DataError(f"{model} cannot be converted: {reason}; nothing was written")
     make_folder(output)
     save_model(output / WEIGHTS_FILE, network, replace(blueprint, converted=report.options))
-    write_text(output / REPORT_FILE, json.dumps({"model": blueprint.model, **report.to_dict()}, indent=2) + "\n")
+    write_text(output / REPORT_FILE, to_json({"model": blueprint.model, **report.to_dict()}) + "\n")
     return report
 
 

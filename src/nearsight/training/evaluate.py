@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
-from ..errors import DataError
+from ..errors import DataError, TrainingError
+from ..inspect.finite import why_not_finite
 from ..models.modes import evaluating
 from .data import IGNORED, warn_of_broken
 
@@ -56,7 +58,13 @@ class Evaluation:
 
 
 def evaluate(model: nn.Module, batches: DataLoader) -> Evaluation:
-    """Run a model over all batches, without gradients and in evaluation mode."""
+    """Run a model over all batches, without gradients and in evaluation mode.
+
+    Raises:
+        DataError: no picture can be read.
+        TrainingError: an output or a loss that is not finite. The largest of such numbers is some class, and its share of
+            right answers would look like an accuracy.
+    """
     device = next(model.parameters()).device
     labels, logits = [], []
     with evaluating(model), torch.inference_mode():
@@ -68,4 +76,10 @@ def evaluate(model: nn.Module, batches: DataLoader) -> Evaluation:
     (places,) = (everything != IGNORED).nonzero(as_tuple=True)
     if not len(places):
         raise DataError(f"none of the {len(everything)} images can be read")
-    return Evaluation(everything[places], torch.cat(logits)[places], places)
+    result = Evaluation(everything[places], torch.cat(logits)[places], places)
+    reason = why_not_finite(result.logits, model)
+    if reason is None and not math.isfinite(result.loss):
+        reason = f"the loss is {result.loss}, though every output of the network is finite"
+    if reason is not None:
+        raise TrainingError(f"{reason}; there is no accuracy: take earlier weights, or train anew with a smaller --lr")
+    return result

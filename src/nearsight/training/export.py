@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import DataError, OptionError, TrainingError
+from ..inspect.finite import why_not_finite
 from .files import write_bytes
 from .weights import KEY, Blueprint, load_model
 
@@ -69,9 +70,11 @@ def export_to_file(run: Path, form: str, output: Path | None = None) -> Exported
     if not file.parent.is_dir():
         raise DataError(f"there is no folder {file.parent} to write {file.name} into")
     model, blueprint = load_model(run)
+    _check_finite(model, blueprint)
     program = _trace(model, blueprint)
     content, runs = (_onnx if form == "onnx" else _pt2)(program.program, blueprint)
-    difference = max(_difference(model, runs, shape) for shape in program.tried)
+    differences = [_difference(model, runs, shape) for shape in program.tried]
+    difference = torch.tensor(differences).max().item()  # NaN if one of them is, as Python's max would not have it
     if not difference <= TOLERANCE:  # NaN is not <=
         raise TrainingError(
             f"the exported {blueprint.model} differs from the network by {difference:.1e} of its largest output, where "
@@ -79,6 +82,15 @@ def export_to_file(run: Path, form: str, output: Path | None = None) -> Exported
         )
     write_bytes(file, content)
     return Exported(file, program.shape, program.tried, difference)
+
+
+@torch.no_grad()
+def _check_finite(model: nn.Module, blueprint: Blueprint) -> None:
+    """Before the minutes of tracing: with NaN nothing can be compared."""
+    size = blueprint.view.size
+    reason = why_not_finite(model(torch.zeros(1, blueprint.view.channels, size, size)), model)
+    if reason is not None:
+        raise TrainingError(f"{blueprint.model} cannot be exported: {reason}; nothing was written")
 
 
 # -------------------------------------------------------------------------------------------------------------- tracing

@@ -22,6 +22,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -31,8 +32,9 @@ import torch
 from torch import Tensor, nn
 
 from ..bench.timing import race
-from ..errors import DataError
+from ..errors import DataError, TrainingError
 from ..inspect import equivariance_error
+from ..inspect.table import to_json
 from ..models import count_flops
 from .callbacks import METRICS_FILE, TIMING_FILE
 from .data import Pictures, loader
@@ -83,7 +85,7 @@ def measure(run: Path, model: str, seed: int, pictures: Pictures, batch_size: in
         equivariance_error=moved_by_a_pixel(network, _first(batches, MOVED_IMAGES).to(_device())),
         **_of_training(run),
     )
-    write_text(run / MEASURES_FILE, json.dumps(asdict(found), indent=2) + "\n")
+    write_text(run / MEASURES_FILE, to_json(asdict(found)) + "\n")
     return found
 
 
@@ -112,10 +114,13 @@ def read_rows(run: Path) -> list[dict[str, float]]:
 
 def moved_by_a_pixel(network: nn.Module, images: Tensor) -> float:
     """The equivariance error of the answer, as the head of this file defines it."""
-    return max(
+    errors = [
         equivariance_error(network, images, lambda x, move=move: x.roll(move, (-2, -1)), out_transform=lambda y: y)
         for move in MOVES
-    )
+    ]
+    if not all(map(math.isfinite, errors)):
+        raise TrainingError(f"the network's output is not finite when the picture moves by a pixel: errors {errors}")
+    return max(errors)
 
 
 def _of_training(run: Path) -> dict[str, Any]:

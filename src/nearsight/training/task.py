@@ -80,7 +80,7 @@ class Classifier(L.LightningModule):
             images, targets = self.mix(images[:even], labels)
         logits = self.answer(images)
         loss = self.train_loss(logits, targets)
-        self._check_finite(loss, f"step {index + 1}")
+        self._check_finite(loss, logits, f"step {index + 1}")
         self.train_accuracy(logits, labels)
         self.log("train_loss", loss, on_epoch=True, on_step=False, prog_bar=True, sync_dist=True)
         self.log("train_accuracy", self.train_accuracy, on_epoch=True, on_step=False)
@@ -120,17 +120,19 @@ class Classifier(L.LightningModule):
         counts = labels != IGNORED
         logits, labels = self.best(images)[counts], labels[counts]
         losses = F.cross_entropy(logits.float(), labels, reduction="none")
-        self._check_finite(losses.sum(), "validation")
+        self._check_finite(losses.sum(), logits, "validation")
         self.val_loss(losses)
         if len(labels):
             self.val_accuracy(logits, labels)
         self.log("val_loss", self.val_loss, on_epoch=True)
         self.log("val_accuracy", self.val_accuracy, on_epoch=True, prog_bar=True)
 
-    def _check_finite(self, loss: Tensor, place: str) -> None:
-        if not torch.isfinite(loss):
+    def _check_finite(self, loss: Tensor, logits: Tensor, place: str) -> None:
+        if not (loss.isfinite() & logits.isfinite().all()):
+            what = "an output" if loss.isfinite() else "the loss"
+            value = (logits[~logits.isfinite()][0] if loss.isfinite() else loss).item()
             raise TrainingError(
-                f"the loss became {loss.item()} in epoch {self.current_epoch + 1}, {place}: stopped, with the last good "
+                f"{what} became {value} in epoch {self.current_epoch + 1}, {place}: stopped, with the last good "
                 f"checkpoint kept; start again with a smaller --lr than {self.recipe.lr:g}"
             )
 
