@@ -540,7 +540,7 @@ def test_fresh_attention_fits_where_the_convolutions_were(family):
     network = NETWORKS[family]()
     x = torch.randn(2, 3, 45, 64)
     shapes = shapes_of(network, x)
-    report = ns.convert(network, kernel_size=3, num_heads=4)
+    report = ns.convert(network, init="random", kernel_size=3, num_heads=4)
     assert report.converted
     after = shapes_of(network, x)
     assert {name: after[name] for name in report.converted} == {name: shapes[name] for name in report.converted}
@@ -582,7 +582,7 @@ def test_a_random_layer_is_centred_where_the_convolution_was():
     """A picture of one bright cell reaches exactly the outputs whose convolution saw that cell."""
     for conv in (nn.Conv2d(8, 8, 3, padding=1, stride=2), nn.Conv2d(8, 8, 5, stride=3, padding=1), nn.Conv2d(8, 8, 3)):
         network = nn.Sequential(copy.deepcopy(conv)).double()
-        ns.convert(network, kernel_size=conv.kernel_size[0], position="none")
+        ns.convert(network, init="random", kernel_size=conv.kernel_size[0], position="none")
         x = torch.randn(1, 8, 13, 17, dtype=torch.float64)
         changed = x.clone()
         changed[..., 6, 9] += 1
@@ -597,7 +597,7 @@ def test_a_random_layer_is_centred_where_the_convolution_was():
 
 def converted(**filters) -> tuple[str, ...]:
     with torch.device("meta"):
-        return ns.convert(timm.create_model("resnet18"), **filters).converted
+        return ns.convert(timm.create_model("resnet18"), init="random", **filters).converted
 
 
 def test_filters():
@@ -615,7 +615,7 @@ def test_filters():
 
 def test_options_of_random_attention():
     network = nn.Sequential(nn.Conv2d(12, 12, 3, padding=1, bias=False, stride=2, padding_mode="circular"))
-    report = ns.convert(network, kernel_size=5, num_heads=4, position="bias")
+    report = ns.convert(network, init="random", kernel_size=5, num_heads=4, position="bias")
     layer = network[0]
     assert (layer.window.kernel_size, layer.num_heads, layer.window.border) == (5, 4, "wrap")
     assert layer.window.stride == (2, 2)
@@ -647,15 +647,23 @@ def test_refused(wrong):
     before = list(network.modules())
     options, message = REFUSED[wrong]
     with pytest.raises(OptionError, match=message):
-        ns.convert(network, **options)
+        ns.convert(network, **{"init": "random", **options})
     assert list(network.modules()) == before
+
+
+def test_init_is_always_said():
+    """Fresh attention throws trained layers away: nothing that happens by itself."""
+    network = nn.Sequential(nn.Conv2d(8, 8, 3))
+    with pytest.raises(TypeError, match="init"):
+        ns.convert(network)
+    assert isinstance(network[0], nn.Conv2d)
 
 
 def test_refused_models_and_inputs():
     with pytest.raises(OptionError, match="give the module that holds it"):
-        ns.convert(nn.Conv2d(8, 8, 3))
+        ns.convert(nn.Conv2d(8, 8, 3), init="exact")
     with pytest.raises(OptionError, match="does not say where its stages end"):
-        ns.convert(nn.Sequential(nn.Conv2d(8, 8, 3)), stages=1)
+        ns.convert(nn.Sequential(nn.Conv2d(8, 8, 3)), init="exact", stages=1)
     with pytest.raises(OptionError, match="received Linear"):
         GatedPositionalSelfAttention(nn.Linear(3, 3))
     layer = GatedPositionalSelfAttention(nn.Conv2d(8, 8, 3))
@@ -750,7 +758,7 @@ def test_converting_twice_changes_nothing_and_says_so(init):
 def test_a_network_of_attention_is_left_as_it_is():
     network = ns.create_model("sasa_nano")
     before = list(network.modules())
-    report = ns.convert(network)
+    report = ns.convert(network, init="random")
     assert report.summary()[0] == "nothing to convert: 4 layers attend already, 0 skipped"
     assert {row.outcome for row in report.rows} == {"attention"}
     assert list(network.modules()) == before

@@ -64,6 +64,20 @@ def test_a_trained_network_answers_the_same_after_conversion(trained, tmp_path, 
     assert "holds a model already" in fails(capsys, "convert", trained, "--init", "exact", "--output", exact)
 
 
+def test_random_weights_are_told(trained, tmp_path, capsys):
+    """By a name alone; trained ones, of a run or of a file, need no word."""
+    state = tmp_path / "mine.safetensors"
+    save_file(timm.create_model("test_resnet", num_classes=7).state_dict(), state)
+    ways = {"name": ["test_resnet"], "file": ["test_resnet", "--checkpoint", state], "folder": [trained]}
+    for way, arguments in ways.items():
+        said = ["convert", *arguments, "--init", "exact", "--json", "--output", tmp_path / way]
+        assert cli.main([str(word) for word in said]) == 0
+        captured = capsys.readouterr()
+        json.loads(captured.out)
+        assert ("weights of test_resnet are random" in captured.err) == (way == "name"), way
+        assert json.loads((tmp_path / way / "report.json").read_text())["random_weights"] == (way == "name")
+
+
 def test_weights_from_a_file(tmp_path, capsys):
     """The classifier and the stem of the file say how many classes and channels there are."""
     network = timm.create_model("test_resnet", num_classes=7, in_chans=1)

@@ -568,7 +568,9 @@ def test_an_image_that_cannot_be_read(run, photo, tmp_path, capsys):
 def test_a_model_without_our_layers(photo, tmp_path, capsys):
     message = mistake(capsys, "resnet10t", photo, "--size", "64", "--output", tmp_path / "page.html")
     assert "no attention layer of nearsight; it is made of Conv2d (14), BatchNorm2d (14)" in message
-    assert "nearsight.convert(model), or `nearsight convert`, puts attention in the place of its convol" in message
+    assert (
+        "nearsight.convert(model, init='exact'), or `nearsight convert`, puts attention in the place of its" in message
+    )
     assert not (tmp_path / "page.html").exists()
 
 

@@ -311,10 +311,16 @@ def _convert(arguments: list[str]) -> None:
     options = vars(_parse(parser, arguments))
 
     from .inspect.table import to_json
-    from .training.conversion import convert_to_folder
+    from .training.conversion import convert_to_folder, has_random_weights
 
     as_json, output = options.pop("json"), options["output"]
     report = convert_to_folder(**options)
+    if has_random_weights(options["model"], options["pretrained"], options["checkpoint"]):
+        print(
+            f"nearsight: the weights of {options['model']} are random: --pretrained takes those that timm offers, "
+            "--checkpoint those of a file",
+            file=sys.stderr,
+        )
     if as_json:
         print(to_json(report.to_dict()))
         return

@@ -37,7 +37,7 @@ _STEM_CHANNELS = 4  # what reads at most so many channels reads the picture itse
 def convert(
     model: nn.Module,
     *,
-    init: str = "random",
+    init: str,
     names: str | Iterable[str] | None = None,
     stages: int | Iterable[int] | None = None,
     kernels: int | tuple[int, ...] | Iterable[int | tuple[int, ...]] | None = None,
@@ -70,7 +70,7 @@ def convert(
 
     Args:
         model: any module that holds ``nn.Conv1d``, ``nn.Conv2d`` or ``nn.Conv3d``; a layer that is used twice stays one.
-        init: ``"random"`` or ``"exact"``.
+        init: ``"random"``, which throws away what the layers have learned, or ``"exact"``. Always to be said.
         names: only layers whose name matches one of these patterns, as ``"layer4.*"`` (``*`` and ``?`` as in a shell).
         stages: only these stages of a timm model, counted as its ``out_indices``: for a ResNet 0 is the stem.
         kernels: only these kernel sizes; ``3`` is 3 along every axis.

@@ -248,7 +248,7 @@ def attention_layers(model: nn.Module) -> dict[str, AttentionLayer]:
         made_of = ", ".join(f"{name} ({count})" for name, count in kinds)
         raise OptionError(
             f"the model has no attention layer of nearsight; it is made of {made_of}. "
-            "nearsight.convert(model), or `nearsight convert`, puts attention in the place of its convolutions"
+            "nearsight.convert(model, init='exact'), or `nearsight convert`, puts attention in the place of its convolutions"
         )
     return layers
 

@@ -54,13 +54,23 @@ def convert_to_folder(
         raise DataError(f"{model} cannot be converted: {reason}; nothing was written")
     make_folder(output)
     save_model(output / WEIGHTS_FILE, network, replace(blueprint, converted=report.options))
-    write_text(output / REPORT_FILE, to_json({"model": blueprint.model, **report.to_dict()}) + "\n")
+    facts = {"model": blueprint.model, "random_weights": has_random_weights(model, pretrained, checkpoint)}
+    write_text(output / REPORT_FILE, to_json({**facts, **report.to_dict()}) + "\n")
     return report
 
 
+def has_random_weights(model: str, pretrained: bool = False, checkpoint: Path | None = None) -> bool:
+    """Whether the weights that :func:`convert_to_folder` converts were never trained."""
+    return _is_name(model) and not (pretrained or checkpoint or parse_spec(model)[1].get("pretrained"))
+
+
+def _is_name(model: str) -> bool:
+    """Whether it names a network, and neither a folder nor a file."""
+    return timm.is_model(split_model_name_tag(parse_spec(model)[0])[0]) or not Path(model).exists()
+
+
 def _open(model: str, pretrained: bool, checkpoint: Path | None) -> tuple[nn.Module, Blueprint]:
-    name = parse_spec(model)[0]
-    if timm.is_model(split_model_name_tag(name)[0]) or not Path(model).exists():
+    if _is_name(model):
         return _by_name(model, pretrained, checkpoint)
     if pretrained or checkpoint is not None:
         raise OptionError(f"{model} has its weights already: leave out --pretrained and --checkpoint")
