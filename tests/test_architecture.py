@@ -18,6 +18,7 @@ SOURCE = Path(ns.__file__).parent
 # says so: the files of "models/" share blocks, but two backends never know each other, and neither do cli and compat.
 ROOMS = [
     ("errors",),
+    ("files",),
     ("window",),
     ("positions",),
     ("attention.problem", "attention.once"),
@@ -40,7 +41,7 @@ ROOMS = [
     ("training",),
     ("compat", "cli"),
     ("__init__",),
-    ("__main__",),
+    ("__main__", "start"),
 ]
 SHARED_WITHIN = ("models", "inspect", "bench", "training", "compat", "convert")
 # Not torchvision and Pillow: timm, which the models need, brings them along.

@@ -21,7 +21,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
-from .errors import NearsightError, OptionError, TrainingError
+from .errors import DataError, NearsightError, OptionError, TrainingError
 
 TRAIN_EXTRA = ("lightning", "torchmetrics", "jsonargparse", "sklearn", "matplotlib", "jinja2", "PIL", "rich")
 
@@ -188,7 +188,7 @@ def _train(arguments: list[str]) -> None:
         exit_on_error=False,
         print_config=None,  # every run leaves its config.yaml
     )
-    parser.add_argument("--config", action="config", help="YAML file of settings; flags after it win")
+    parser.add_argument("--config", type=str, help="YAML file of settings; flags win")
     for field in fields(Recipe):
         common = field.metadata["common"] if field.default is None else field.default
         default = "the data's own" if common is None else common
@@ -198,8 +198,7 @@ def _train(arguments: list[str]) -> None:
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the output folder")
     parser.add_argument("--download", action="store_true", help="fetch data that is missing from the network")
 
-    given = _parse(parser, arguments, defaults=False).as_dict()
-    given.pop("config", None)
+    given = _with_config(parser, _parse(parser, arguments, defaults=False).as_dict())
     output = Path(given.pop("output")) if "output" in given else None
     resume, download = given.pop("resume", False), given.pop("download", False)
     recipe = Recipe(**given)
@@ -236,13 +235,12 @@ def _compare(arguments: list[str]) -> None:
     parser.add_argument("--output", type=str, help="the comparison's folder (required)")
     parser.add_argument("--target", type=float, help="accuracy to take the time to (default: the highest all reach)")
     parser.add_argument("--download", action="store_true", help="fetch data that is missing from the network")
-    parser.add_argument("--config", action="config", help="YAML file of a recipe; flags after it win")
+    parser.add_argument("--config", type=str, help="YAML file of a recipe; flags win")
     for field in fields(Recipe):  # a recipe's file may name model and seed, which are not used
         help = argparse.SUPPRESS if field.name in PER_RUN else field.metadata["help"]
         parser.add_argument(_flag(field.name), default=field.default, help=help, **_form(field.metadata["kind"]))
 
-    given = _parse(parser, arguments, defaults=False).as_dict()
-    given.pop("config", None)
+    given = _with_config(parser, _parse(parser, arguments, defaults=False).as_dict())
     models, preset = given.pop("models", None), given.pop("preset", None)
     seeds, output, target = given.pop("seeds", 3), given.pop("output", None), given.pop("target", None)
     download = given.pop("download", False)
@@ -596,6 +594,23 @@ def _parse(parser: Any, arguments: list[str], **kwargs: Any) -> Any:
         flags = [flag for action in parser._actions for flag in action.option_strings]
         unknown = next((word for word in arguments if word.startswith("--") and word.split("=")[0] not in flags), "")
         raise OptionError(f"{error}{_near(unknown, flags)}; see {parser.prog} --help") from error
+
+
+def _with_config(parser: Any, given: dict[str, Any]) -> dict[str, Any]:
+    """What was typed, and for the rest what the file says that ``--config`` names."""
+    if "config" not in given:
+        return given
+
+    from .training.recipe import read_settings
+
+    path = Path(given.pop("config"))
+    if not path.exists():
+        raise OptionError(f"--config: File does not exist: {path}")
+    try:
+        noted = parser.parse_object(read_settings(path, given), defaults=False).as_dict()
+    except argparse.ArgumentError as error:
+        raise DataError(f"cannot read {path}: {error}") from error
+    return {**noted, **given}
 
 
 def _form(kind: Any) -> dict[str, Any]:

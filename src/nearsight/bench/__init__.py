@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from ..errors import OptionError
+from ..errors import DataError, OptionError
+from ..files import write_whole
 from ..inspect.table import to_json
 from . import core, layers, models
 from .timing import setting, using_threads
@@ -26,6 +27,7 @@ def run(bench: str, *, threads: int | None = None, quick: bool = False, json_fil
 
     Raises:
         OptionError: an unknown bench, or a number of threads below one.
+        DataError: ``json_file`` cannot be written.
     """
     if bench not in BENCHES:
         raise OptionError(f"there is no bench {bench!r}; there are {', '.join(BENCHES)}")
@@ -36,4 +38,7 @@ def run(bench: str, *, threads: int | None = None, quick: bool = False, json_fil
             print("\n" + ", ".join(f"{name} {value}" for name, value in facts.items()))
             report["runs"].append({**facts, "rows": BENCHES[bench](quick)})
     if json_file is not None:
-        Path(json_file).write_text(to_json(report, indent=1) + "\n", encoding="utf-8")
+        try:
+            write_whole(Path(json_file), (to_json(report, indent=1) + "\n").encode())
+        except OSError as error:
+            raise DataError(f"cannot write {json_file}: {error.strerror or error}") from error

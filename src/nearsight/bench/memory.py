@@ -33,7 +33,10 @@ def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
         arguments: of the function; what Python prints of them has to be what makes them.
     """
     name = function.__name__
-    program = f"import json; from {function.__module__} import {name}; print(json.dumps({name}(*{arguments!r})))"
+    here = "import sys; sys.path[:] = [place for place in sys.path if place]"  # without the current folder
+    program = (
+        f"{here}; import json; from {function.__module__} import {name}; print(json.dumps({name}(*{arguments!r})))"
+    )
     environment = {**os.environ, **NOTHING_KEPT}
     command = [sys.executable, "-c", program]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)

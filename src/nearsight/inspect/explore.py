@@ -7,7 +7,6 @@ import base64
 import html
 import io
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -20,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import DataError, OptionError, ShapeError
+from ..files import write_whole
 from .equivariance import decisive, equivariance_by_layer
 from .finite import why_not_finite
 from .maps import AttentionMap, attention_layers, attention_maps
@@ -57,12 +57,9 @@ class Exploration:
             DataError: the file cannot be written.
         """
         path = Path(path)
-        beside = path.with_name(f".{path.name}.{os.getpid()}")
         try:
-            beside.write_text(self.html, encoding="utf-8")
-            beside.replace(path)
+            write_whole(path, self.html.encode())
         except OSError as error:
-            beside.unlink(missing_ok=True)
             raise DataError(f"cannot write {path}: {error.strerror or error}") from error
         return path
 

@@ -8,7 +8,6 @@ from difflib import get_close_matches
 from typing import Any
 
 import timm
-import yaml
 from timm.models import register_notrace_module
 from torch import nn
 
@@ -17,8 +16,18 @@ from ..layers import AttentionStem2d, GlobalSelfAttention2d, HaloSelfAttention2d
 from ..projection import PatchProjection2d
 from . import halonet, nat, sasa, twins  # twins registers what is held against them  # noqa: F401
 from .flops import count_flops
+from .spec import ELSEWHERE, check_stored_spec, is_plain, parse_spec, stored_spec
 
-__all__ = ["count_flops", "create_model", "list_models", "parse_spec"]
+__all__ = [
+    "ELSEWHERE",
+    "check_stored_spec",
+    "count_flops",
+    "create_model",
+    "is_plain",
+    "list_models",
+    "parse_spec",
+    "stored_spec",
+]
 
 _FAMILIES = (halonet, nat, sasa)
 
@@ -44,33 +53,6 @@ def list_models() -> list[str]:
     return sorted(name for family in _FAMILIES for name in family.__all__ if timm.is_model(name))
 
 
-def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
-    """Read ``NAME,option=value,option=value``, the way in which a network is written where only text fits.
-
-    Values are YAML: numbers, ``true``, ``none`` (the word; ``null`` is Python's None), lists as ``[3, 5, 7]``.
-
-    Raises:
-        OptionError: what follows the name is not a list of options.
-
-    Example:
-        >>> parse_spec("sasa_micro,kernel_size=[3, 5, 7],position=none")
-        ('sasa_micro', {'kernel_size': [3, 5, 7], 'position': 'none'})
-    """
-    name, separator, options = spec.partition(",")
-    if not separator:
-        return name, {}
-    try:
-        values = yaml.safe_load("{" + re.sub(r"(\w+)\s*=", r"\1: ", options) + "}")
-        complete = all(
-            isinstance(option, str) and re.search(rf"\b{re.escape(option)}\s*=", options) for option in values
-        )
-    except yaml.YAMLError:
-        complete = False
-    if not complete:
-        raise OptionError(f"a model is written NAME,option=value,option=value; received {spec!r}")
-    return name.strip(), {option: _number(value) for option, value in values.items()}
-
-
 def create_model(name: str, **kwargs: Any) -> nn.Module:
     """A network by name: one of :func:`list_models`, or any that timm knows.
 
@@ -90,7 +72,7 @@ def create_model(name: str, **kwargs: Any) -> nn.Module:
         torch.Size([2, 10])
     """
     name, options = parse_spec(name)
-    is_saved = name.startswith(("hf-hub:", "local-dir:"))
+    is_saved = name.startswith(ELSEWHERE)
     if not is_saved and not timm.is_model(timm.models.split_model_name_tag(name)[0]):
         near = get_close_matches(name, [*list_models(), *timm.list_models()], n=3)
         advice = (
@@ -107,9 +89,3 @@ def create_model(name: str, **kwargs: Any) -> nn.Module:
         if unknown and unknown[1] in options:
             raise OptionError(f"model {name!r} has no option {unknown[1]!r}; received {options}") from error
         raise
-
-
-def _number(value: Any) -> Any:
-    """YAML 1.1 reads 1e-3, which has no point, as text."""
-    is_number = isinstance(value, str) and re.fullmatch(r"[-+]?\d+[eE][-+]?\d+", value)
-    return float(value) if is_number else value

@@ -27,7 +27,7 @@ from pathlib import Path
 from ..errors import OptionError, TrainingError
 from .compare_report import Table, write_comparison
 from .data import Pictures, load_pictures
-from .files import make_folder, write_text
+from .files import make_folder, make_inner_folder, write_text
 from .measures import MEASURES_FILE, Measures, measure, read_measures, read_rows
 from .recipe import Recipe, read_recipe
 from .report import REPORT_FILE
@@ -35,6 +35,7 @@ from .train import MOVABLE
 from .weights import CHECKPOINT_FILE, Blueprint, input_size
 
 RECIPE_FILE = "compare.yaml"
+COMMAND = Path(__file__).parents[1] / "start" / "nearsight_command.py"  # which says why it is not `python -m nearsight`
 PER_RUN = ("model", "seed")  # of a recipe's values, those in which the runs differ
 
 # The question of the article: can attention stand in for convolution, and what does it need for that? Each group changes one
@@ -118,7 +119,8 @@ def compare(
         Blueprint(model, pictures.classes, pictures.view(input_size(model)), recipe.data).build()
     # Seed by seed, so that a comparison that is looked at early has all models in it.
     runs = [(model, seed) for seed in range(seeds) for model in models]
-    make_folder(output / "runs")
+    make_folder(output)
+    make_inner_folder(output / "runs")
     with _alone(output) as lock, _termination_as_interrupt():
         _keep_settings(output / RECIPE_FILE, recipe)
         found = {}
@@ -168,7 +170,7 @@ def _measured(run: Path, recipe: Recipe, pictures: Pictures, lock: int) -> Measu
 
 def _train(run: Path, recipe: Recipe, lock: int) -> None:
     """``nearsight train`` in a process of its own, from its last checkpoint if there is one."""
-    command = [sys.executable, "-m", "nearsight", "train", f"--output={run}"]
+    command = [sys.executable, str(COMMAND), "train", f"--output={run}"]
     command += ["--resume"] if (run / CHECKPOINT_FILE).is_file() else []
     values = {field.name: getattr(recipe, field.name) for field in fields(recipe)}
     given = {field.name: values[field.name] for field in fields(recipe) if values[field.name] != field.default}
@@ -203,7 +205,10 @@ def _alone(output: Path) -> Iterator[int]:
     """Keep other comparisons out of the folder; yields the lock, a file's descriptor."""
     import fcntl
 
-    lock = os.open(output / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        lock = os.open(output / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    except OSError as error:
+        raise TrainingError(f"cannot open {output / '.lock'}: {error.strerror}; remove it if it is a link") from error
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
@@ -234,7 +239,7 @@ def _keep_settings(file: Path, recipe: Recipe) -> None:
     if not file.is_file():
         write_text(file, _settings(recipe))
         return
-    noted = read_recipe(file)
+    noted = read_recipe(file, asdict(recipe))
     for name in (field.name for field in fields(Recipe) if field.name not in (*PER_RUN, *MOVABLE)):
         if getattr(noted, name) != getattr(recipe, name):
             raise OptionError(

@@ -18,7 +18,7 @@ from ..inspect.plots import Chart, Series
 from ..inspect.plots import draw as draw_charts
 from ..inspect.table import write_csv
 from .data import Pictures
-from .files import write_plot, write_text
+from .files import make_inner_folder, write_plot, write_text
 from .measures import Measures
 from .recipe import Recipe
 from .report import Picture, render
@@ -146,7 +146,7 @@ def write_comparison(output: Path, table: Table, recipe: Recipe, pictures: Pictu
     """Write the table, the plots and the page, and show the table."""
     write_text(output / TABLE_FILE, table.to_csv())
     write_text(output / RUNS_FILE, table.runs_to_csv())
-    (output / PLOTS).mkdir(exist_ok=True)
+    make_inner_folder(output / PLOTS)
     shown = []
     for name, (chart, caption) in charts(table).items():
         figure = draw_charts([chart], legend_below=True)

@@ -48,12 +48,13 @@ def convert_to_folder(
     report = convert(network, input_size=(view.channels, view.size, view.size), **options)
     if not report.converted:
         raise OptionError(f"{model}: {report.summary()[0]}")
+    kept = blueprint.kept(network)
     with torch.no_grad():
         reason = why_not_finite(network(torch.randn(1, view.channels, view.size, view.size)), network)
     if reason is not None:
         raise DataError(f"{model} cannot be converted: {reason}; nothing was written")
     make_folder(output)
-    save_model(output / WEIGHTS_FILE, network, replace(blueprint, converted=report.options))
+    save_model(output / WEIGHTS_FILE, network, replace(kept, converted=report.options))
     facts = {"model": blueprint.model, "random_weights": has_random_weights(model, pretrained, checkpoint)}
     write_text(output / REPORT_FILE, to_json({**facts, **report.to_dict()}) + "\n")
     return report

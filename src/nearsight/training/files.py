@@ -1,42 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files that are either whole or not there: written beside their place, flushed to the disk, then renamed."""
+"""The files of a run: whole or not there, and a message for the user where they cannot be written."""
 
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import TrainingError
+from ..files import remove_leftovers, write_whole
 from ..inspect.plots import to_png, to_svg_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-UNFINISHED = ".part"  # what a temporary file's name ends with
+__all__ = ["make_folder", "make_inner_folder", "remove_leftovers", "write_bytes", "write_plot", "write_text"]
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Put ``content`` at ``path`` in one step: after a crash at any moment the old file or the new one is there.
+    """:func:`nearsight.files.write_whole` with a message for the user.
 
     Raises:
         TrainingError: the folder cannot be written to, or the disk is full.
     """
     try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=UNFINISHED)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fchmod(file.fileno(), 0o644)  # mkstemp's 0600 is for secrets
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
-        _sync_folder(path.parent)
+        write_whole(path, content)
     except OSError as error:
         raise TrainingError(f"cannot write {path}: {error.strerror or error}") from error
 
@@ -58,24 +47,23 @@ def make_folder(path: Path) -> None:
         raise TrainingError(f"cannot make the folder {path}: {error.strerror}; name another --output") from error
 
 
+def make_inner_folder(path: Path) -> None:
+    """Make a folder inside a run's or a comparison's own, which may have come from elsewhere: no link leads out of it.
+
+    Raises:
+        TrainingError: it cannot be made, or it, or something in it, is a link.
+    """
+    if os.path.islink(path):
+        raise TrainingError(f"{path} must be a folder, and it is a link: remove it, or name another --output")
+    make_folder(path)
+    links = [entry.path for entry in os.scandir(path) if entry.is_symlink()]
+    if links:
+        raise TrainingError(f"{links[0]} is a link, where files are to be written: remove it, or name another --output")
+
+
 def write_plot(path: Path, figure: Figure, numbers: str, formats: Sequence[str] = ("svg", "png")) -> None:
     """A picture in every format, and beside it the numbers that it shows: ``path`` with .csv, .svg, .png."""
     write_text(path.with_name(f"{path.name}.csv"), numbers)
     for name, draw in (("svg", to_svg_file), ("png", to_png)):
         if name in formats:
             write_bytes(path.with_name(f"{path.name}.{name}"), draw(figure))
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Delete the temporary files of a process that was killed in the midst of writing."""
-    for file in folder.glob(f".*{UNFINISHED}"):
-        file.unlink(missing_ok=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    """The rename itself is safe from a power cut only once the folder is on the disk too."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

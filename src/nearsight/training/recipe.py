@@ -3,14 +3,17 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from ..errors import DataError, OptionError
+from ..errors import DataError, NearsightError, OptionError
+from ..files import read_text, read_yaml
+from ..models import check_stored_spec, stored_spec
 
 
 def _option(default: Any, kind: Any, help: str, common: Any = None) -> Any:
@@ -100,36 +103,78 @@ class Recipe:
         values = {name: value for name, value in {**common, **defaults}.items() if getattr(self, name) is None}
         return replace(self, **values)
 
-    def to_yaml(self) -> str:
-        """Text that ``nearsight train --config`` reads back."""
+    def to_yaml(self, stored: str | None = None) -> str:
+        """Text that ``nearsight train --config`` reads back.
+
+        Args:
+            stored: the model as a file may hold it; None leaves out what says where its weights come from.
+        """
         import yaml
 
-        values = {name: value for name, value in asdict(self).items() if value is not None}
-        return "# Run it again: nearsight train --config THIS_FILE --output NEW_FOLDER\n" + yaml.safe_dump(
-            values, sort_keys=False
-        )
+        stored = stored_spec(self.model) if stored is None else stored
+        values = {name: value for name, value in asdict(replace(self, model=stored)).items() if value is not None}
+        began = "" if stored == self.model else f"{BEGAN}; for the same add --model {json.dumps(self.model)}\n"
+        return f"{RERUN}\n{began}{yaml.safe_dump(values, sort_keys=False)}"
 
 
-def read_recipe(path: Path) -> Recipe:
+RERUN = "# Run it again: nearsight train --config THIS_FILE --output NEW_FOLDER"
+BEGAN = "# It began with weights from elsewhere, which no file may ask for"
+
+
+def read_recipe(path: Path, given: Container[str] = ()) -> Recipe:
     """The recipe in a run's ``config.yaml``.
 
+    Args:
+        given: names of values that were typed as well, so that what the file says of them is not done.
+
     Raises:
-        DataError: the file cannot be read, is no YAML, or holds something else.
+        DataError: the file cannot be read, is no YAML, holds something else, or names what is to be fetched.
         OptionError: a value outside its range.
     """
-    import yaml
+    values = read_settings(path, given)
+    wrong = [name for name, value in values.items() if not _is_of(_KINDS[name], value)]
+    if wrong:
+        raise DataError(f"{path} holds a value of the wrong type: {wrong[0]} is {values[wrong[0]]!r:.100}")
+    return Recipe(**values)
 
+
+def read_settings(path: Path, given: Container[str] = ()) -> dict[str, Any]:
+    """The values in a recipe's file, whoever wrote it: nothing in it makes a run fetch what its user did not name.
+
+    Args:
+        given: as for :func:`read_recipe`.
+
+    Raises:
+        DataError: the file cannot be read, is no YAML, holds something else, or names what is to be fetched.
+    """
     try:
-        values = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise DataError(f"cannot read {path}: {_first_line(error)}") from error
-    known = {field.name for field in fields(Recipe)}
-    if not isinstance(values, dict) or not set(values) <= known:
-        raise DataError(f"{path} must hold only {', '.join(sorted(known))}; it is damaged or no config of a run")
+        values = read_yaml(read_text(path))
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
+    if not isinstance(values, dict) or not set(values) <= _KINDS.keys():
+        raise DataError(f"{path} must hold only {', '.join(sorted(_KINDS))}; it is damaged or no config of a run")
     try:
-        return Recipe(**values)
-    except TypeError as error:  # a text where a number belongs
-        raise DataError(f"{path} holds a value of the wrong type: {error}") from error
+        if "model" in values and "model" not in given:
+            check_stored_spec(values["model"])
+    except NearsightError as error:
+        raise DataError(f"{path}: {error}; if you trust where the file comes from, type it: --model ...") from error
+    if "data" not in given and str(values.get("data")).startswith("hf:"):
+        raise DataError(
+            f"{path}: a file may name no data set that is fetched; received {values['data']!r:.100}; if you trust where "
+            "the file comes from, type it: --data hf:..."
+        )
+    return values
+
+
+_KINDS = {field.name: (field.metadata["kind"], field.default is None) for field in fields(Recipe)}
+
+
+def _is_of(kind: tuple[Any, bool], value: Any) -> bool:
+    """Whether a value read from YAML is of a setting's kind; a whole number does for any."""
+    of, may_be_open = kind
+    if value is None or isinstance(value, bool):
+        return may_be_open if value is None else of is bool
+    return isinstance(value, (int, float) if of is float else of)
 
 
 def _within(name: str, value: float | None, least: float, below: float = math.inf) -> None:
@@ -152,7 +197,3 @@ def _check_optimiser(name: str) -> None:
         near = get_close_matches(name, known, n=3)
         advice = f"did you mean {', '.join(near)}?" if near else "adamw and sgd are usual"
         raise OptionError(f"opt must be an optimiser of timm; received {name!r}; {advice}")
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0]

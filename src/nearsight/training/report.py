@@ -60,7 +60,7 @@ def write_report(
         "report.html.jinja",
         version=version("nearsight"),
         recipe=recipe,
-        config=recipe.to_yaml(),
+        config=recipe.to_yaml(blueprint.model),
         evaluation=evaluation,
         interval=_interval(evaluation),
         parameters=sum(parameter.numel() for parameter in model.parameters()),

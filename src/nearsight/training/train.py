@@ -24,13 +24,15 @@ from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from torch import nn
 
 from ..errors import DataError, OptionError, TrainingError
+from ..files import read_text
+from ..models import ELSEWHERE, stored_spec
 from .announce import announcement, conclusion
 from .batchnorm import synced_batch_norms
 from .callbacks import Forecast, Journal, StopTogether, WholeFiles
 from .data import load_pictures, loader
 from .evaluate import Evaluation, evaluate
-from .files import make_folder, remove_leftovers, write_text
-from .recipe import Recipe, read_recipe
+from .files import make_folder, make_inner_folder, remove_leftovers, write_text
+from .recipe import BEGAN, Recipe, read_recipe
 from .report import REPORT_FILE, write_report
 from .task import Batches, Classifier
 from .weights import CHECKPOINT_FILE, WEIGHTS_FILE, Blueprint, input_size, read_checkpoint, save_model
@@ -95,15 +97,17 @@ def resume(output: Path, given: Mapping[str, Any] | None = None) -> Run:
     checkpoint = output / CHECKPOINT_FILE
     if not checkpoint.is_file():
         raise TrainingError(f"there is no checkpoint {checkpoint} to resume from; start the run without --resume")
-    recipe = read_recipe(output / CONFIG_FILE)
-    for name, value in (given or {}).items():
-        if name not in MOVABLE and value != getattr(recipe, name):
+    given = given or {}
+    recipe = read_recipe(output / CONFIG_FILE, given)
+    for name, value in given.items():
+        if name not in MOVABLE and not _is_same(name, value, recipe):
             raise OptionError(
                 f"a resumed run keeps its settings: {name} is {getattr(recipe, name)} in {output / CONFIG_FILE}; "
                 f"received {value}"
             )
     read_checkpoint(checkpoint)
-    return _run(replace(recipe, **(given or {})), output, checkpoint, download=False)
+    # The weights are in the checkpoint: those that the run began with are not fetched again.
+    return _run(replace(recipe, **{**given, "model": stored_spec(recipe.model)}), output, checkpoint, download=False)
 
 
 def default_output(recipe: Recipe) -> Path:
@@ -121,11 +125,15 @@ def _run(recipe: Recipe, output: Path, checkpoint: Path | None, download: bool) 
     L.seed_everything(recipe.seed, workers=True, verbose=False)
     # Channels last is the faster layout for convolutions and attention alike, and the images follow the weights.
     model = blueprint.build(recipe.drop_path).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    blueprint = blueprint.kept(model)
     task = Classifier(model, pictures.augment, blueprint, recipe)
     if _is_main_process():
         make_folder(output)
         remove_leftovers(output)
-        write_text(output / CONFIG_FILE, recipe.to_yaml())
+        if recipe.tensorboard:
+            make_inner_folder(output / TENSORBOARD_FOLDER)
+        began = _began(output / CONFIG_FILE) if checkpoint is not None else ""
+        write_text(output / CONFIG_FILE, began + recipe.to_yaml(blueprint.model))
         print(announcement(recipe, pictures, view, model, output), flush=True)
 
     start = time.perf_counter()
@@ -144,6 +152,19 @@ def _run(recipe: Recipe, output: Path, checkpoint: Path | None, download: bool) 
         write_report(output / REPORT_FILE, recipe, blueprint, best, journal.rows, evaluation, test)
         print(conclusion(evaluation, output / REPORT_FILE, seconds), flush=True)
     return Run(recipe, output, best, evaluation)
+
+
+def _began(file: Path) -> str:
+    """The line of a run's ``config.yaml`` that says with which weights it began, if there is one; it stays."""
+    return "".join(line + "\n" for line in read_text(file).splitlines() if line.startswith(BEGAN))
+
+
+def _is_same(name: str, value: Any, recipe: Recipe) -> bool:
+    """Whether a setting that is given again is the run's; of a model the file has only what a file may hold."""
+    noted = getattr(recipe, name)
+    if name != "model" or value == noted:
+        return value == noted
+    return value.startswith(ELSEWHERE) or stored_spec(value) == noted
 
 
 def _trainer(recipe: Recipe, journal: Journal, output: Path) -> L.Trainer:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..convert import convert
 from ..errors import DataError, NearsightError, OptionError
-from ..models import create_model, parse_spec
+from ..models import check_stored_spec, create_model, is_plain, parse_spec, stored_spec
 from ..models.modes import evaluating
 from ..positions import UNNAMED_POSITION
 from .data import View
@@ -28,6 +28,7 @@ CHECKPOINT_FILE = "last.ckpt"
 KEY = "nearsight"  # of the blueprint, in a safetensors header and in a checkpoint
 PREFIX = "model."  # of the network's weights in a checkpoint
 EMA = "ema.module."  # of their mean, where there is one
+CONVERTED = {"init", "stem", "kernel_size", "num_heads", "position", "margin", "locality", "content"}  # and names
 
 
 @dataclass(frozen=True)
@@ -69,19 +70,46 @@ class Blueprint:
             raise OptionError(f"model {self.model!r} cannot take {size}x{size} images: {reason}") from error
         return model
 
-    def to_json(self) -> str:
-        """The blueprint as text.
+    def kept(self, network: nn.Module) -> Blueprint:
+        """The same as a file may hold it: without what says where the weights of ``network`` came from.
 
         Raises:
-            OptionError: it was converted with a position that has no name.
+            OptionError: the model has options that no file may hold; see docs/security.md.
         """
-        return json.dumps(asdict(self), default=_unnamed)
+        return replace(self, model=stored_spec(self.model, network))
+
+    def to_json(self) -> str:
+        """The blueprint as text, without what says where weights came from.
+
+        Raises:
+            OptionError: it was converted with a position that has no name, or the model has options no file may hold.
+        """
+        return json.dumps(asdict(replace(self, model=stored_spec(self.model))), default=_unnamed)
 
     @classmethod
     def from_json(cls, text: str) -> Blueprint:
+        """Read what a file holds, whoever wrote it: nothing in it makes :meth:`build` read or fetch anything.
+
+        Raises:
+            ValueError, TypeError, KeyError: it holds something else, or more than a file may.
+        """
         values = json.loads(text)
         view = View(**{name: _tupled(value) for name, value in values.pop("view").items()})
-        return cls(view=view, **{name: _tupled(value) for name, value in values.items()})
+        blueprint = cls(view=view, **{name: _tupled(value) for name, value in values.items()})
+        blueprint._check()
+        return blueprint
+
+    def _check(self) -> None:
+        check_stored_spec(self.model)
+        if not isinstance(self.data, str) or not _are_texts(self.classes):
+            raise ValueError("its classes and its data must be texts")
+        sizes, numbers = (self.view.channels, self.view.size), (*self.view.mean, *self.view.std)
+        if not all(type(size) is int and size > 0 for size in sizes) or not all(map(_is_number, numbers)):
+            raise ValueError(f"its view must be of numbers; received {self.view}")
+        options = {} if self.converted is None else {**self.converted}
+        names = options.pop("names", [])  # of layers, with dots in them
+        if not options.keys() <= CONVERTED or not is_plain(options) or not _are_texts(names):
+            raise ValueError(f"it may be converted with {', '.join(sorted(CONVERTED))}; received {self.converted}")
 
 
 def input_size(model: str) -> int:
@@ -92,11 +120,13 @@ def input_size(model: str) -> int:
 def save_model(path: Path, model: nn.Module, blueprint: Blueprint) -> None:
     """Write weights and blueprint as safetensors, whole or not at all; the same model gives the same bytes."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    write_bytes(path, save(tensors, metadata={KEY: blueprint.to_json()}))
+    write_bytes(path, save(tensors, metadata={KEY: blueprint.kept(model).to_json()}))
 
 
 def load_model(path: Path) -> tuple[nn.Module, Blueprint]:
-    """Rebuild a trained model from a run's folder, a ``.safetensors`` or a ``.ckpt`` file. Executes no code from it.
+    """Rebuild a trained model from a run's folder, a ``.safetensors`` or a ``.ckpt`` file.
+
+    Whoever wrote the file, no code of it runs, and nothing is fetched, written or read from elsewhere: docs/security.md.
 
     Raises:
         DataError: nothing there, an unreadable file, or one that nearsight did not write.
@@ -107,7 +137,7 @@ def load_model(path: Path) -> tuple[nn.Module, Blueprint]:
         blueprint = Blueprint.from_json(text)
         model = blueprint.build()
         model.load_state_dict(weights)
-    except (ValueError, TypeError, AttributeError, KeyError, RuntimeError) as error:
+    except (ValueError, TypeError, AttributeError, KeyError, RuntimeError, RecursionError) as error:
         # PyTorch names the module in its first line, and in the next the first tensor that does not fit.
         reason = " ".join(line.strip() for line in str(error).splitlines()[:2])
         raise DataError(f"{file} does not hold a model that can be rebuilt: {reason}") from error
@@ -180,3 +210,11 @@ def _unnamed(value: Any) -> Any:
 
 def _tupled(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
+
+
+def _are_texts(values: Any) -> bool:
+    return isinstance(values, (list, tuple)) and all(isinstance(one, str) for one in values)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

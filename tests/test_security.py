@@ -1,0 +1,467 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What docs/security.md promises of files, folders and pictures that come from elsewhere: a test per promise."""
+
+import json
+import os
+import socket
+import stat
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import yaml
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+import nearsight as ns
+from nearsight import cli
+from nearsight.errors import DataError, OptionError, TrainingError
+from nearsight.files import open_regular, read_yaml, remove_leftovers, write_whole
+from nearsight.models import check_stored_spec, stored_spec
+from nearsight.models.spec import own_options
+from nearsight.training import data
+from nearsight.training import train as training
+from nearsight.training.compare import COMMAND
+from nearsight.training.data import View
+from nearsight.training.files import make_inner_folder
+from nearsight.training.recipe import Recipe, read_recipe
+from nearsight.training.weights import Blueprint, load_model, save_model
+
+TEN = tuple("0123456789")
+BLUEPRINT = Blueprint("sasa_nano", TEN, View(1, 8, (0.3,), (0.4,)), "digits")
+VALUES = {
+    "model": "sasa_nano",
+    "classes": list(TEN),
+    "view": {"channels": 1, "size": 8, "mean": [0.3], "std": [0.4]},
+    "data": "digits",
+    "converted": None,
+}
+
+
+@pytest.fixture(scope="module")
+def network():
+    return ns.create_model("sasa_nano", num_classes=10, in_chans=1).eval()
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    """Every way out of the machine is an error, and so is every file that timm would read weights from."""
+
+    def refuse(*args, **kwargs):
+        raise AssertionError(f"something was to be fetched: {args} {kwargs}")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    for name in ("load_state_dict_from_hf", "load_state_dict_from_url", "load_state_dict", "load_checkpoint"):
+        for module in (timm.models._builder, timm.models._factory):
+            monkeypatch.setattr(module, name, refuse, raising=False)
+
+
+def hostile(folder: Path, network, **changed) -> list[Path]:
+    """model.safetensors and last.ckpt as somebody else might write them."""
+    header = json.dumps({**VALUES, **changed})
+    folder.mkdir(exist_ok=True)
+    state = network.state_dict()
+    save_file(state, folder / "model.safetensors", metadata={"nearsight": header})
+    checkpoint = {"nearsight": header, "state_dict": {f"model.{name}": tensor for name, tensor in state.items()}}
+    torch.save(checkpoint, folder / "last.ckpt")
+    return [folder / "model.safetensors", folder / "last.ckpt"]
+
+
+# ------------------------------------------------------------------------------------------------- what a file may hold
+
+HOSTILE = [
+    "resnet18,pretrained=true",
+    "resnet18,pretrained_cfg={url: 'http://127.0.0.1:1/x.pth'}",
+    "resnet18,pretrained=true,pretrained_cfg_overlay={file: weights.pth}",
+    "sasa_nano,pretrained_cfg=a1_in1k",
+    "sasa_nano,checkpoint_path=/etc/passwd",
+    "sasa_nano,cache_dir=/tmp/elsewhere",
+    "sasa_nano,features_only=true",
+    "sasa_nano,pruned=true",
+    "sasa_nano,url='http://127.0.0.1:1/x'",
+    "sasa_nano,hf_hub_id=a/b",
+    "sasa_nano,stem=[{url: x}]",
+    "sasa_nano,position='../../x'",
+    "sasa_nano,position='http://x'",
+    "sasa_nano,kernel_size=[3, [~/x]]",
+    "resnet18,norm_layer='os:system'",
+    "sasa_nano,stem='..'",
+    "sasa_nano,stem='.ssh'",
+    "resnet18,block_args={deep: {checkpoint_path: x}}",
+    "sasa_nano,nothing_of_the_kind=1",
+    "sasa_nano,kernel_size=2020-01-01",
+    "hf-hub:somebody/something",
+    "hf_hub:somebody/something",
+    "local-dir:/tmp",
+    "timm/resnet18",
+    "sasa_nano.x/../y",
+    "../sasa_nano",
+    "sasa_nan",
+    "",
+    7,
+    ["sasa_nano"],
+]
+
+
+@pytest.mark.parametrize("model", HOSTILE, ids=str)
+def test_a_model_file_names_a_registered_network_and_its_own_options_alone(tmp_path, network, no_network, model):
+    for file in hostile(tmp_path, network, model=model):
+        with pytest.raises(DataError, match="does not hold a model that can be rebuilt"):
+            load_model(file)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"model": model}))
+    with pytest.raises(DataError, match=r"config\.yaml"):
+        read_recipe(tmp_path / "config.yaml")
+
+
+@pytest.mark.parametrize("command", ["eval", "explore", "export", "profile", "convert", "train", "compare", "resume"])
+def test_no_command_does_what_a_file_asks_for(tmp_path, network, no_network, capsys, monkeypatch, command):
+    monkeypatch.chdir(tmp_path)
+    hostile(tmp_path / "run", network, model="resnet18,pretrained=true,cache_dir=/tmp/elsewhere")
+    (tmp_path / "run" / "config.yaml").write_text("model: resnet18,pretrained=true\ndata: digits\n")
+    arguments = {
+        "eval": ["eval", "run", "--data", "digits"],
+        "explore": ["explore", "run", "digits:0"],
+        "export": ["export", "run", "--format", "pt2"],
+        "profile": ["profile", "run"],
+        "convert": ["convert", "run", "--init", "exact", "--output", "converted"],
+        "train": ["train", "--config", "run/config.yaml", "--output", "new"],
+        "compare": ["compare", "--config", "run/config.yaml", "--models", "sasa_nano", "--output", "new"],
+        "resume": ["train", "--resume", "--output", "run"],
+    }
+    before = set(tmp_path.rglob("*"))
+    assert cli.main(arguments[command]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("nearsight: error: ")
+    assert said.count("\n") == 1
+    assert "a file may name a registered network" in said
+    assert set(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"converted": {"init": "exact", "where": "os.system"}},
+        {"converted": {"init": "random", "position": "/etc/passwd"}},
+        {"converted": {"init": "exact", "names": [{"url": "x"}]}},
+        {"converted": ["init"]},
+        {"view": {"channels": 1, "size": "8", "mean": [0.3], "std": [0.4]}},
+        {"view": {"channels": 1, "size": 8, "mean": ["x"], "std": [0.4]}},
+        {"view": {"channels": True, "size": 8, "mean": [0.3], "std": [0.4]}},
+        {"classes": [1, 2]},
+        {"classes": "0123456789"},
+        {"data": ["digits"]},
+        {"more": 1},
+    ],
+    ids=str,
+)
+def test_all_else_in_a_header_is_plain_too(tmp_path, network, changed):
+    for file in hostile(tmp_path, network, **changed):
+        with pytest.raises(DataError, match="does not hold a model that can be rebuilt"):
+            load_model(file)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"data": "hf:somebody/something"}, "name no data set that is fetched"),
+        ({"output": "/tmp/elsewhere"}, "must hold only"),
+        ({"download": True}, "must hold only"),
+        ({"resume": True}, "must hold only"),
+        ({"config": "other.yaml"}, "must hold only"),
+        ({"model": {"class_path": "os.system"}}, "NAME,option=value"),
+        ({"data": ["digits"]}, "wrong type"),
+        ({"tensorboard": "/tmp/elsewhere"}, "wrong type"),
+        ({"epochs": True}, "wrong type"),
+        ({"seed": 0.5}, "wrong type"),
+    ],
+)
+def test_a_recipe_fetches_nothing_and_says_nothing_of_where_to_write(tmp_path, values, message):
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
+    with pytest.raises(DataError, match=message):
+        read_recipe(tmp_path / "recipe.yaml")
+    assert cli.main(["train", "--config", str(tmp_path / "recipe.yaml"), "--output", str(tmp_path / "new")]) == 2
+    assert not (tmp_path / "new").exists()
+
+
+def test_what_is_typed_stays_allowed(tmp_path):
+    (tmp_path / "config.yaml").write_text("model: resnet18,pretrained=true\ndata: hf:beans\nlr: 1e-3\n")
+    assert read_recipe(tmp_path / "config.yaml", ["model", "data"]).data == "hf:beans"
+    assert read_recipe(tmp_path / "config.yaml", {"model": "x", "data": "y"}).lr == 1e-3
+    for given in ([], ["model"], ["data"]):
+        with pytest.raises(DataError, match="type it: --"):
+            read_recipe(tmp_path / "config.yaml", given)
+
+
+def test_options_of_a_network_are_its_own():
+    """Every argument of the class that is built, whichever way it gets there, and no way to weights among them."""
+    for name in ("sasa_nano", "halo_h0", "vit_micro", "resnet18", "halonet26t", "deit_tiny_distilled_patch16_224"):
+        with torch.device("meta"):
+            kind = type(timm.create_model(name))
+        assert {"num_classes", "drop_rate"} <= own_options(name), (name, kind)
+        assert not own_options(name) & {"pretrained", "checkpoint_path", "cache_dir", "url", "file", "state_dict"}
+    assert "block_kwargs" in own_options("halonet26t")  # a field of its dataclass
+    assert "kernel_size" in own_options("sasa_nano")
+
+
+# -------------------------------------------------------------------------------------------------- what a file is given
+
+
+@pytest.mark.parametrize(
+    ("typed", "stored"),
+    [
+        ("resnet18,pretrained=true", "resnet18"),
+        ("resnet18,pretrained=true,act_layer=silu,cache_dir='/x y'", "resnet18,act_layer=silu"),
+        ("sasa_nano,kernel_size=[3, 5],checkpoint_path=x", "sasa_nano,kernel_size=[3, 5]"),
+        ("sasa_nano,position='none',scale=1e-3,pretrained_cfg={url: x}", "sasa_nano,position=none,scale=0.001"),
+        ("sasa_nano,kernel_size=3,  position=none", "sasa_nano,kernel_size=3,  position=none"),
+    ],
+)
+def test_where_weights_came_from_is_left_out(typed, stored):
+    assert stored_spec(typed) == check_stored_spec(stored) == stored
+    assert Blueprint.from_json(replace(BLUEPRINT, model=typed).to_json()).model == stored
+
+
+@pytest.mark.parametrize("typed", ["sasa_nano,features_only=true", "resnet18,pruned=true", "resnet18,norm_layer='a/b'"])
+def test_what_no_file_can_hold_is_said_before_training(typed):
+    with pytest.raises(OptionError, match="a file may name"):
+        stored_spec(typed)
+
+
+@pytest.fixture(scope="module")
+def begun_elsewhere(tmp_path_factory):
+    """A run that began with the weights of a network that timm saved in a folder, which is gone since."""
+    folder, output = tmp_path_factory.mktemp("saved"), tmp_path_factory.mktemp("run") / "run"
+    own = {"kernel_size": 5}
+    timm.models.save_for_hf(timm.create_model("sasa_nano", num_classes=10, in_chans=1, **own), folder, model_args=own)
+    whole = data.SOURCES["digits"]
+
+    def few(*args):
+        pictures = whole(*args)
+        parts = {name: getattr(pictures, name) for name in ("train", "validation", "test")}
+        small = {name: data.ArraySplit(part.images[:64], part.labels[:64]) for name, part in parts.items()}
+        return replace(pictures, **small)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(data.SOURCES, "digits", few)
+        typed = f"local-dir:{folder},pretrained=true"
+        training.train(Recipe(model=typed, epochs=1, batch_size=32), output)
+        for file in folder.iterdir():
+            file.unlink()
+        yield output, typed
+
+
+def test_a_network_that_began_elsewhere_is_whole_without_it(begun_elsewhere, no_network):
+    output, typed = begun_elsewhere
+    for file in (output, output / "model.safetensors", output / "last.ckpt"):
+        network, blueprint = load_model(file)
+        assert "local-dir" not in blueprint.model
+        assert blueprint.model.startswith("sasa_nano,")
+        assert network.stages[0][0].spatial.window.axes(2)[0].kernel_size == 5
+    with safe_open(output / "model.safetensors", framework="pt") as file:
+        assert "local-dir" not in file.metadata()["nearsight"]
+    text = (output / "config.yaml").read_text()
+    assert yaml.safe_load(text)["model"] == blueprint.model
+    assert (
+        f'# It began with weights from elsewhere, which no file may ask for; for the same add --model "{typed}"' in text
+    )
+
+
+@pytest.mark.parametrize("given", ["nothing", "typed", "stored"])
+def test_such_a_run_goes_on_without_it(begun_elsewhere, no_network, given):
+    output, typed = begun_elsewhere
+    stored = read_recipe(output / "config.yaml").model
+    asked = {} if given == "nothing" else {"model": typed if given == "typed" else stored}
+    assert training.resume(output, asked).recipe.model == stored
+    assert typed in (output / "config.yaml").read_text()
+
+
+def test_a_run_that_goes_on_keeps_its_model(begun_elsewhere):
+    with pytest.raises(OptionError, match="a resumed run keeps its settings: model"):
+        training.resume(begun_elsewhere[0], {"model": "sasa_nano,kernel_size=3"})
+
+
+# ----------------------------------------------------------------------------------------------------------- settings
+
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{new}: &{new} [{', '.join([f'*{old}'] * 9)}]\n" for old, new in zip("abcdefgh", "bcdefghi", strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        BOMB,
+        "model: &a sasa_nano\ndata: *a",
+        "<<: *a",
+        "a: !!python/object/apply:os.system [x]",
+        "[" * 1500,
+        "9" * 5000,
+        "2020-99-99",
+    ],
+    ids=["bomb", "alias", "merge", "tag", "deep", "digits", "date"],
+)
+def test_yaml_is_plain_values(tmp_path, text):
+    with pytest.raises(ValueError):  # noqa: PT011 (whatever it is, it is told)
+        read_yaml(text)
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(DataError):
+        read_recipe(tmp_path / "config.yaml")
+    assert cli.main(["train", "--config", str(tmp_path / "config.yaml"), "--output", str(tmp_path / "new")]) == 2
+
+
+def test_an_alias_in_a_models_options_is_no_option():
+    with pytest.raises(OptionError, match="NAME,option=value"):
+        check_stored_spec("sasa_nano,kernel_size=[&a [1, 1], *a, *a]")
+
+
+def test_a_recipe_is_small(tmp_path):
+    (tmp_path / "config.yaml").write_text("# " + "x" * (1 << 16) + "\nmodel: sasa_nano\n")
+    with pytest.raises(DataError, match="more than 65536 characters"):
+        read_recipe(tmp_path / "config.yaml")
+
+
+# ------------------------------------------------------------------------------------------------- what is opened
+
+
+@pytest.mark.parametrize("kind", ["pipe", "socket", "device", "folder", "loop"])
+def test_only_regular_files_are_opened(tmp_path, kind):
+    path = tmp_path / "config.yaml"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "socket":
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(str(path))
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to("/dev/zero" if kind == "device" else path)
+    with pytest.raises(OSError):  # noqa: PT011 (the system's word for a loop of links is its own)
+        open_regular(path)
+    with pytest.raises(DataError, match="cannot read"):
+        read_recipe(path)
+
+
+# ---------------------------------------------------------------------------------------------------- what is written
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
+def test_files_follow_the_umask(tmp_path, network, mask):
+    before = os.umask(mask)
+    try:
+        write_whole(tmp_path / "file", b"x")
+        save_model(tmp_path / "model.safetensors", network, BLUEPRINT)
+    finally:
+        os.umask(before)
+    for file in tmp_path.iterdir():
+        assert stat.S_IMODE(file.stat().st_mode) == 0o666 & ~mask
+
+
+def test_temporary_names_cannot_be_guessed_and_follow_no_link(tmp_path, monkeypatch):
+    made = []
+    replaced = os.replace
+    monkeypatch.setattr(
+        os, "replace", lambda source, target: (made.append(Path(source).name), replaced(source, target))
+    )
+    for _ in range(3):
+        write_whole(tmp_path / "file", b"x")
+    assert len(set(made)) == 3
+    victim = tmp_path / "victim"
+    victim.write_bytes(b"mine")
+    monkeypatch.setattr("secrets.token_hex", lambda bytes: "guessed")
+    (tmp_path / ".nearsight-guessed.part").symlink_to(victim)
+    with pytest.raises(FileExistsError):
+        write_whole(tmp_path / "file", b"y")
+    assert (victim.read_bytes(), (tmp_path / "file").read_bytes()) == (b"mine", b"x")
+
+
+def test_a_link_is_replaced_and_not_written_through(tmp_path):
+    (tmp_path / "victim").write_bytes(b"mine")
+    (tmp_path / "file").symlink_to("victim")
+    write_whole(tmp_path / "file", b"y")
+    assert ((tmp_path / "victim").read_bytes(), (tmp_path / "file").read_bytes()) == (b"mine", b"y")
+    assert not (tmp_path / "file").is_symlink()
+
+
+def test_what_is_no_file_is_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path, tmp_path / "pipe"):
+        with pytest.raises(OSError, match="no regular file"):
+            write_whole(path, b"x")
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+
+
+def test_only_its_own_leftovers_are_removed(tmp_path):
+    (tmp_path / ".download.part").write_text("somebody's")
+    (tmp_path / ".nearsight-0123.part").write_text("ours")
+    remove_leftovers(tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == [".download.part"]
+
+
+def test_no_link_leads_out_of_a_run(tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (tmp_path / "tensorboard").symlink_to(elsewhere)
+    with pytest.raises(TrainingError, match="is a link"):
+        make_inner_folder(tmp_path / "tensorboard")
+    make_inner_folder(tmp_path / "plots")
+    (tmp_path / "plots" / "accuracy.png").symlink_to(elsewhere / "x")
+    with pytest.raises(TrainingError, match="is a link"):
+        make_inner_folder(tmp_path / "plots")
+    assert list(elsewhere.iterdir()) == []
+
+
+def test_the_lock_of_a_comparison_follows_no_link(tmp_path):
+    from nearsight.training.compare import _alone
+
+    (tmp_path / ".lock").symlink_to(tmp_path / "victim")
+    with pytest.raises(TrainingError, match=r"cannot open .*\.lock"), _alone(tmp_path):
+        pass
+    assert not (tmp_path / "victim").exists()
+
+
+# ------------------------------------------------------------------------------------------------------ what is started
+
+
+def test_no_process_that_is_started_looks_for_modules_in_the_current_folder(tmp_path, monkeypatch):
+    """A tqdm.py in the folder in which a comparison is started is somebody's file and not the package."""
+    from nearsight.bench.memory import in_fresh_process
+
+    package = tmp_path / "site" / "nearsight"
+    (package / "start").mkdir(parents=True)
+    (package / "cli.py").write_text("import json\ndef main(): print(json.dumps('the package'))")
+    command = package / "start" / COMMAND.name
+    command.write_bytes(COMMAND.read_bytes())
+    for name in ("tqdm", "json", "nearsight"):
+        (tmp_path / f"{name}.py").write_text("open('ran', 'w')")
+    monkeypatch.chdir(tmp_path)
+    started = [sys.executable, "-S", command]  # without the packages that are installed
+    assert subprocess.run(started, capture_output=True, text=True, check=True).stdout == '"the package"\n'
+    assert in_fresh_process(json.dumps, 1) == "1"
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_comparison_and_its_processes_are_started_that_way(tmp_path, monkeypatch):
+    """A run on several devices starts its other processes as it was started itself: by a script that stands alone."""
+    from lightning.fabric.strategies.launchers.subprocess_script import _basic_subprocess_cmd
+
+    from nearsight.training import compare
+
+    started = []
+
+    class Child:
+        def __init__(self, command, **kwargs):
+            started.append(command)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(compare.subprocess, "Popen", Child)
+    with pytest.raises(KeyboardInterrupt):
+        compare._train(tmp_path, Recipe(), 0)
+    assert started[0][:3] == [sys.executable, str(COMMAND), "train"]
+    assert [file.name for file in COMMAND.parent.iterdir() if file.suffix == ".py"] == ["nearsight_command.py"]
+    monkeypatch.setattr(sys, "argv", [str(COMMAND), "train", "--devices=2"])
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
+    assert _basic_subprocess_cmd() == [sys.executable, str(COMMAND), "train", "--devices=2"]
