@@ -93,6 +93,8 @@ int check_axis(const nearsight_problem& p, int axis) {
     return NEARSIGHT_OK;
 }
 
+int32_t element_size(int32_t dtype) { return dtype == NEARSIGHT_BFLOAT16 ? 2 : 4; }
+
 int check_problem(const nearsight_problem* p) {
     if (!p) return NEARSIGHT_ERROR_NULL;
     if (p->struct_size != sizeof(nearsight_problem) || p->abi_version != NEARSIGHT_ABI_VERSION)
@@ -100,6 +102,8 @@ int check_problem(const nearsight_problem* p) {
     if (p->rank < 1 || p->rank > 3) return NEARSIGHT_ERROR_ENUM;
     if (p->dtype != NEARSIGHT_FLOAT32 && p->dtype != NEARSIGHT_BFLOAT16) return NEARSIGHT_ERROR_ENUM;
     if (p->border < NEARSIGHT_BORDER_MASK || p->border > NEARSIGHT_BORDER_SHIFT) return NEARSIGHT_ERROR_ENUM;
+    if (p->element_size != element_size(p->dtype) || p->scalar_size != (int32_t)sizeof(float))
+        return NEARSIGHT_ERROR_ELEMENT;
     if (p->num_threads < 1) return NEARSIGHT_ERROR_SIZE;
     if (p->batch < 0 || p->heads < 0 || p->head_dim < 1 || p->value_dim < 1) return NEARSIGHT_ERROR_SIZE;
     int64_t cells = 1, channels = std::max(p->head_dim, p->value_dim);
@@ -495,6 +499,7 @@ const char* nearsight_error_string(int error) {
         case NEARSIGHT_ERROR_ENVIRONMENT: return "NEARSIGHT_ISA must be auto, baseline, avx2, avx512 or neon";
         case NEARSIGHT_ERROR_MEMORY: return "out of memory";
         case NEARSIGHT_ERROR_SCRATCH: return "the native kernel's scratch memory would exceed 2 GiB per thread";
+        case NEARSIGHT_ERROR_ELEMENT: return "an element's size is not that of the dtype";
         default: return "unknown error";
     }
 }

@@ -12,7 +12,8 @@
 // Alignment that of the element type.
 // Aliasing  inputs may alias one another; nothing that is written may alias anything else.
 // Types     query, key, value, out and their gradients share one dtype. Arithmetic is float32. bias, relative, lse and
-//           the gradients of bias and relative are contiguous float32.
+//           the gradients of bias and relative are contiguous float32. The caller says how large its elements are, and
+//           nothing is touched where that is not what the dtype says: memory of another type would be overrun.
 // Tables    entries per axis: kernel, or 2 * kernel - 1 with NEARSIGHT_BORDER_SHIFT.
 //           bias: (heads, *entries); relative[axis]: (heads, entries[axis], head_dim). NULL means none.
 // lse       natural logarithm of the softmax denominator, (batch, heads, *output axes).
@@ -37,7 +38,7 @@
 extern "C" {
 #endif
 
-#define NEARSIGHT_ABI_VERSION 2
+#define NEARSIGHT_ABI_VERSION 3
 
 enum {  // what a call returns
     NEARSIGHT_OK = 0,
@@ -52,6 +53,7 @@ enum {  // what a call returns
     NEARSIGHT_ERROR_ENVIRONMENT = 9,  // NEARSIGHT_ISA is not auto, baseline, avx2, avx512 or neon
     NEARSIGHT_ERROR_MEMORY = 10,      // out of memory
     NEARSIGHT_ERROR_SCRATCH = 11,     // right, but a thread would need more scratch memory than it may have
+    NEARSIGHT_ERROR_ELEMENT = 12,     // the caller's elements are of another size than the dtype's
 };
 
 enum { NEARSIGHT_FLOAT32 = 0, NEARSIGHT_BFLOAT16 = 1 };
@@ -72,6 +74,8 @@ typedef struct {
     int32_t border;
     int32_t isa;
     int32_t num_threads;  // at least 1
+    int32_t element_size;  // bytes of an element of query, key, value, out and their gradients
+    int32_t scalar_size;   // bytes of an element of bias, relative, lse and the gradients of bias and relative
     int32_t causal[3];    // 0 or 1
     int64_t batch, heads, head_dim, value_dim;
     int64_t size[3];  // cells of key and value per axis

@@ -107,6 +107,8 @@ static nearsight_problem random_problem() {
         do p.isa = (int32_t)pick(NEARSIGHT_ISA_BASELINE, NEARSIGHT_ISA_NEON);
         while (!(nearsight_available_isas() >> p.isa & 1));
     p.num_threads = 1;
+    p.element_size = p.dtype == NEARSIGHT_BFLOAT16 ? 2 : 4;
+    p.scalar_size = sizeof(float);
     p.batch = pick(0, 3);
     p.heads = pick(1, 3);
     p.head_dim = pick(1, 20);

@@ -459,7 +459,6 @@ def _model_and_view(name: str, size: int | None) -> tuple[Any, Any, Sequence[str
 
 def _test_image(name: str, view: Any, root: str | None) -> tuple[Any, Any, str]:
     """DATA:N as the model sees it, as it is shown, and what it is."""
-    import torch
 
     from .training.data import load_pictures
 
@@ -468,7 +467,7 @@ def _test_image(name: str, view: Any, root: str | None) -> tuple[Any, Any, str]:
     if int(number) >= len(pictures.test):
         raise OptionError(f"{data} has {len(pictures.test)} test images, counted from 0; received {name}")
     image, label = pictures.test.seen(view, training=False)[int(number)]
-    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (view.mean, view.std))
+    mean, std = (image.new_tensor(values).view(-1, 1, 1) for values in (view.mean, view.std))
     return image, (image * std + mean).clamp(0, 1), pictures.classes[int(label)]
 
 

@@ -853,7 +853,7 @@ def _weights_in_blocks(
 ) -> Tensor:
     """The weights of all queries, (B, N, *out, *span), or of those chosen, (B, N, Q, *span)."""
     out = query.shape[2:-1]
-    chosen = torch.cartesian_prod(*[torch.arange(n) for n in out]) if queries is None else queries
+    chosen = torch.cartesian_prod(*[torch.arange(n, device=query.device) for n in out]) if queries is None else queries
     weights = weights_of(chosen, query, key, window.axes(2), relative=relative, scale=scale)
     return weights.unflatten(2, out) if queries is None else weights
 

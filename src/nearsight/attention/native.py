@@ -28,7 +28,8 @@ name = "native"
 takes_remake = True
 
 SUFFIX = {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
-DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # of query, key, value, the output and their gradients
+SCALARS = torch.float32  # of tables and the log-sum-exp, and of their gradients
 BORDERS = ("mask", "zeros", "wrap", "shift")
 ISAS = ("auto", "baseline", "avx2", "avx512", "neon")
 AUTO = ISAS.index("auto")
@@ -87,8 +88,8 @@ def attend(
         scale,
         _isa,
     )
-    bias = None if bias is None else bias.float()
-    relative = [table.float() for table in relative or ()]
+    bias = None if bias is None else bias.to(SCALARS)
+    relative = [table.to(SCALARS) for table in relative or ()]
     if torch.compiler.is_compiling():
         return _attend(query, key, value, bias, relative, *geometry)
     # What the operator would do, sooner, and for torch.func's derivatives too.
@@ -136,7 +137,7 @@ def instruction_set() -> str:
 
 # ----------------------------------------------------------------------------------------- csrc/nearsight.h, line by line
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 OK, ERROR_VERSION = 0, 1
 
 
@@ -149,6 +150,8 @@ class CProblem(ctypes.Structure):
         ("border", ctypes.c_int32),
         ("isa", ctypes.c_int32),
         ("num_threads", ctypes.c_int32),
+        ("element_size", ctypes.c_int32),
+        ("scalar_size", ctypes.c_int32),
         ("causal", ctypes.c_int32 * 3),
         ("batch", ctypes.c_int64),
         ("heads", ctypes.c_int64),
@@ -311,6 +314,7 @@ def _c_problem(
     rank = len(size)
     problem = CProblem(ctypes.sizeof(CProblem), ABI_VERSION, rank, DTYPES[dtype], BORDERS.index(border), isa)
     problem.num_threads, problem.scale = num_threads, scale
+    problem.element_size, problem.scalar_size = dtype.itemsize, SCALARS.itemsize
     problem.batch, problem.heads, problem.head_dim, problem.value_dim = batch, heads, head_dim, value_dim
     problem.size[:rank], problem.kernel[:rank] = size, kernel_size
     problem.stride[:rank], problem.dilation[:rank], problem.causal[:rank] = stride, dilation, causal
@@ -418,7 +422,7 @@ def _describe(query, key, value, kernel_size, stride, dilation, causal, border, 
 
 def _outputs(query, key, value, *_) -> tuple[Tensor, Tensor]:
     """Memory for out and lse. The axes of out lie in the order of the query's: what comes heads last goes heads last."""
-    lse = torch.empty(query.shape[:-1], device=query.device)
+    lse = torch.empty(query.shape[:-1], dtype=SCALARS, device=query.device)
     if value.shape[-1] == query.shape[-1]:
         return torch.empty_like(query), lse
     order = _memory_order(query)

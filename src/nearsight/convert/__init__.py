@@ -325,7 +325,8 @@ class _Measures:
 
 def _outputs(model: nn.Module, input_size: Sequence[int]) -> list[Tensor]:
     like = next(model.parameters())
-    picture = torch.randn(1, *input_size, generator=torch.Generator().manual_seed(0)).to(like)
+    generator = torch.Generator().manual_seed(0)
+    picture = torch.randn(1, *input_size, generator=generator, dtype=torch.float32, device="cpu").to(like)
     with evaluating(model), torch.no_grad():
         leaves = tree_leaves(model(picture))
     return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]

@@ -172,11 +172,11 @@ class GatedPositionalSelfAttention(nn.Module):
         x = x if x.ndim == self.rank + 2 else x[None]
         out = self.window_on(x.shape[2:]).output_size(x.shape[2:])
         chosen = _everywhere(out) if queries is None else queries.cpu()
-        if chosen.shape[1:] != (self.rank,) or not ((chosen >= 0) & (chosen < torch.tensor(out))).all():
+        if chosen.shape[1:] != (self.rank,) or not ((chosen >= 0) & (chosen < torch.tensor(out, device="cpu"))).all():
             raise ShapeError(f"queries must be (Q, {self.rank}) and lie in an output of {out}; received {queries}")
         padded = self._padded(x, self.margin)
         aligned = self._aligned(padded.shape[2:])
-        first, count = (torch.tensor(column) for column in list(zip(*aligned, strict=True))[2:])
+        first, count = (torch.tensor(column, device="cpu") for column in list(zip(*aligned, strict=True))[2:])
         weights = self._hats()[:, None].expand(len(x), -1, len(chosen), *self._block())
         if self.content:
             query, key, _ = self._query_key(padded)
@@ -348,7 +348,7 @@ class GatedPositionalSelfAttention(nn.Module):
 
 def _everywhere(size: Sequence[int]) -> Tensor:
     """The index of every cell of a map, (cells, axes)."""
-    return torch.stack(torch.meshgrid(*[torch.arange(n) for n in size], indexing="ij"), -1).flatten(0, -2)
+    return torch.stack(torch.meshgrid(*[torch.arange(n, device="cpu") for n in size], indexing="ij"), -1).flatten(0, -2)
 
 
 def _within(x: Tensor, low: Any, high: Any) -> Tensor:

@@ -83,7 +83,8 @@ def _with_heads(convolution: Any, num_heads: int, kernel_size: int, options: dic
     refusal: ShapeError | None = None
     for heads in sorted(divisors, key=lambda heads: (abs(heads - num_heads), heads)):
         try:
-            return make(convolution.in_channels, width, kernel_size, num_heads=heads, **options), heads
+            with convolution.weight.device:  # nothing is to lie on the default device, which may hold no numbers
+                return make(convolution.in_channels, width, kernel_size, num_heads=heads, **options), heads
         except ShapeError as error:
             refusal = error
     assert refusal is not None

@@ -150,7 +150,8 @@ def fit_picture(picture: Tensor, channels: int, size: int) -> Tensor:
 
 def normalise(picture: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """(picture - mean) / std, per channel; one mean for colour pictures serves all, three for a grey one are averaged."""
-    centre, spread = (torch.tensor(values, dtype=picture.dtype).view(-1, 1, 1) for values in (mean, std))
+    like = {"dtype": picture.dtype, "device": picture.device}
+    centre, spread = (torch.tensor(values, **like).view(-1, 1, 1) for values in (mean, std))
     if len(picture) == 1:
         centre, spread = centre.mean(0, keepdim=True), spread.mean(0, keepdim=True)
     return (picture - centre) / spread
@@ -391,7 +392,8 @@ def _gathered(weights: np.ndarray, nth: np.ndarray, most: int, axis: int) -> np.
     """Add up along an axis the weights of places that hold the same cell; those beside the map are left out."""
     size = [*weights.shape[:axis], most + 1, *weights.shape[axis + 1 :]]
     index = torch.from_numpy(np.broadcast_to(nth, weights.shape).copy())
-    found = torch.zeros(size).scatter_add(axis, index, torch.from_numpy(np.ascontiguousarray(weights)))
+    values = torch.from_numpy(np.ascontiguousarray(weights))
+    found = values.new_zeros(size).scatter_add(axis, index, values)
     return found.narrow(axis, 0, most).numpy()
 
 
@@ -425,7 +427,7 @@ def _tables(layer: nn.Module, size: Sequence[int]) -> list[dict[str, Any]]:
 def _table(name: str, rows: str, columns: str, values: Tensor, of: str = "head") -> dict[str, Any]:
     values = values.detach().float().cpu()
     usual = values[values.isfinite()]
-    largest = usual.abs().max().clamp(min=torch.finfo(torch.float32).tiny) if usual.numel() else torch.ones(())
+    largest = usual.abs().max().clamp(min=torch.finfo(torch.float32).tiny) if usual.numel() else values.new_ones(())
     values = values.nan_to_num(0.0, largest.item(), -largest.item())  # a bias of -inf shuts a cell out
     steps = (values / largest * 127).round().to(torch.int8).numpy()
     return {

@@ -128,7 +128,7 @@ class AttentionMap:
         On a torus the shortest way counts. NaN at places outside the map.
         """
         axes = self.window.axes(len(self.map_size))
-        square = torch.zeros(())
+        square = torch.zeros((), dtype=torch.float64, device="cpu")
         for axis, (queries, cells) in enumerate(zip(self._held, self.cells_of(self._held), strict=True)):
             size, pixels = self.cell_size[axis], self.image_size[axis]
             own = _centres(axes[axis].stride * queries, size)
@@ -140,7 +140,7 @@ class AttentionMap:
 
     def key_cells(self) -> Tensor:
         """The flat index of the cell in every place, (*out, *kernel_size) or (Q, *kernel_size); -1 outside the map."""
-        flat, outside = torch.zeros((), dtype=torch.long), torch.zeros((), dtype=torch.bool)
+        flat, outside = (torch.zeros((), dtype=dtype, device="cpu") for dtype in (torch.long, torch.bool))
         for axis, (cells, count) in enumerate(zip(self.cells_of(self._held), self.map_size, strict=True)):
             spread = self._spread(cells, axis)
             flat, outside = flat * count + spread, outside | (spread < 0)
@@ -148,7 +148,7 @@ class AttentionMap:
 
     def takes_part(self) -> Tensor:
         """Which places are in the softmax, (*out, *kernel_size) or (Q, *kernel_size)."""
-        part = torch.ones((), dtype=torch.bool)
+        part = torch.ones((), dtype=torch.bool, device="cpu")
         for axis, cells in enumerate(self.cells_of(self._held)):
             part = part & self._spread(cells != -1, axis)
         return part
@@ -283,10 +283,10 @@ def _weights(
     layer: AttentionLayer, x: Tensor, out: tuple[int, ...], chosen: Sequence[tuple[int, ...]] | None, count: int
 ) -> Tensor:
     if chosen is not None:
-        return layer.attention_weights(x, torch.tensor(chosen, dtype=torch.long).view(-1, len(out)))
+        return layer.attention_weights(x, torch.tensor(chosen, dtype=torch.long, device=x.device).view(-1, len(out)))
     if count <= GATHERED:
         return layer.attention_weights(x)
-    everywhere = torch.cartesian_prod(*(torch.arange(queries) for queries in out)).view(-1, len(out))
+    everywhere = torch.cartesian_prod(*(torch.arange(queries, device=x.device) for queries in out)).view(-1, len(out))
     return layer.attention_weights(x, everywhere).unflatten(2, out)
 
 

@@ -75,14 +75,14 @@ def inside_of(size: Sequence[int], out_size: Sequence[int], low: Sequence[float]
     """(1, 1, *out) of bool: the outputs for which nothing hangs over the edge."""
     inside = everywhere(out_size)
     for axis, (n, p, before, behind) in enumerate(zip(size, out_size, low, high, strict=True)):
-        cells = torch.arange(p) * strides_of([n], [p])[0]
+        cells = torch.arange(p, device="cpu") * strides_of([n], [p])[0]
         along = (cells >= before) & (cells + behind <= n - 1)
         inside = inside & along.view(-1, *(1,) * (len(out_size) - 1 - axis))
     return inside
 
 
 def everywhere(out_size: Sequence[int]) -> Tensor:
-    return torch.ones((1, 1, *out_size), dtype=torch.bool)
+    return torch.ones((1, 1, *out_size), dtype=torch.bool, device="cpu")
 
 
 def closes(size: Sequence[int], out_size: Sequence[int], period: Sequence[int]) -> bool:

@@ -68,7 +68,7 @@ def attention_rollout(
 
 def _starts(layer: AttentionMap, pixels: Sequence[Sequence[int]]) -> Tensor:
     """One row per pixel with a one at its query: (pixels, *out)."""
-    starts = torch.zeros(len(pixels), *layer.out_size)
+    starts = torch.zeros(len(pixels), *layer.out_size, dtype=torch.float32, device="cpu")
     for row, pixel in zip(starts, pixels, strict=True):
         row[layer.query(pixel)] = 1
     return starts
@@ -80,9 +80,10 @@ def _attended(layer: AttentionMap, rows: Tensor, image_index: int) -> Tensor:
     key = layer.key_cells().reshape(queries, -1)
     weights = layer.weights[image_index].float().mean(0).reshape(queries, -1)
     inside = key >= 0
-    query = torch.arange(queries)[:, None].expand_as(key)
+    query = torch.arange(queries, device="cpu")[:, None].expand_as(key)
     indices = torch.stack([key[inside], query[inside]])
-    matrix = torch.sparse_coo_tensor(indices, weights[inside], (cells, queries), check_invariants=True)
+    size, like = (cells, queries), weights.device
+    matrix = torch.sparse_coo_tensor(indices, weights[inside], size, device=like, check_invariants=True)
     attended = (matrix @ rows.reshape(count, -1).T).T.reshape(count, *layer.map_size)
     own = torch.zeros_like(attended)
     own[(slice(None), *[slice(None, None, axis.stride) for axis in layer.window.axes(rows.ndim - 1)])] = rows
@@ -98,6 +99,6 @@ def _resampled(rows: Tensor, size: Sequence[int]) -> Tensor:
 
 def _shares(cells: int, others: int) -> Tensor:
     """Two divisions of one length: which share of each of ``cells`` every one of ``others`` covers, (cells, others)."""
-    edges, marks = torch.arange(cells + 1) / cells, torch.arange(others + 1) / others
+    edges, marks = (torch.arange(n + 1, dtype=torch.float32, device="cpu") / n for n in (cells, others))
     start, end = torch.maximum(edges[:-1, None], marks[:-1]), torch.minimum(edges[1:, None], marks[1:])
     return cells * (end - start).clamp(min=0)

@@ -171,7 +171,7 @@ class Permutation(Transform):
         self.seed = seed
 
     def __call__(self, x: Tensor) -> Tensor:
-        order = torch.randperm(prod(x.shape[2:]), generator=torch.Generator().manual_seed(self.seed))
+        order = torch.randperm(prod(x.shape[2:]), generator=torch.Generator().manual_seed(self.seed), device="cpu")
         return x.flatten(2)[..., order.to(x.device)].view(x.shape)
 
     def after(self, stride: Sequence[float]) -> Transform | None:

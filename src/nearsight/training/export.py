@@ -190,6 +190,6 @@ def onnx_session(content: bytes) -> Run:
 
 @torch.no_grad()
 def _difference(model: nn.Module, run: Run, shape: tuple[int, ...]) -> float:
-    pictures = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    pictures = torch.randn(shape, generator=torch.Generator().manual_seed(0), device="cpu")
     expected = model(pictures)
     return ((run(pictures) - expected).abs().max() / expected.abs().max().clamp(min=1)).item()

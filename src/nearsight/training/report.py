@@ -174,7 +174,7 @@ def _decisive_pixels(model: nn.Module, images: Tensor) -> list[tuple[int, int]]:
 
 def _visible(image: Tensor, view: View) -> np.ndarray:
     """Undo the normalisation: (H, W) or (H, W, 3), 0 to 1."""
-    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (view.mean, view.std))
+    mean, std = (image.new_tensor(values).view(-1, 1, 1) for values in (view.mean, view.std))
     pixels = (image * std + mean).clamp(0, 1)
     return pixels[0].numpy() if len(pixels) == 1 else pixels.permute(1, 2, 0).numpy()
 

@@ -38,7 +38,7 @@ class ArraySplit:
         return len(self.labels)
 
     def order(self, generator: torch.Generator) -> Tensor:
-        return torch.randperm(len(self), generator=generator)
+        return torch.randperm(len(self), generator=generator, device=generator.device)
 
     def seen(self, view: View, training: bool, seed: int = 0, max_broken: int = MAX_BROKEN) -> Dataset:
         return _SeenArrays(self.images, self.labels, view)
@@ -49,14 +49,16 @@ class _SeenArrays(Dataset):
 
     def __init__(self, images: Tensor, labels: Tensor, view: View) -> None:
         self.images, self.labels, self.view = images, labels, view
-        self.mean = torch.tensor(view.mean).view(-1, 1, 1)
-        self.std = torch.tensor(view.std).view(-1, 1, 1)
+        self.mean, self.std = (
+            torch.tensor(values, dtype=torch.float32, device=images.device).view(-1, 1, 1)
+            for values in (view.mean, view.std)
+        )
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        draws = torch.as_tensor(indices)
+        draws = torch.as_tensor(indices, device=self.images.device)
         batch = draws % len(self)
         images = _fit(self.images[batch].float() / 255, self.view)
         return (images - self.mean) / self.std, self.labels[batch].where(draws >= 0, IGNORED)
@@ -98,7 +100,7 @@ class RandomAffine(nn.Module):
         n, device = total or len(images), images.device
         angle = _uniform(n, math.radians(self.degrees), device)
         size = 1 + _uniform(n, self.scale, device)
-        flip = 1 - 2 * torch.randint(0, 2, (n,), device=device) if self.mirror else torch.ones(n, device=device)
+        flip = 1 - 2 * torch.randint(0, 2, (n,), device=device) if self.mirror else 1
         height, width = images.shape[-2:]
         right = _uniform(n, 2 * self.shift / width, device)  # affine_grid's coordinates run from -1 to 1
         down = _uniform(n, 2 * self.shift / height, device)
@@ -107,12 +109,16 @@ class RandomAffine(nn.Module):
         matrices = matrices.permute(2, 0, 1)
         if rows is not None:
             matrices = matrices[rows]
-        grid = F.affine_grid(matrices, list(images.shape), align_corners=False)
-        return F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
+        wide = torch.promote_types(
+            images.dtype, torch.float32
+        )  # half precision has too few places for the pixels of a row
+        grid = F.affine_grid(matrices.to(wide), list(images.shape), align_corners=False)
+        changed = F.grid_sample(images.to(wide), grid, mode="bilinear", padding_mode="border", align_corners=False)
+        return changed.to(images.dtype)
 
 
 def _uniform(n: int, bound: float, device: torch.device) -> Tensor:
-    return (2 * torch.rand(n, device=device) - 1) * bound
+    return (2 * torch.rand(n, dtype=torch.float32, device=device) - 1) * bound
 
 
 def _digits(name: str, root: str | None, download: bool) -> Pictures:

@@ -93,15 +93,16 @@ class StoredSplit:
         return replace(self, chosen=self.chosen[larger]), replace(self, chosen=self.chosen[smaller])
 
     def order(self, generator: torch.Generator) -> Tensor:
-        order = torch.randperm(len(self), generator=generator)
+        order = torch.randperm(len(self), generator=generator, device=generator.device)
         if self.album.blocks is None:
             return order
         # Block by block, so that each is read about once, at random within a window of some of them.
         blocks = torch.from_numpy(self.album.blocks[self.chosen])
-        rank = torch.randperm(int(blocks.max()) + 1, generator=generator)
+        rank = torch.randperm(int(blocks.max()) + 1, generator=generator, device=generator.device)
         order = order[rank[blocks[order]].argsort(stable=True)]
         windows = order.split(WINDOW)
-        return torch.cat([window[torch.randperm(len(window), generator=generator)] for window in windows])
+        shuffles = (torch.randperm(len(window), generator=generator, device=generator.device) for window in windows)
+        return torch.cat([window[shuffle] for window, shuffle in zip(windows, shuffles, strict=True)])
 
     def seen(self, view: View, training: bool, seed: int = 0, max_broken: int = MAX_BROKEN) -> Dataset:
         return SeenPictures(self, view, training, seed, max_broken)
@@ -118,7 +119,7 @@ class SeenPictures(Dataset):
         from timm.data.transforms_factory import create_transform
 
         self.split, self.view, self.training, self.seed, self.max_broken = split, view, training, seed, max_broken
-        self.unreadable = torch.zeros(len(split), dtype=torch.bool).share_memory_()
+        self.unreadable = torch.zeros(len(split), dtype=torch.bool, device="cpu").share_memory_()
         self.transform: Any = create_transform(
             (view.channels, view.size, view.size),
             is_training=training,
@@ -143,7 +144,9 @@ class SeenPictures(Dataset):
                     return self.transform(image), int(self.split.album.labels[self.split.chosen[index]])
         if self.training:
             raise DataError(f"none of the {len(self)} training images can be read; the first is {self.name(0)}")
-        return torch.zeros(self.view.channels, self.view.size, self.view.size), IGNORED
+        return torch.zeros(
+            self.view.channels, self.view.size, self.view.size, dtype=torch.float32, device="cpu"
+        ), IGNORED
 
     def name(self, index: int) -> str:
         return self.split.album.name(int(self.split.chosen[index]))
