@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 import timm
 import torch
@@ -20,7 +21,7 @@ from ..inspect.table import to_json
 from ..models import create_model, parse_spec
 from .data import View
 from .files import make_folder, write_text
-from .weights import WEIGHTS_FILE, Blueprint, input_size, load_model, save_model
+from .weights import WEIGHTS_FILE, Blueprint, check_sums, input_size, load_model, save_model
 
 REPORT_FILE = "report.json"
 
@@ -117,6 +118,8 @@ def _read(checkpoint: Path) -> dict[str, Any]:
     if not checkpoint.is_file():
         raise DataError(f"there is no {checkpoint}")
     try:
+        if is_zipfile(checkpoint):
+            check_sums(checkpoint)
         return load_state_dict(str(checkpoint), weights_only=True)
     except Exception as error:  # as many kinds as there are formats; each means the same to the user
         raise DataError(f"cannot read {checkpoint}: it is damaged, of another kind, or would run code") from error

@@ -23,7 +23,9 @@ import csv
 import io
 import json
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from hashlib import sha256
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -43,6 +45,10 @@ from .files import write_text
 from .weights import load_model
 
 MEASURES_FILE = "measures.json"
+MEASURED_FROM = (METRICS_FILE, TIMING_FILE)
+DIGEST, FILES = "digest", "digests of files"  # in measures.json, beside the numbers: of them, and of what they are from
+METRICS = ("epoch", "train_loss", "val_accuracy")
+TIMING = ("epoch", "seconds", "images_per_second", "peak_memory")
 MOVES = ((1, 0), (-1, 0), (0, 1), (0, -1))  # rows, columns
 MOVED_IMAGES = 256
 PASSES, SECONDS = 10, 10.0  # of the inference's timing
@@ -85,31 +91,48 @@ def measure(run: Path, model: str, seed: int, pictures: Pictures, batch_size: in
         equivariance_error=moved_by_a_pixel(network, _first(batches, MOVED_IMAGES).to(_device())),
         **_of_training(run),
     )
-    write_text(run / MEASURES_FILE, to_json(asdict(found)) + "\n")
+    _write(found, run)
     return found
+
+
+def _write(found: Measures, run: Path) -> None:
+    sources = {name: _digest_of_file(run / name) for name in MEASURED_FROM}
+    values = json.loads(to_json({**asdict(found), FILES: sources}))
+    write_text(run / MEASURES_FILE, to_json({**values, DIGEST: _digest(values)}) + "\n")
 
 
 def read_measures(run: Path) -> Measures:
     """The numbers in a run's ``measures.json``.
 
     Raises:
-        DataError: the file is not there or does not hold them.
+        DataError: the file is not there or does not hold them; it, or a table that it was made from, has changed since.
     """
     file = run / MEASURES_FILE
     try:
         values = json.loads(file.read_text())
-        return Measures(**{**values, "seconds": tuple(values["seconds"])})
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        digest = values.pop(DIGEST, None)
+        if digest not in (None, _digest(values)):
+            raise ValueError("it is not what was written")
+        sources = values.pop(FILES, {})
+        found = Measures(**{**values, "seconds": tuple(values["seconds"])})
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise DataError(f"cannot read {file}: {error}; delete it, and the run is measured again") from error
+    for name, known in sources.items():
+        if _digest_of_file(run / name) != known:
+            raise DataError(
+                f"{run / name} has changed since the run was measured: put back a copy of it, or delete the run's folder, "
+                "and it is trained again"
+            )
+    return found
 
 
 def read_rows(run: Path) -> list[dict[str, float]]:
     """The epochs of a run, from its ``metrics.csv``.
 
     Raises:
-        DataError: the file is not there or does not hold numbers.
+        DataError: the file is not there, or does not hold the numbers of every epoch.
     """
-    return _read_csv(run / METRICS_FILE)
+    return _read_csv(run / METRICS_FILE, METRICS)
 
 
 def moved_by_a_pixel(network: nn.Module, images: Tensor) -> float:
@@ -125,7 +148,12 @@ def moved_by_a_pixel(network: nn.Module, images: Tensor) -> float:
 
 def _of_training(run: Path) -> dict[str, Any]:
     """What the run noted of itself while it was trained."""
-    epochs = _read_csv(run / TIMING_FILE)
+    epochs = _read_csv(run / TIMING_FILE, TIMING)
+    if len(epochs) != len(read_rows(run)):
+        raise DataError(
+            f"{run / TIMING_FILE} and {METRICS_FILE} are not of the same epochs: one was cut; delete the run's folder, and "
+            "it is trained again"
+        )
     return {
         "train_images_per_second": median(epoch["images_per_second"] for epoch in epochs),
         "peak_memory": max(epoch["peak_memory"] for epoch in epochs),
@@ -133,11 +161,30 @@ def _of_training(run: Path) -> dict[str, Any]:
     }
 
 
-def _read_csv(file: Path) -> list[dict[str, float]]:
+def _read_csv(file: Path, columns: Sequence[str]) -> list[dict[str, float]]:
     try:
-        rows = csv.DictReader(io.StringIO(file.read_text()))
-        return [{name: float(value) for name, value in row.items()} for row in rows]
-    except (OSError, ValueError, TypeError) as error:
+        table = csv.DictReader(io.StringIO(file.read_text()), strict=True)
+        rows = [{name: float(value) for name, value in row.items()} for row in table]
+        missing = [name for name in columns if name not in (table.fieldnames or ())]
+        if missing or not rows:
+            raise ValueError(f"it has no {missing[0] if missing else 'epochs'}")
+        if [row["epoch"] for row in rows] != list(range(1, len(rows) + 1)):
+            raise ValueError("its epochs are not 1, 2, 3 ...")
+        if not all(math.isfinite(value) for row in rows for value in row.values()):
+            raise ValueError("a number in it is not finite")
+        return rows
+    except (OSError, ValueError, TypeError, csv.Error) as error:
+        raise DataError(f"cannot read {file}: {error}; delete the run's folder, and it is trained again") from error
+
+
+def _digest(values: Mapping[str, Any]) -> str:
+    return sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def _digest_of_file(file: Path) -> str:
+    try:
+        return sha256(file.read_bytes()).hexdigest()
+    except OSError as error:
         raise DataError(f"cannot read {file}: {error}; delete the run's folder, and it is trained again") from error
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import lightning as L
@@ -25,7 +26,7 @@ from .data.pictures import Split
 from .data.stored import seed_all
 from .optimizer import make_optimizer, make_schedule
 from .recipe import Recipe
-from .weights import KEY, Blueprint
+from .weights import KEY, RECIPE, Blueprint
 
 
 class Classifier(L.LightningModule):
@@ -150,6 +151,7 @@ class Classifier(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint[KEY] = self.blueprint.to_json()
+        checkpoint[RECIPE] = {**asdict(self.recipe), "model": self.blueprint.model}
 
 
 class Batches(L.LightningDataModule):

@@ -35,7 +35,7 @@ from .files import make_folder, make_inner_folder, remove_leftovers, write_text
 from .recipe import BEGAN, Recipe, read_recipe
 from .report import REPORT_FILE, write_report
 from .task import Batches, Classifier
-from .weights import CHECKPOINT_FILE, WEIGHTS_FILE, Blueprint, input_size, read_checkpoint, save_model
+from .weights import CHECKPOINT_FILE, RECIPE, WEIGHTS_FILE, Blueprint, input_size, read_checkpoint, save_model
 
 CONFIG_FILE = "config.yaml"
 TENSORBOARD_FOLDER = "tensorboard"
@@ -105,9 +105,19 @@ def resume(output: Path, given: Mapping[str, Any] | None = None) -> Run:
                 f"a resumed run keeps its settings: {name} is {getattr(recipe, name)} in {output / CONFIG_FILE}; "
                 f"received {value}"
             )
-    read_checkpoint(checkpoint)
+    _check_unchanged(recipe, read_checkpoint(checkpoint).get(RECIPE, {}), output / CONFIG_FILE)
     # The weights are in the checkpoint: those that the run began with are not fetched again.
     return _run(replace(recipe, **{**given, "model": stored_spec(recipe.model)}), output, checkpoint, download=False)
+
+
+def _check_unchanged(recipe: Recipe, trained: Mapping[str, Any], config: Path) -> None:
+    """Hold the settings in a file, which may be edited, cut or damaged, against those of the checkpoint."""
+    for name, value in trained.items():
+        if name not in MOVABLE and getattr(recipe, name, value) != value:
+            raise DataError(
+                f"{config} is not what the run was started with: {name} is {getattr(recipe, name)} there and {value} in "
+                f"{CHECKPOINT_FILE}; put {name} back, or start another run with --config {config} and another --output"
+            )
 
 
 def default_output(recipe: Recipe) -> Path:

@@ -1,11 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A trained model in one file: its weights, and in the header all that is needed to rebuild it and to feed it."""
+"""A trained model in one file: its weights, and in the header all that is needed to rebuild it and to feed it.
+
+A bit that flips on a disk or a wire must not pass for a weight. The header of ``model.safetensors`` holds a digest of
+tensors and blueprint, and the zip archive that ``last.ckpt`` is holds a checksum of each of its parts; both are checked by
+all that reads. Files that were written before there was a digest are read without.
+"""
 
 from __future__ import annotations
 
 import json
+import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +33,11 @@ from .files import write_bytes
 WEIGHTS_FILE = "model.safetensors"
 CHECKPOINT_FILE = "last.ckpt"
 KEY = "nearsight"  # of the blueprint, in a safetensors header and in a checkpoint
+RECIPE = "nearsight-recipe"  # in a checkpoint, so that a config.yaml which has changed is noticed
 PREFIX = "model."  # of the network's weights in a checkpoint
 EMA = "ema.module."  # of their mean, where there is one
 CONVERTED = {"init", "stem", "kernel_size", "num_heads", "position", "margin", "locality", "content"}  # and names
+DIGEST = "digest"  # beside the blueprint's own values in a safetensors header
 
 
 @dataclass(frozen=True)
@@ -120,7 +129,9 @@ def input_size(model: str) -> int:
 def save_model(path: Path, model: nn.Module, blueprint: Blueprint) -> None:
     """Write weights and blueprint as safetensors, whole or not at all; the same model gives the same bytes."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    write_bytes(path, save(tensors, metadata={KEY: blueprint.kept(model).to_json()}))
+    values = json.loads(blueprint.kept(model).to_json())
+    # One entry, since safetensors writes several in any order.
+    write_bytes(path, save(tensors, metadata={KEY: json.dumps({**values, DIGEST: _digest(values, tensors)})}))
 
 
 def load_model(path: Path) -> tuple[nn.Module, Blueprint]:
@@ -129,7 +140,7 @@ def load_model(path: Path) -> tuple[nn.Module, Blueprint]:
     Whoever wrote the file, no code of it runs, and nothing is fetched, written or read from elsewhere: docs/security.md.
 
     Raises:
-        DataError: nothing there, an unreadable file, or one that nearsight did not write.
+        DataError: nothing there, an unreadable or damaged file, or one that nearsight did not write.
     """
     file = _weights_file(path)
     text, weights = _read_checkpoint_weights(file) if file.suffix == ".ckpt" else _read_safetensors(file)
@@ -148,17 +159,43 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """A checkpoint of ``nearsight train``; only plain data is unpickled, so a foreign file cannot run code.
 
     Raises:
-        DataError: missing, truncated, not a checkpoint, or one that would run code.
+        DataError: missing, truncated, damaged, not a checkpoint, or one that would run code.
     """
     try:
+        check_sums(path)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise DataError(f"there is no {path}") from error
-    except Exception as error:  # torch.load raises many kinds; each means the same to the user
-        raise DataError(f"cannot read the checkpoint {path}: it is truncated, damaged or of another kind") from error
+    except Exception as error:  # torch.load and zipfile raise many kinds; each means the same to the user
+        raise DataError(
+            f"cannot read the checkpoint {path}: it is truncated, damaged or of another kind; put back a copy of it, or "
+            "start the run again with another --output"
+        ) from error
     if not isinstance(checkpoint, dict) or KEY not in checkpoint or "state_dict" not in checkpoint:
         raise DataError(f"{path} was not written by `nearsight train`")
     return checkpoint
+
+
+def check_sums(archive: Path) -> None:
+    """Read what ``torch.save`` wrote, a zip archive, against the checksums in it, which ``torch.load`` does not.
+
+    Raises:
+        zipfile.BadZipFile: no such archive, or a part that is not what was written; zipfile has other kinds for damage, too.
+    """
+    with zipfile.ZipFile(archive) as parts:
+        damaged = parts.testzip()
+    if damaged is not None:
+        raise zipfile.BadZipFile(f"{damaged} does not have its checksum")
+
+
+def _digest(blueprint: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """Of everything that is rebuilt from a file: values of the blueprint; names, dtypes, shapes and bytes of the tensors."""
+    found = sha256(json.dumps(blueprint, sort_keys=True).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        found.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 def _weights_file(path: Path) -> Path:
@@ -175,12 +212,29 @@ def _read_safetensors(path: Path) -> tuple[str, Mapping[str, Tensor]]:
             metadata = file.metadata() or {}
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
     except (SafetensorError, OSError) as error:
-        raise DataError(f"cannot read {path}: {error}; is it a whole safetensors file?") from error
+        raise DataError(f"cannot read {path}: {error}; is it a whole safetensors file? {_way_on(path)}") from error
     if KEY not in metadata:
         raise DataError(
             f"{path} was not written by `nearsight train`: its header does not say how to rebuild the model"
         )
-    return metadata[KEY], weights
+    return _undamaged(path, metadata[KEY], weights), weights
+
+
+def _undamaged(path: Path, text: str, weights: Mapping[str, Tensor]) -> str:
+    """The blueprint's text without the digest that stands in it, once that has been held against the file."""
+    try:
+        values = dict(json.loads(text))
+    except (ValueError, TypeError) as error:
+        raise DataError(f"{path} is damaged: its header is no JSON; {_way_on(path)}") from error
+    digest = values.pop(DIGEST, None)
+    if digest not in (None, _digest(values, weights)):
+        raise DataError(f"{path} is damaged: its weights or its header are not what was written; {_way_on(path)}")
+    return json.dumps(values)
+
+
+def _way_on(path: Path) -> str:
+    checkpoint = path.with_name(CHECKPOINT_FILE)
+    return "put back a copy of it" + (f", or take {checkpoint}, the last epoch's" if checkpoint.is_file() else "")
 
 
 def _read_checkpoint_weights(path: Path) -> tuple[str, Mapping[str, Tensor]]:

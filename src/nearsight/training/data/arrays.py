@@ -167,6 +167,11 @@ def _mnist(
     for images, labels in (arrays[:2], arrays[2:]):
         if images.ndim != 3 or labels.ndim != 1 or len(images) != len(labels):
             raise DataError(f"the files in {where} do not match: {images.shape} images, {labels.shape} labels")
+        if labels.size and labels.max() >= len(classes):
+            raise DataError(
+                f"the labels in {where} must be 0 to {len(classes) - 1}; received {labels.max()}: the file is damaged, "
+                "fetch it anew"
+            )
     if turned:
         arrays[0], arrays[2] = _turned(arrays[0]), _turned(arrays[2])
     return _in_memory(
@@ -199,7 +204,7 @@ def _cifar(
     where = _find(name, root, ("", name), lambda path: (path / folder).is_dir())
     try:  # torchvision checks the files' sums before it unpickles them
         rest, test = kind(where, train=True), kind(where, train=False)
-    except RuntimeError as error:
+    except Exception as error:  # of a cut or damaged pickle, if its sum is not known, as many kinds as there are bytes
         raise DataError(f"the files of {name} in {where / folder} are damaged: fetch them anew") from error
     return _in_memory(
         name,
@@ -328,5 +333,5 @@ def _read_idx(folder: Path, file: str) -> np.ndarray:
         rank = content[3]
         shape = np.frombuffer(content, ">i4", count=rank, offset=4)
         return np.frombuffer(content, np.uint8, offset=4 + 4 * rank).reshape(shape).copy()
-    except (OSError, EOFError, ValueError, zlib.error) as error:
-        raise DataError(f"cannot read {path}: {error}; is the file whole?") from error
+    except (OSError, EOFError, ValueError, IndexError, zlib.error) as error:
+        raise DataError(f"cannot read {path}: {error}; is the file whole? Fetch it anew") from error

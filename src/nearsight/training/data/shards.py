@@ -13,8 +13,10 @@ import re
 import tarfile
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 from glob import glob
 from io import BytesIO
+from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
@@ -102,14 +104,14 @@ def _part(file: Path) -> str:
 
 def _index(files: Sequence[Path]) -> dict[str, np.ndarray]:
     """Where every image lies: from the index file beside the shards while that is up to date, else from the shards."""
-    stamps = [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    stamps = [_stamp(file) for file in files]
     cache = files[0].parent / INDEX_FILE
     try:
         with np.load(cache, allow_pickle=False) as stored:
             if json.loads(str(stored["files"])) == stamps:
                 return {column: stored[column] for column in COLUMNS}
-    except (OSError, ValueError, KeyError, EOFError):
-        pass  # none yet, or a damaged one
+    except Exception:  # none yet, or a damaged one, of which zipfile and NumPy say so in many ways
+        pass
 
     rows = [(shard, *row) for shard, file in enumerate(files) for row in _scan(file)]
     if not rows:
@@ -120,6 +122,22 @@ def _index(files: Sequence[Path]) -> dict[str, np.ndarray]:
     with suppress(TrainingError):  # a folder that cannot be written to: the shards are read again next time
         write_bytes(cache, content.getvalue())
     return index
+
+
+def _stamp(file: Path) -> list[str | int]:
+    """What tells a file from another of its name; the time of its last change, which none can set, from one of its age."""
+    status = file.stat()
+    return [str(file), status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+
+
+def _check_whole(file: Path, end: int) -> None:
+    """A tar file ends in two blocks of zeros. Where one was cut between two members, their absence is all that tells."""
+    with file.open("rb") as content:
+        content.seek(end)
+        blocks = iter(partial(content.read, tarfile.BLOCKSIZE), b"")
+        zeros = list(takewhile(bytes(tarfile.BLOCKSIZE).__eq__, blocks))
+        if len(zeros) < 2 or content.tell() != end + len(zeros) * tarfile.BLOCKSIZE:
+            raise EOFError("it was cut or damaged, since it does not end as tar files do")
 
 
 def _scan(file: Path) -> list[tuple[int, int, int]]:
@@ -139,8 +157,11 @@ def _scan(file: Path) -> list[tuple[int, int, int]]:
                     images[key] = (member.offset_data, member.size)
                 elif content is not None:
                     labels[key] = int(content.read())
+            _check_whole(file, tar.offset)
     except (tarfile.TarError, OSError, EOFError, ValueError) as error:
-        raise DataError(f"cannot read the shard {file}: {error}; is it a whole tar file, not a packed one?") from error
+        raise DataError(
+            f"cannot read the shard {file}: {error}; is it a whole tar file, not a packed one? Fetch it anew"
+        ) from error
     odd = sorted(images.keys() ^ labels.keys())
     if odd:
         raise DataError(f"a sample must be an image and a .cls file with its label; {odd[0]} in {file} has only one")
