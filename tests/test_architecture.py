@@ -33,6 +33,7 @@ ROOMS = [
     ("attention.chosen",),
     ("attention",),
     ("projection",),
+    ("recompute",),
     ("layers",),
     ("models",),
     ("convert",),

@@ -169,9 +169,9 @@ def test_the_weights_are_those_of_the_operation_on_what_the_layer_hands_on(monke
     calls = []
     attend = layers.local_attention
 
-    def spy(query, key, value, window, *, backend=None, remake=None, **tables):
+    def spy(query, key, value, window, *, backend=None, **tables):
         calls.append(ns.attention_weights(query, key, window, **tables))
-        return attend(query, key, value, window, backend=backend, remake=remake, **tables)
+        return attend(query, key, value, window, backend=backend, **tables)
 
     monkeypatch.setattr(layers, "local_attention", spy)
     maps = ns.attention_maps(ns.create_model("sasa_nano", num_classes=10), torch.randn(2, 3, 19, 14))

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -15,8 +16,9 @@ from torch import Tensor, nn
 from .attention import attention_weights, global_attention, local_attention
 from .attention.chosen import weights_of
 from .errors import OptionError, ShapeError
-from .positions import PositionLike, QuadraticPosition, RelativePosition, Tables, position_encoding
-from .projection import POINTWISE, records_plainly, remaker
+from .positions import Position, PositionLike, QuadraticPosition, RelativePosition, Tables, position_encoding
+from .projection import POINTWISE, is_repeatable, project, records_plainly
+from .recompute import keep_in_place_of
 from .window import Window
 
 
@@ -122,11 +124,15 @@ class _Projecting(nn.Module):
             if projection.bias is not None:
                 nn.init.zeros_(projection.get_parameter("bias"))
 
-    def _project(self, x: Tensor, strides: Sequence[int]) -> list[Tensor]:
-        """Query, key and value in one tensor, or the query, of the cells that stay, by itself."""
-        if "qkv" in self._modules:
-            return [self.qkv(x)]
-        return [self.q(x[(..., *[slice(None, None, stride) for stride in strides])]), self.kv(x)]
+    def _project(self, x: Tensor, strides: Sequence[int], weights: Sequence[Any] = ()) -> list[Tensor]:
+        """Query, key and value in one tensor, or the query, of the cells that stay, by itself.
+
+        With ``weights``, weight and bias of each projection, these are used and the modules are not called.
+        """
+        inputs = [x] if "qkv" in self._modules else [x[(..., *[slice(None, None, stride) for stride in strides])], x]
+        if weights:
+            return [project(*triple) for triple in zip(inputs, weights[::2], weights[1::2], strict=True)]
+        return [projection(cells) for projection, cells in zip(self._projections(), inputs, strict=True)]
 
     def _split(self, projected: Sequence[Tensor]) -> list[Tensor]:
         """The heads, (B, N, *map, D), of query, key (if it is projected at all) and value."""
@@ -223,18 +229,11 @@ class SelfAttention(_Projecting):
     def forward(self, x: Tensor) -> Tensor:
         batched = self._batched(x)
         window = self.window_on(batched.shape[2:])
-        projected = self._projected(batched, window)
-        query, key, value = self._heads(projected, window)
-        out = local_attention(
-            query,
-            key,
-            value,
-            window,
-            **self._tables(window, key),
-            scale=self.scale,
-            backend=self.backend,
-            remake=self._remake(projected, window) if self.recompute_qkv else None,
-        )
+        embedded = self.position.embed(batched)
+        made = query, key, value = self._heads(embedded, window)
+        tables = self._tables(window, key)
+        with self._made_again(embedded, made, window) if self.recompute_qkv else nullcontext():
+            out = local_attention(query, key, value, window, **tables, scale=self.scale, backend=self.backend)
         y = self.proj(merge_heads(out, like=batched))
         return y if x.ndim == batched.ndim else y.squeeze(0)
 
@@ -245,7 +244,7 @@ class SelfAttention(_Projecting):
         """
         batched = self._batched(x)
         window = self.window_on(batched.shape[2:])
-        query, key, _ = self._heads(self._projected(batched, window), window)
+        query, key, _ = self._heads(self.position.embed(batched), window)
         tables = self._tables(window, key)
         if queries is None:
             return attention_weights(query, key, window, **tables, scale=self.scale)
@@ -272,28 +271,27 @@ class SelfAttention(_Projecting):
             )
         return x if x.ndim == self.rank + 2 else x.unsqueeze(0)
 
-    def _projected(self, x: Tensor, window: Window) -> list[Tensor]:
-        return self._project(self.position.embed(x), [axis.stride for axis in window.axes(self.rank)])
-
-    def _heads(self, projected: Sequence[Tensor], window: Window) -> tuple[Tensor, Tensor, Tensor]:
-        query, *pair = self._split(projected)
+    def _heads(self, x: Tensor, window: Window, weights: Sequence[Any] = ()) -> tuple[Tensor, Tensor, Tensor]:
+        query, *pair = self._split(self._project(x, [axis.stride for axis in window.axes(self.rank)], weights))
         value = pair[-1]
         # Without content every key is zero, and of the logits q.r is left.
         key = pair[0] if self.content else value.new_zeros(()).expand(*value.shape[:-1], self.head_dim)
         query, key = self.position.rotate(query, key, window)
         return query, key, value
 
-    def _remake(self, projected: Sequence[Tensor], window: Window) -> Callable[[], Sequence[Tensor]] | None:
-        """What makes query, key and value again in the backward; None where they have to be kept."""
-        remakers = [remaker(joined) for joined in projected]
-        if None in remakers:
-            return None
+    def _made_again(self, x: Tensor, made: Sequence[Tensor], window: Window) -> AbstractContextManager:
+        """Where autograd would keep query, key and value, it keeps what they are made of, if they are made plainly."""
+        projections = self._projections()
+        if torch.compiler.is_compiling() or not all(is_repeatable(projection, x) for projection in projections):
+            return nullcontext()
+        weights: list[Any] = [one for projection in projections for one in (projection.weight, projection.bias)]
+        turns = type(self.position).rotate is not Position.rotate
+        turning = [*self.position.parameters(), *self.position.buffers()] if turns else []
 
-        def remake() -> Sequence[Tensor]:
-            with torch.no_grad():
-                return self._heads([again() for again in remakers if again], window)
+        def make(x, *weights):
+            return self._heads(x, window, weights[: 2 * len(projections)])
 
-        return remake
+        return keep_in_place_of(made, make, [x, *weights, *turning])
 
     def _tables(self, window: Window, key: Tensor) -> dict:
         bias, relative = self.tables_on(key.shape[2:-1])
@@ -412,7 +410,9 @@ class LocalSelfAttention2d(_Local):
         out_proj: project once more at the end.
         recompute_qkv: let the backward project the input once more, where it is kept in any case, in place of keeping
             queries, keys and values: less memory in training for a little more time. The result is the same to the bit.
-            Only the native kernel does so, outside autocast and torch.compile.
+            Only where the native kernel runs outside autocast and torch.compile, which decides itself what it keeps, and
+            the projections are as they were made: what has hooks or computed weights, or another module in its place, is
+            kept. Under gradient checkpointing it changes nothing: the checkpoint makes all of the layer again.
         backend: see :func:`local_attention`.
         device, dtype: of the parameters, as in ``nn.Conv2d``.
 

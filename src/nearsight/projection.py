@@ -3,15 +3,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import TypeGuard, TypeVar
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn.modules import module as every_module
 
 MANY = 16  # cells for each output channel: measured at 261, 33, 4 and 0.5, of which the first two gain
+
+OVERRIDES = {"forward", "_conv_forward"}  # some libraries replace them on the instance
+
+T = TypeVar("T", bound=nn.Module)
 
 _convolve = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
@@ -81,23 +87,18 @@ def project(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return _convolve[x.ndim - 2](x, weight, bias)
 
 
-def remaker(projected: Tensor) -> Callable[[], Tensor] | None:
-    """What computes a projection again, without its history, from the input that autograd keeps for it in any case.
+def is_plain(module: nn.Module | None, *classes: type[T]) -> TypeGuard[T]:
+    """Whether a module is just of one of these classes, with nothing that is to happen when it is called."""
+    if module is None or type(module) not in classes or OVERRIDES & vars(module).keys():
+        return False
+    hooks = (module._forward_pre_hooks, module._forward_hooks)
+    everywhere = (every_module._global_forward_pre_hooks, every_module._global_forward_hooks)
+    return not any((*hooks, *everywhere))
 
-    It can be called until the projection's own backward has run. None for what :func:`project` has not computed itself.
-    """
-    node = projected.grad_fn
-    if not hasattr(node, "inputs_of_projection"):
-        return None
 
-    def remake() -> Tensor:
-        if node.inputs_of_projection is None:  # pyright: ignore
-            node.inputs_of_projection = node.saved_tensors  # pyright: ignore
-        x, weight, bias = node.inputs_of_projection  # pyright: ignore
-        with torch.no_grad():
-            return _convolve[x.ndim - 2](x, weight, bias)
-
-    return remake
+def is_repeatable(projection: nn.Module, x: Tensor) -> bool:
+    """Whether what a module made of x is :func:`project` of it, its weight and its bias, and nothing else."""
+    return is_plain(projection, *POINTWISE.values()) and _is_ours(x, projection.weight)
 
 
 def _is_ours(x: Tensor, weight: Tensor) -> bool:
@@ -145,13 +146,11 @@ class _Project(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias):  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx.save_for_backward(x, weight, bias)
-        ctx.inputs_of_projection = None  # or what remaker has read: under a checkpoint they can be read only once
         return _convolve[x.ndim - 2](x, weight, bias)
 
     @staticmethod
     def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, weight, bias = ctx.inputs_of_projection or ctx.saved_tensors
-        ctx.inputs_of_projection = None
+        x, weight, bias = ctx.saved_tensors
         for_x, for_weight, for_bias = ctx.needs_input_grad
         if not _by_product(x, weight):
             return _convolution_backward(grad, x, weight, bias, ctx.needs_input_grad)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from types import ModuleType
@@ -30,8 +30,7 @@ __all__ = [
 # In order of preference. A backend is a module with a `name`, `unavailable()` (why it cannot run on this machine at all),
 # `why_not(problem)` (why it cannot take a problem) and `attend(...)`, which returns the result and, where the problem asks
 # for it, the log-sum-exp. It may have `second_best(problem)`: why a later one is the better choice; that keeps it from
-# being chosen, not from being named. `attend` gets as many query heads as keys, unless the backend says `takes_groups`,
-# and `remake` only where it says `takes_remake`.
+# being chosen, not from being named. `attend` gets as many query heads as keys, unless the backend says `takes_groups`.
 BACKENDS: tuple[ModuleType, ...] = (native, natten, flex, dense, blocked, reference)
 
 
@@ -47,7 +46,6 @@ def local_attention(
     scale: float | None = None,
     return_lse: Literal[False] = False,
     backend: str | None = None,
-    remake: Callable[[], Sequence[Tensor]] | None = None,
 ) -> Tensor: ...
 @overload
 def local_attention(
@@ -61,7 +59,6 @@ def local_attention(
     scale: float | None = None,
     return_lse: Literal[True],
     backend: str | None = None,
-    remake: Callable[[], Sequence[Tensor]] | None = None,
 ) -> tuple[Tensor, Tensor]: ...
 def local_attention(
     query: Tensor,
@@ -74,7 +71,6 @@ def local_attention(
     scale: float | None = None,
     return_lse: bool = False,
     backend: str | None = None,
-    remake: Callable[[], Sequence[Tensor]] | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Mix the values of each query's memory block by a softmax of content plus position.
 
@@ -109,9 +105,6 @@ def local_attention(
         return_lse: return also log(sum of exp(logits)) of every query, in float32 or wider and differentiable: what
             :func:`merge_attentions` needs.
         backend: one of ``backends()``; None takes the first that can.
-        remake: makes the same query, key and value again, called in the backward. The native kernel then keeps this function
-            in place of the three tensors, outside torch.compile and without groups; the others do not ask for it. For
-            projections whose input is kept in any case.
 
     Raises:
         ShapeError: sizes that do not fit together; the message names the rule and the shapes received.
@@ -131,7 +124,7 @@ def local_attention(
         out, lse = _nothing(query, key, value, bias, relative)
     else:
         with _full_precision(problem):
-            out, lse = _attend(run, query, key, value, problem, bias, relative, scale, remake)
+            out, lse = _attend(run, query, key, value, problem, bias, relative, scale)
     if not return_lse:
         return out
     assert lse is not None, f"backend {run.name!r} returned no log-sum-exp"
@@ -346,12 +339,10 @@ def _attend(
     bias: Tensor | None,
     relative: Sequence[Tensor] | None,
     scale: float,
-    remake: Callable[[], Sequence[Tensor]] | None,
 ) -> tuple[Tensor, Tensor | None]:
     groups = problem.groups
     if groups == 1 or getattr(run, "takes_groups", False):
-        more = () if remake is None or not getattr(run, "takes_remake", False) else (remake,)
-        return run.attend(query, key, value, problem, bias, relative, scale, *more)
+        return run.attend(query, key, value, problem, bias, relative, scale)
     # The first query head of every key, then the second of every key, ...: keys and values stay where they are.
     one_each = replace(problem, groups=1)
     found = []

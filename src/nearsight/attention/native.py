@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from importlib import metadata
@@ -25,7 +25,6 @@ from ..errors import BackendError
 from .problem import Problem
 
 name = "native"
-takes_remake = True
 
 SUFFIX = {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # of query, key, value, the output and their gradients
@@ -77,7 +76,6 @@ def attend(
     bias: Tensor | None,
     relative: Sequence[Tensor] | None,
     scale: float,
-    remake: Callable[[], Sequence[Tensor]] | None = None,
 ) -> tuple[Tensor, Tensor]:
     geometry = (
         [axis.kernel_size for axis in problem.axes],
@@ -93,7 +91,7 @@ def attend(
     if torch.compiler.is_compiling():
         return _attend(query, key, value, bias, relative, *geometry)
     # What the operator would do, sooner, and for torch.func's derivatives too.
-    return _attend_above_autograd(query, key, value, bias, relative, *geometry, remake=remake)
+    return _attend_above_autograd(query, key, value, bias, relative, *geometry)
 
 
 # ----------------------------------------------------------------------------------------------------- instruction sets
@@ -494,26 +492,23 @@ class _Attend(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(query, key, value, bias, geometry, remake, *relative):
+    def forward(query, key, value, bias, geometry, *relative):
         return _below_autograd(_attend, query, key, value, bias, relative, *geometry)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        query, key, value, bias, ctx.geometry, ctx.remake, *relative = inputs
+        query, key, value, bias, ctx.geometry, *relative = inputs
         out, lse = output
         ctx.set_materialize_grads(False)
-        maps = (query, key, value) if ctx.remake is None else (None, None, None)
-        ctx.save_for_backward(*maps, bias, out, lse, *relative)
+        ctx.save_for_backward(query, key, value, bias, out, lse, *relative)
 
     @staticmethod
     def backward(ctx, grad, grad_lse):
         if grad is None and grad_lse is None:
             return (None,) * len(ctx.needs_input_grad)
-        needs, needs_relative = ctx.needs_input_grad[:4], ctx.needs_input_grad[6:]
+        needs, needs_relative = ctx.needs_input_grad[:4], ctx.needs_input_grad[5:]
         wanted = (*needs, any(needs_relative))
         query, key, value, bias, out, lse, *relative = ctx.saved_tensors
-        if ctx.remake is not None:
-            query, key, value = ctx.remake()
         grad = torch.zeros_like(out) if grad is None else grad
         tensors = (grad, query, key, value, bias, relative, out, lse)
         if grad_lse is not None:
@@ -523,7 +518,7 @@ class _Attend(torch.autograd.Function):
         if grad_lse is not None:
             maps = [None if one is None else one.to(query.dtype) for one in maps]
             for_value = None if for_value is None else for_value[..., :-1].to(query.dtype)
-        return (*maps, for_value, for_bias, None, None, *(for_relative or [None] * len(relative)))
+        return (*maps, for_value, for_bias, None, *(for_relative or [None] * len(relative)))
 
 
 def _with_lse(grad_lse, grad, query, key, value, bias, relative, out, lse):
@@ -557,9 +552,9 @@ class _AttendBackward(torch.autograd.Function):
         )
 
 
-def _attend_above_autograd(query, key, value, bias, relative, *geometry, remake=None):
+def _attend_above_autograd(query, key, value, bias, relative, *geometry):
     if torch.is_grad_enabled():
-        return _Attend.apply(query, key, value, bias, geometry, remake, *relative)
+        return _Attend.apply(query, key, value, bias, geometry, *relative)
     return _below_autograd(_attend, query, key, value, bias, relative, *geometry)
 
 

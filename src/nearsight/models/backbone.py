@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from ..errors import OptionError
 from ..layers import AttentionStem2d
 from ..positions import UNNAMED_POSITION
-from ..projection import PatchProjection2d
-from .lean import ConvNorm, MaxPool2d, conv_norm, conv_norm_add_relu, is_plain
+from ..projection import PatchProjection2d, is_plain
+from .lean import ConvNorm, MaxPool2d, conv_norm, conv_norm_add_relu
 
 
 class Backbone(nn.Module, PyTorchModelHubMixin, library_name="nearsight", license="apache-2.0", tags=["timm"]):

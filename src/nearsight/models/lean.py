@@ -3,20 +3,15 @@
 
 from __future__ import annotations
 
-from typing import TypeGuard, TypeVar
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules import module as every_module
 
-from ..projection import infers_plainly, records_plainly
+from ..projection import infers_plainly, is_plain, records_plainly
 
 # Cells of the output for each weight of one of its channels: measured from 0.8 to 784. From 12 up a block's end takes 0.6 to
 # 0.97 of the time; at 6 and below it is slower, because the weights are read and written for too small a map.
 MANY = 8
-
-T = TypeVar("T", bound=nn.Module)
 
 # oneDNN's convolution with what comes after it, as torch.compile calls it.
 _convolve = getattr(torch.ops.mkldnn, "_convolution_pointwise", None)
@@ -97,15 +92,6 @@ def _is_worth_it(x: Tensor, conv: nn.Conv2d, *others: Tensor) -> bool:
         return False
     cells = x.shape[0] * x.shape[2] * x.shape[3] // (conv.stride[0] * conv.stride[1]) if x.ndim == 4 else 0
     return cells >= MANY * conv.weight[0].numel()
-
-
-def is_plain(module: nn.Module | None, cls: type[T]) -> TypeGuard[T]:
-    """Whether a module is just of this class, with nothing that is to happen when it is called."""
-    if module is None or type(module) is not cls or "forward" in vars(module):  # some libraries replace it
-        return False
-    hooks = (module._forward_pre_hooks, module._forward_hooks)
-    everywhere = (every_module._global_forward_pre_hooks, every_module._global_forward_hooks)
-    return not any((*hooks, *everywhere))
 
 
 class MaxPool2d(nn.MaxPool2d):
