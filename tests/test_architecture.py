@@ -20,6 +20,7 @@ ROOMS = [
     ("errors",),
     ("files",),
     ("window",),
+    ("precision",),
     ("positions",),
     ("attention.problem", "attention.once"),
     (

@@ -17,6 +17,7 @@ from .attention import attention_weights, global_attention, local_attention
 from .attention.chosen import weights_of
 from .errors import OptionError, ShapeError
 from .positions import Position, PositionLike, QuadraticPosition, RelativePosition, Tables, position_encoding
+from .precision import wide_of, without_autocast
 from .projection import POINTWISE, is_repeatable, project, records_plainly
 from .recompute import keep_in_place_of
 from .window import Window
@@ -610,7 +611,8 @@ class HaloSelfAttention2d(_Projecting):
         query, key, value = self._heads(batched)
         axes = [_halo_axis(n, self.block_size, self.halo_size, self.stride, x.device) for n in x.shape[-2:]]
         scale = query.shape[-1] ** -0.5 if self.scale is None else self.scale
-        out = _halo_attention(query * scale, key, value, self.rows, self.columns, axes, self.border)
+        with without_autocast(x.device.type):
+            out = _halo_attention(query, key, value, self.rows, self.columns, axes, self.border, scale)
         y = merge_heads(out, like=batched)
         return y if x.ndim == 4 else y.squeeze(0)
 
@@ -688,25 +690,37 @@ def _halo_axis(cells: int, block: int, halo: int, stride: int, device: torch.dev
 
 
 def _halo_attention(
-    query: Tensor, key: Tensor, value: Tensor, rows: Tensor, columns: Tensor, axes: Sequence[_HaloAxis], border: str
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rows: Tensor,
+    columns: Tensor,
+    axes: Sequence[_HaloAxis],
+    border: str,
+    scale: float,
 ) -> Tensor:
-    """Softmax attention of blocks of queries to their spans: query (B, N, *out, D), key and value (B, N, *in, D or E)."""
+    """Softmax attention of blocks of queries to their spans: query (B, N, *out, D), key and value (B, N, *in, D or E).
+
+    In float32 or wider inside, as the operation.
+    """
     y, x = axes
-    q = _pick(query, y.queries, x.queries)  # B, N, G, H, p, q, D: blocks, then slots
-    k, v = (_pick(tensor, y.cells, x.cells) for tensor in (key, value))  # B, N, G, H, s, t, D: blocks, then spans
+    wide = wide_of(query)
+    q = scale * _pick(query.to(wide), y.queries, x.queries)  # B, N, G, H, p, q, D: blocks, then slots
+    k, v = (
+        _pick(tensor.to(wide), y.cells, x.cells) for tensor in (key, value)
+    )  # B, N, G, H, s, t, D: blocks, then spans
     inside = y.inside[:, None, :, None] & x.inside[:, None, :]
     if border == "zeros":
         k, v = (tensor.masked_fill(~inside[..., None], 0) for tensor in (k, v))
     logits = torch.einsum("b n g h p q d, b n g h s t d -> b n g h p q s t", q, k)
-    logits = logits + torch.einsum("b n g h p q d, g p s d -> b n g h p q s", q, rows[y.entries].to(q.dtype))[..., None]
-    across = torch.einsum("b n g h p q d, h q t d -> b n g h p q t", q, columns[x.entries].to(q.dtype))
+    logits = logits + torch.einsum("b n g h p q d, g p s d -> b n g h p q s", q, rows[y.entries].to(wide))[..., None]
+    across = torch.einsum("b n g h p q d, h q t d -> b n g h p q t", q, columns[x.entries].to(wide))
     logits = logits + across[..., None, :]
     if border == "mask":
         logits = logits.masked_fill(~inside[:, :, None, None], float("-inf"))
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    weights = logits.flatten(-2).softmax(-1, dtype=wide).to(v.dtype).view_as(logits)
+    weights = logits.flatten(-2).softmax(-1).view_as(logits)
     out = torch.einsum("b n g h p q s t, b n g h s t e -> b n g h p q e", weights, v)
-    out = rearrange(out, "b n g h p q e -> b n (g p) (h q) e")
+    out = rearrange(out, "b n g h p q e -> b n (g p) (h q) e").to(value.dtype)
     return out.index_select(2, y.position).index_select(3, x.position)
 
 
@@ -815,9 +829,13 @@ class AttentionStem2d(nn.Module):
         return self.position.tables(Window.everywhere(block), block)
 
     def mixing(self) -> Tensor:
-        """p: how much of each value matrix a place of the block uses, (mixtures, kernel_size, kernel_size)."""
-        places = self.row[:, None] + self.column
-        return torch.einsum("y x d, m d -> m y x", places, self.mixture).softmax(0)
+        """p: how much of each value matrix a place of the block uses, (mixtures, kernel_size, kernel_size).
+
+        In float32 or wider, as all weights.
+        """
+        with without_autocast(self.mixture.device.type):
+            row, column, mixture = (table.to(wide_of(table)) for table in (self.row, self.column, self.mixture))
+            return torch.einsum("y x d, m d -> m y x", row[:, None] + column, mixture).softmax(0)
 
     def _check(self, x: Tensor) -> None:
         if x.ndim != 4 or x.shape[1] != self.in_channels:
@@ -827,7 +845,7 @@ class AttentionStem2d(nn.Module):
         rows, columns = (torch.arange(size, device=x.device) % self.kernel_size for size in x.shape[2:])
         p = self.mixing()[:, rows][:, :, columns]
         values = self.value(x).unflatten(1, (-1, self.out_channels))
-        return (p[:, None].to(values.dtype) * values).sum(1)
+        return (p[:, None] * values.to(wide_of(values))).sum(1).to(values.dtype)
 
     def _attend(self, tile: Tensor) -> Tensor:
         """Global attention inside every block of a tile, whose sides are one block or a multiple of one."""

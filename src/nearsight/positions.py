@@ -24,7 +24,6 @@ import inspect
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
 from difflib import get_close_matches
 from itertools import pairwise
 from types import MappingProxyType
@@ -36,6 +35,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from .errors import DtypeError, OptionError, ShapeError
+from .precision import wide_of, without_autocast
 from .window import Axis, Window
 
 Tables = tuple[Tensor | None, Sequence[Tensor] | None]
@@ -235,7 +235,7 @@ class ContinuousBias(Position):
             for delta, reach in zip(_offsets(window, size, like), self.reach, strict=True)
         ]
         features = torch.stack(torch.meshgrid(*spread, indexing="ij"), -1)
-        with _without_autocast(like):
+        with without_autocast(like.device.type):
             return 16 * _called_wide(self.mlp, features).sigmoid().movedim(-1, 0), None
 
 
@@ -259,7 +259,7 @@ class QuadraticPosition(Position):
     def tables(self, window: Window, size: Sequence[int]) -> Tables:
         delta = torch.stack(torch.meshgrid(*_offsets(window, size, self.centre), indexing="ij"), -1)
         heads = (slice(None), *[None] * len(size))
-        with _without_autocast(delta):
+        with without_autocast(delta.device.type):
             distance = (delta - self.centre[heads]).square().sum(-1)
             return -self.alpha[heads] * distance, None
 
@@ -475,13 +475,7 @@ def _frequencies(count: int, base: float, *, dtype: torch.dtype, device: torch.d
 
 def _wide(like: Tensor) -> dict[str, Any]:
     """Where and how places are computed: in float32 or wider, beside what they are for."""
-    return {"dtype": torch.promote_types(like.dtype, torch.float32), "device": like.device}
-
-
-def _without_autocast(like: Tensor) -> Any:
-    kind = like.device.type
-    is_on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    return torch.autocast(kind, enabled=False) if is_on else nullcontext()
+    return {"dtype": wide_of(like), "device": like.device}
 
 
 def _called_wide(module: nn.Module, x: Tensor) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from types import ModuleType
 from typing import Any, Literal, overload
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import BackendError, DtypeError, OptionError, ShapeError
+from ..precision import without_autocast
 from ..window import Window
 from . import blocked, dense, flex, native, natten, reference
 from .problem import Problem, describe
@@ -123,7 +123,7 @@ def local_attention(
     if problem.empty:
         out, lse = _nothing(query, key, value, bias, relative)
     else:
-        with _full_precision(problem):
+        with without_autocast(problem.device):
             out, lse = _attend(run, query, key, value, problem, bias, relative, scale)
     if not return_lse:
         return out
@@ -216,7 +216,7 @@ def attention_scores(
     """
     problem = describe(query, key, key, window, bias, relative)
     key = key.repeat_interleave(problem.groups, 1)
-    with _full_precision(problem):
+    with without_autocast(problem.device):
         return reference.attention_scores(query, key, problem, bias, relative, _scale(scale, problem))
 
 
@@ -372,10 +372,3 @@ def _scale(scale: float | None, problem: Problem) -> float:
     if not math.isfinite(scale):
         raise OptionError(f"scale must be finite; received {scale}")
     return float(scale)
-
-
-def _full_precision(problem: Problem):
-    """Autocast must not narrow the logits again: the operation keeps them in float32 or wider on its own."""
-    if torch.amp.is_autocast_available(problem.device) and torch.is_autocast_enabled(problem.device):
-        return torch.autocast(problem.device, enabled=False)
-    return nullcontext()

@@ -16,6 +16,7 @@ from ..attention import local_attention
 from ..attention.chosen import weights_of
 from ..errors import OptionError, ShapeError
 from ..layers import split_heads
+from ..precision import without_autocast
 from ..window import Window
 from .geometry import Aligned, align, is_same, padding_of
 
@@ -217,7 +218,9 @@ class GatedPositionalSelfAttention(nn.Module):
         hats = self._hats().flatten(1)
         if self.content:
             hats = (1 - self._gates())[:, None] * hats
-        return (self.weight.flatten(2) @ hats).unflatten(2, self._block())
+        with without_autocast(hats.device.type):
+            kernel = self.weight.flatten(2).to(hats.dtype) @ hats
+        return kernel.unflatten(2, self._block()).to(self.weight.dtype)
 
     def _hats(self) -> Tensor:
         """Each head's weights by position, (N, *block); they sum to one."""
@@ -231,7 +234,7 @@ class GatedPositionalSelfAttention(nn.Module):
             shape = [1] * self.rank
             shape[axis] = len(places)
             hats = hats * (hat / hat.sum(1, keepdim=True)).view(-1, *shape)
-        return hats.to(self.weight.dtype)
+        return hats
 
     def _centres(self) -> Tensor:
         """Home plus shift, kept inside the block: (N, axes), in steps of the dilation."""

@@ -11,6 +11,7 @@ from torch.nn.functional import pad
 from torch.nn.init import trunc_normal_
 
 from ...errors import OptionError, ShapeError
+from ...precision import wide_of, without_autocast
 from .context import NattenContext
 from .functional import na1d_av, na1d_qk, na2d_av, na2d_qk, na3d_av, na3d_qk, neighborhood_attention_generic
 from .windows import neighborhoods
@@ -158,9 +159,12 @@ class NeighborhoodAttentionGeneric(nn.Module):
             )
         qk, av = SPLIT[self.na_dim]
         geometry = {"kernel_size": self.kernel_size, "dilation": self.dilation, "is_causal": self.is_causal}
-        query, key, value = (tensor.movedim(-2, 1) for tensor in (query, key, value))
-        weights = qk(query * self.scale, key, **geometry, rpb=self.rpb).softmax(-1)
-        return av(self.attn_drop(weights), value, **geometry).movedim(1, -2)
+        wide = wide_of(query)
+        with without_autocast(query.device.type):
+            q, k, v = (tensor.to(wide).movedim(-2, 1) for tensor in (query, key, value))
+            rpb = None if self.rpb is None else self.rpb.to(wide)
+            weights = qk(q * self.scale, k, **geometry, rpb=rpb).softmax(-1)
+            return av(self.attn_drop(weights), v, **geometry).movedim(1, -2).to(value.dtype)
 
     def extra_repr(self) -> str:
         names = ("head_dim", "num_heads", "kernel_size", "stride", "dilation", "is_causal")
