@@ -199,3 +199,65 @@ def test_python_dash_m_and_the_exit_code():
     done = subprocess.run([sys.executable, "-m", "nearsight", "nonsense"], capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.startswith("nearsight: error: there is no command 'nonsense'")
+
+
+# ------------------------------------------------------------------------------------- what cannot be written or read
+
+
+@pytest.mark.parametrize("buffering", [1, -1], ids=["line by line", "at the end"])
+@pytest.mark.parametrize("arguments", [[], ["--version"], ["models", "--help"], ["train", "--help"]])
+def test_a_full_disk_is_one_line_and_an_exit_code(arguments, buffering, capsys, monkeypatch):
+    with open("/dev/full", "w", buffering=buffering) as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert cli.main(arguments) == 2
+        full.flush()  # what is left of it goes nowhere: the interpreter's last flush finds nothing to complain of
+    assert capsys.readouterr().err == "nearsight: error: cannot write the output: No space left on device\n"
+
+
+@pytest.mark.parametrize("buffering", [1, -1])
+def test_a_reader_that_leaves_is_no_mistake(buffering, monkeypatch, capsys):
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "w", buffering=buffering) as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        assert cli.main([]) == 0
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("command", "code"), [("train", 2), ("compare", 2), ("models", 0)], ids=["train", "compare", "models"]
+)
+def test_work_that_a_reader_cut_short_is_not_done(command, code, monkeypatch):
+    def broken(arguments):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setitem(cli.COMMANDS, command, broken)
+    with open(os.devnull, "w") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        assert cli.main([command]) == code
+
+
+def test_files_that_cannot_be_used_are_named(capsys, monkeypatch):
+    monkeypatch.setitem(cli.COMMANDS, "info", lambda arguments: os.stat("/no/such/file"))
+    assert fails(capsys, "info") == "nearsight: error: /no/such/file: No such file or directory\n"
+
+
+def test_an_error_that_cannot_be_told_has_its_exit_code(monkeypatch):
+    with open("/dev/full", "w", buffering=1) as stream:
+        monkeypatch.setattr(sys, "stderr", stream)
+        assert cli.main(["no-such-command"]) == 2
+        monkeypatch.undo()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def test_closed_streams_lead_nowhere():
+    """Else the next file that is opened takes their place, and gets what is printed."""
+    program = (
+        "import os, sys\nfor stream in (0, 1, 2): os.close(stream)\nsys.stdin = sys.stdout = sys.stderr = None\n"
+        "from nearsight.cli import _open_closed_streams\n_open_closed_streams()\n"
+        "print('lost'), sys.stdout.flush(), sys.stderr.write('lost')\n"
+        "os._exit(os.open(os.devnull, os.O_RDONLY) + 40 * (sys.stdin.read() == ''))"
+    )
+    finished = subprocess.run([sys.executable, "-c", program], capture_output=True)
+    assert finished.returncode > 42
+    assert (finished.stdout, finished.stderr) == (b"", b"")

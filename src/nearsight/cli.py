@@ -13,7 +13,7 @@ import ctypes
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields, replace
 from difflib import get_close_matches
 from importlib.metadata import version
@@ -127,20 +127,73 @@ examples:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0, 2 for a mistake, 130 after Ctrl-C."""
+    """Run one command; returns the exit code: 0, 2 for a mistake or what cannot be written, 130 after Ctrl-C."""
+    _open_closed_streams()
     _keep_freed_memory()
+    given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        _run(list(sys.argv[1:] if arguments is None else arguments))
+        code = _code_of(given)
+    except SystemExit:  # after --help
+        if _flushed() != 0:
+            return 2
+        raise
+    return _flushed() or code
+
+
+def _code_of(arguments: list[str]) -> int:
+    try:
+        _run(arguments)
     except NearsightError as error:
-        print(f"nearsight: error: {' '.join(str(error).split())}", file=sys.stderr)
+        _complain(f"error: {error}")
         stopped = isinstance(error.__cause__, (SystemExit, KeyboardInterrupt))  # Lightning turns Ctrl-C into SystemExit
         return 130 if stopped else 2
     except KeyboardInterrupt:
-        print("nearsight: stopped", file=sys.stderr)
+        _complain("stopped")
         return 130
-    except BrokenPipeError:  # `nearsight models | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        return _code_without(error, finished=arguments[:1] not in (["train"], ["compare"]))
     return 0
+
+
+def _code_without(error: OSError, *, finished: bool) -> int:
+    """After what could not be read or written. A reader that has seen enough (`nearsight models | head`) is no mistake."""
+    broken = isinstance(error, BrokenPipeError)
+    if (
+        broken or error.filename is None
+    ):  # what is left of the output goes nowhere, or leaving would stumble over it again
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if broken and finished:
+        return 0
+    what = f"{error.filename}: " if error.filename is not None else "cannot write the output: "
+    _complain(f"error: {what}{error.strerror or error}")
+    return 2
+
+
+def _flushed() -> int:
+    """Whether all that was printed has arrived, as an exit code."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        return _code_without(error, finished=True)
+    return 0
+
+
+def _complain(message: str) -> None:
+    with suppress(OSError):  # where that cannot be written either, the exit code tells
+        print(f"nearsight: {' '.join(message.split())}", file=sys.stderr)
+
+
+def _open_closed_streams() -> None:
+    """Let a stream that was closed (`>&-`) lead nowhere: the next file to be opened would take its place, and its text."""
+    for descriptor, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        if getattr(sys, name) is not None:
+            continue
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_RDWR), descriptor)  # for the processes that are started, too
+        setattr(sys, name, open(descriptor, mode, closefd=False))  # noqa: SIM115 (as long as the process)
 
 
 def _keep_freed_memory() -> None:
@@ -587,6 +640,8 @@ def _parser(command: str, description: str, epilog: str | None = None) -> _Parse
 
 
 def _parse(parser: Any, arguments: list[str], **kwargs: Any) -> Any:
+    # argparse's own keeps to itself that the help could not be written.
+    parser._print_message = lambda message, file=None: print(message, end="", file=file or sys.stderr)
     try:
         return parser.parse_args(arguments, **kwargs)
     except (argparse.ArgumentError, UnicodeDecodeError) as error:
