@@ -1,13 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """What docs/security.md promises of files, folders and pictures that come from elsewhere: a test per promise."""
 
+import base64
+import hashlib
 import json
 import os
+import re
 import socket
 import stat
 import subprocess
 import sys
 from dataclasses import replace
+from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -21,6 +25,7 @@ import nearsight as ns
 from nearsight import cli
 from nearsight.errors import DataError, OptionError, TrainingError
 from nearsight.files import open_regular, read_yaml, remove_leftovers, write_whole
+from nearsight.inspect.pages import without_styles
 from nearsight.models import check_stored_spec, stored_spec
 from nearsight.models.spec import own_options
 from nearsight.training import data
@@ -388,9 +393,11 @@ def test_a_link_is_replaced_and_not_written_through(tmp_path):
 
 def test_what_is_no_file_is_not_replaced(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    for path in (tmp_path, tmp_path / "pipe"):
-        with pytest.raises(OSError, match="no regular file"):
-            write_whole(path, b"x")
+    (tmp_path / "folder").mkdir()
+    for name, message in (("pipe", "no regular file"), ("folder", "Is a directory")):
+        with pytest.raises(OSError, match=message):
+            write_whole(tmp_path / name, b"x")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["folder", "pipe"]
     assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
 
 
@@ -465,3 +472,104 @@ def test_a_comparison_and_its_processes_are_started_that_way(tmp_path, monkeypat
     monkeypatch.setattr(sys, "argv", [str(COMMAND), "train", "--devices=2"])
     monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
     assert _basic_subprocess_cmd() == [sys.executable, str(COMMAND), "train", "--devices=2"]
+
+
+# ---------------------------------------------------------------------------------------------------------- the pages
+
+
+class Elements(HTMLParser):
+    """What a browser would make of a page: elements with their attributes, and the texts of styles and scripts."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.elements, self.inside, self.texts = [], "", {"style": [], "script": []}
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        self.inside = "" if dict(attrs).get("type") == "application/json" else tag
+
+    def handle_endtag(self, tag):
+        self.inside = ""
+
+    def handle_data(self, text):
+        if self.inside in self.texts:
+            self.texts[self.inside].append(text)
+
+
+def check_page(page: str, scripts: int) -> None:
+    """A policy that allows the page's own style and script and pictures inside it, and a page that needs no more."""
+    found = Elements(page)
+    policies = [one["content"] for tag, one in found.elements if one.get("http-equiv") == "Content-Security-Policy"]
+    assert len(policies) == 1
+    rules = dict(rule.split(" ", 1) for rule in policies[0].split("; "))
+    assert rules.pop("default-src") == rules.pop("base-uri") == rules.pop("form-action") == "'none'"
+    assert rules.pop("img-src") == "data:"
+    for kind, texts in found.texts.items():
+        hashes = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in texts]
+        assert rules.pop(f"{kind}-src", "") == " ".join(f"'sha256-{one}'" for one in hashes)
+    assert rules == {}
+    assert (len(found.texts["style"]), len(found.texts["script"])) == (1, scripts)
+    assert page.index("Content-Security-Policy") < page.index("<title>") < page.index("<style>")
+    for tag, attributes in found.elements:
+        assert tag not in ("iframe", "object", "embed", "base", "form")
+        assert not [name for name in attributes if name == "style" or name.startswith("on")], (tag, attributes)
+        assert not str(attributes.get("src", "")).startswith(("http", "//"))
+
+
+EVIL = "</script></style><img src=x onerror=alert(1)>"
+
+
+def test_the_page_of_a_run_runs_nothing_that_came_from_outside(tmp_path, network):
+    from nearsight.training.evaluate import Evaluation
+    from nearsight.training.report import write_report
+
+    pictures = data.load_pictures("digits")
+    test = pictures.test.seen(BLUEPRINT.view, training=False)
+    logits = torch.eye(10)[torch.arange(10).roll(1)]
+    evaluation = Evaluation(torch.arange(10), logits, torch.arange(10))
+    rows = [dict.fromkeys(("epoch", "lr", "train_loss", "train_accuracy", "val_loss", "val_accuracy", EVIL), 1.0)] * 2
+    recipe = Recipe(data=f"folder:{EVIL}", epochs=2, batch_size=8).filled(pictures.defaults)
+    evil = replace(BLUEPRINT, classes=(EVIL, '" style="x: y', *TEN[2:]))
+    write_report(tmp_path / "report.html", recipe, evil, network, rows, evaluation, test)
+    page = (tmp_path / "report.html").read_text()
+    check_page(page, scripts=0)
+    assert "onerror" in page
+    assert "<img" not in page
+
+
+def test_the_explorer_runs_its_own_script_alone(network):
+    page = ns.explore(network, torch.randn(1, 8, 8), classes=[EVIL] * 10, title=EVIL, subtitle=EVIL).html
+    check_page(page, scripts=1)
+    assert page.count("<img") == 1  # the explorer's own, which has no address yet
+
+
+def test_a_page_with_another_script_or_a_style_attribute_would_be_seen():
+    for spoilt in ("<script>alert(1)</script>", '<p style="color: red">', '<p onclick="x()">'):
+        page = ns.explore(ns.create_model("sasa_nano"), torch.zeros(3, 8, 8), transform=None).html
+        with pytest.raises(AssertionError):
+            check_page(page.replace("<main>", f"<main>{spoilt}"), scripts=1)
+
+
+def test_styles_of_a_drawing_become_attributes():
+    svg = "<svg a='1'><defs><style type=\"text/css\">*{x: y}</style></defs><text style=\"font: italic 10px 'A b', c; x: y\">"
+    drawn = without_styles(svg + 'style="a: b"</text></svg>')
+    assert drawn == (
+        '<svg stroke-linejoin="round" stroke-linecap="butt" a=\'1\'>'
+        '<text x="y" font-style="italic" font-size="10px" font-family="\'A b\', c">style="a: b"</text></svg>'
+    )
+
+
+def test_no_template_holds_what_the_policy_refuses():
+    """Style attributes and handlers; and styles and scripts hold no value, so that what is allowed was written by us."""
+    templates = [*Path(ns.__file__).parent.rglob("*.jinja")]
+    assert len(templates) >= 4
+    for file in templates:
+        text = file.read_text()
+        assert not re.findall(r"\s(?:style|on\w+)=", text), file
+        for kind in ("style", "script"):
+            inline = re.findall(rf"<{kind}>(.*?)</{kind}>", text, re.DOTALL)
+            assert len(inline) == text.count(f"<{kind}") - text.count('<script type="application/json"') * (
+                kind == "script"
+            )
+            assert not [one for one in inline if "{{" in one or "{%" in one], file

@@ -115,7 +115,7 @@ def write_whole(path: Path, content: bytes) -> None:
     Raises:
         OSError: the folder cannot be written to, the disk is full, or a folder or device has the name.
     """
-    if path.exists() and not path.is_file():
+    if path.exists() and not path.is_file() and not path.is_dir():  # of a folder the system says so itself
         raise OSError(errno.EINVAL, "what has this name is no regular file", str(path))
     temporary = path.with_name(f".nearsight-{secrets.token_hex(8)}{UNFINISHED}")
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)

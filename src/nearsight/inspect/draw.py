@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, Protocol
 
 import numpy as np
 
+from .pages import without_styles
 from .table import write_csv
 
 if TYPE_CHECKING:
@@ -166,7 +167,7 @@ def to_svg(figure: Figure, alt: str) -> str:
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
     svg = re.sub(r' (width|height)="[\d.]+pt"', "", svg, count=2).replace(INK, "currentColor")
     label = escape(alt, quote=True)
-    return svg.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
+    return without_styles(svg).replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
 
 
 def _figure(width: float, height: float) -> Figure:

@@ -23,6 +23,7 @@ from ..files import write_whole
 from .equivariance import decisive, equivariance_by_layer
 from .finite import why_not_finite
 from .maps import AttentionMap, attention_layers, attention_maps
+from .pages import render
 from .rollout import attention_rollout
 from .statistics import attention_statistics
 from .table import finite
@@ -184,8 +185,6 @@ class _Page:
         subtitle: str,
         transform: Transform | None,
     ) -> str:
-        from jinja2 import Environment, PackageLoader, StrictUndefined
-
         maps, output = self._look()
         self._check_finite(maps, output)
         data = {
@@ -196,11 +195,14 @@ class _Page:
             "prediction": _prediction(output, classes),
             "equivariance": _equivariance(self.model, self.batch, transform),
         }
-        environment = Environment(loader=PackageLoader("nearsight.inspect"), autoescape=True, undefined=StrictUndefined)
-        environment.policies["json.dumps_kwargs"] = {"sort_keys": True, "allow_nan": False}
-        template = environment.get_template("explore.html.jinja")
-        return template.render(
-            title=title, subtitle=subtitle, data=data, notes=self.notes, version=version("nearsight")
+        return render(
+            "nearsight.inspect",
+            "explore.html.jinja",
+            title=title,
+            subtitle=subtitle,
+            data=data,
+            notes=self.notes,
+            version=version("nearsight"),
         )
 
     def _look(self) -> tuple[list[AttentionMap], Any]:

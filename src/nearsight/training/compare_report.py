@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from ..bench.timing import setting
 from ..inspect import draw
+from ..inspect.pages import render
 from ..inspect.plots import Chart, Series
 from ..inspect.plots import draw as draw_charts
 from ..inspect.table import write_csv
@@ -21,7 +22,7 @@ from .data import Pictures
 from .files import make_inner_folder, write_plot, write_text
 from .measures import Measures
 from .recipe import Recipe
-from .report import Picture, render
+from .report import Picture
 
 TABLE_FILE, RUNS_FILE, PAGE_FILE, PLOTS = "table.csv", "runs.csv", "compare.html", "plots"
 
@@ -227,6 +228,7 @@ def _page(table: Table, pictures: Sequence[Picture], recipe: Recipe, data: Pictu
     for row in table.rows:
         groups.setdefault(row.group, []).append(row)
     return render(
+        "nearsight.training",
         "compare.html.jinja",
         version=version("nearsight"),
         recipe=recipe,

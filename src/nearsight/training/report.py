@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 
 from ..inspect import draw, plots
 from ..inspect.maps import AttentionMap, attention_maps
+from ..inspect.pages import render
 from ..inspect.table import write_csv
 from ..layers import SelfAttention
 from ..models.modes import evaluating
@@ -57,6 +58,7 @@ def write_report(
         test: the split itself, as the model sees it, for the pictures of what it attended to.
     """
     page = render(
+        "nearsight.training",
         "report.html.jinja",
         version=version("nearsight"),
         recipe=recipe,
@@ -71,14 +73,6 @@ def write_report(
         attention=_attention(model, blueprint, evaluation, test),
     )
     write_text(path, page)
-
-
-def render(template: str, **values: Any) -> str:
-    """Fill in one of the pages in ``templates``; a value that it wants and does not get is an error."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(loader=PackageLoader("nearsight.training"), autoescape=True, undefined=StrictUndefined)
-    return environment.get_template(template).render(**values)
 
 
 def _interval(evaluation: Evaluation) -> tuple[float, float]:

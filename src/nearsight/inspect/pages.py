@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pages of HTML: one file that needs nothing else, and in which nothing runs but what the package wrote.
+
+What is filled in comes from outside: names of classes and layers, models, data. It is escaped. Should a place be missed, the
+page's Content-Security-Policy keeps a browser from running it and from fetching anything: it allows the style and the script
+that the package itself brings along, by their SHA-256, and pictures inside the page. Style attributes are not among that, so
+no template and no drawing has any.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import re
+from typing import Any
+
+
+def render(package: str, template: str, **values: Any) -> str:
+    """Fill in one of the pages in the ``templates`` of a package; a value that it wants and does not get is an error.
+
+    The template puts the page's policy where ``policy`` stands. Its styles and scripts hold no values.
+    """
+    from jinja2 import Environment, PackageLoader, StrictUndefined, meta
+    from markupsafe import Markup
+
+    loader = PackageLoader(package)
+    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
+    source = loader.get_source(environment, template)[0]
+    others = [name for name in meta.find_referenced_templates(environment.parse(source)) if name]
+    sources = [source, *(loader.get_source(environment, name)[0] for name in others)]
+    return environment.get_template(template).render(policy=Markup(policy("".join(sources))), **values)
+
+
+def policy(source: str) -> str:
+    """The Content-Security-Policy that allows the styles and scripts in a template, as they stand there, and no others.
+
+    Taken from the template, before anything is filled in.
+
+    Example:
+        >>> policy("<script>run()</script>").split("; ")[-1]
+        "script-src 'sha256-AvyuiL0SD1mVY3NNxR+V2uo+lhk6RMFrytWmRt6CrJQ='"
+    """
+    rules = ["default-src 'none'", "img-src data:", "base-uri 'none'", "form-action 'none'"]
+    for kind in ("style", "script"):
+        texts = re.findall(rf"<{kind}>(.*?)</{kind}>", source, re.DOTALL)
+        rules += [f"{kind}-src {' '.join(map(_source, texts))}"] if texts else []
+    return "; ".join(rules)
+
+
+def without_styles(svg: str) -> str:
+    """An SVG of matplotlib whose style attributes have become attributes of their own, which the policy leaves alone."""
+    svg = re.sub(r"<defs>\s*<style[^>]*>[^<]*</style>\s*</defs>", "", svg, count=1)
+    svg = re.sub(r"<[a-zA-Z][^<>]*>", lambda tag: re.sub(r' style="([^"]*)"', _attributes, tag[0]), svg)
+    # What that style element said of all there is: matplotlib's own default.
+    return svg.replace("<svg", '<svg stroke-linejoin="round" stroke-linecap="butt"', 1)
+
+
+def _attributes(style: re.Match[str]) -> str:
+    declarations = (declaration.partition(":") for declaration in style[1].split(";") if declaration.strip())
+    values = {name.strip(): value.strip() for name, _, value in declarations}
+    # Short for several, and no attribute: matplotlib before 3.10 has it.
+    short = re.fullmatch(r"(?:(italic|oblique) )?(?:(bold|\d+) )?([\d.]+px) (.+)", values.pop("font", ""))
+    if short:
+        names = ("font-style", "font-weight", "font-size", "font-family")
+        values |= {name: value for name, value in zip(names, short.groups(), strict=True) if value}
+    return "".join(f' {name}="{value}"' for name, value in values.items())
+
+
+def _source(text: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
