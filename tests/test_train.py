@@ -23,7 +23,7 @@ from nearsight.training.task import Classifier
 from nearsight.training.train import Interrupted, default_output, resume, train
 from nearsight.training.weights import load_model, read_checkpoint
 
-FILES = {"config.yaml", "last.ckpt", "metrics.csv", "model.safetensors", "report.html", "timing.csv"}
+FILES = {"config.yaml", "last.ckpt", "metrics.csv", "model.safetensors", "report.html", "timing.csv", "trained.npz"}
 
 
 @pytest.fixture(scope="module")

@@ -58,14 +58,15 @@ examples:
   nearsight train --resume --output runs/sasa_nano-digits    go on after an interruption
   nearsight train --config runs/a/config.yaml --seed 1 --output runs/b
 
-The output folder then holds config.yaml, last.ckpt, model.safetensors, metrics.csv, timing.csv and
-report.html.
+The output folder then holds config.yaml, last.ckpt, model.safetensors, metrics.csv, timing.csv,
+trained.npz and report.html.
 """
 
 EVAL_EXAMPLES = """\
 examples:
   nearsight eval runs/sasa_nano-digits --data digits
   nearsight eval model.safetensors --data folder:~/photos --json
+  nearsight eval runs/photos --data folder:~/more-photos --leave-out-trained
 """
 
 COMPARE_EXAMPLES = """\
@@ -309,34 +310,30 @@ def _compare(arguments: list[str]) -> None:
 
 def _eval(arguments: list[str]) -> None:
     _need_train_extra("eval")
-    parser = _parser("eval", "Measure a trained network on the test images of a data set.", EVAL_EXAMPLES)
+    parser = _parser("eval", "Measure a trained network on the images of a data set.", EVAL_EXAMPLES)
     parser.add_argument("run", metavar="DIR|FILE", help="folder of a run, a .safetensors or a .ckpt file")
     parser.add_argument("--data", required=True, help="as for `nearsight train`: digits, folder:PATH ...")
     parser.add_argument("--data-root", help="folder that holds the data; else the usual places are searched")
+    parser.add_argument(
+        "--split", help="test, val, train or all (default: test; all of a folder that was not trained on)"
+    )
+    parser.add_argument("--by-order", action="store_true", help="pair classes by their order, whatever they are called")
+    parser.add_argument("--leave-out-trained", action="store_true", help="measure no image that the run was trained on")
     parser.add_argument("--json", action="store_true", help="print JSON, with the confusion matrix")
     options = _parse(parser, arguments)
 
     from .inspect.table import to_json
-    from .training.data import load_pictures, loader
-    from .training.evaluate import evaluate
-    from .training.weights import load_model
+    from .training.assess import assess
 
-    model, blueprint = load_model(Path(options.run))
-    pictures = load_pictures(options.data, options.data_root)
-    if len(pictures.classes) != len(blueprint.classes):
-        raise OptionError(
-            f"{options.data} has {len(pictures.classes)} classes; {options.run} tells {len(blueprint.classes)} apart, "
-            f"those of {blueprint.data}"
-        )
-    test = pictures.test.seen(blueprint.view, training=False)
-    result = evaluate(model, loader(test, 256, pictures.test.workers))
-    if options.json:
-        summary = {"model": blueprint.model, "data": options.data, "images": result.count}
-        measures = {"accuracy": result.accuracy, "loss": result.loss, "confusion": result.confusion.tolist()}
-        print(to_json({**summary, "classes": blueprint.classes, **measures}))
-    else:
-        share = f"{result.accuracy:.2%} ({result.correct} of {result.count} test images)"
-        print(f"{blueprint.model} on {options.data}: {share}")
+    found = assess(
+        Path(options.run),
+        options.data,
+        options.data_root,
+        split=options.split,
+        by_order=options.by_order,
+        leave_out_trained=options.leave_out_trained,
+    )
+    print(to_json(found.to_dict()) if options.json else "\n".join(found.summary()))
 
 
 def _convert(arguments: list[str]) -> None:

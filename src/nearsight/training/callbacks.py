@@ -14,11 +14,13 @@ from typing import Any
 
 import lightning as L
 import torch
+import torch.distributed as dist
 from lightning.pytorch.plugins.io import CheckpointIO
 
 from ..inspect.table import write_csv
-from .data import warn_of_broken
+from .data import Seen, warn_of_broken
 from .files import write_bytes, write_text
+from .trained import write_trained
 from .weights import CHECKPOINT_FILE, read_checkpoint
 
 METRICS_FILE = "metrics.csv"
@@ -28,7 +30,8 @@ TIMED_STEPS = (3, 20)  # the time is estimated from the steps after the first of
 
 
 class Journal(L.Callback):
-    """After every epoch: one more row in ``metrics.csv`` and ``timing.csv``, then ``last.ckpt``.
+    """After every epoch: one more row in ``metrics.csv`` and ``timing.csv``, then ``last.ckpt``; after the first, the
+    digests of the training pictures in ``trained.npz``.
 
     The rows travel in the checkpoint, so that a resumed run's tables have no gap and no epoch twice. What may differ between
     two runs of one recipe stands in ``timing.csv`` alone: seconds of the epoch, of its training steps, training images per
@@ -40,6 +43,7 @@ class Journal(L.Callback):
         self.rows: list[dict[str, float]] = []
         self.timing: list[dict[str, float]] = []
         self.broken: set[str] = set()
+        self.noted = False
         self.begin = self.trained = 0.0
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -60,7 +64,20 @@ class Journal(L.Callback):
         if trainer.is_global_zero:
             write_text(self.output / METRICS_FILE, _to_csv(self.rows))
             write_text(self.output / TIMING_FILE, _to_csv(self.timing))
+        if not self.noted:
+            self._note_pictures(trainer)
         trainer.save_checkpoint(self.output / CHECKPOINT_FILE)
+
+    def _note_pictures(self, trainer: L.Trainer) -> None:
+        """Before the first checkpoint, so that no weights are without it. Most were decoded in this epoch anyway."""
+        data: Seen = trainer.train_dataloader.dataset  # pyright: ignore[reportOptionalMemberAccess]
+        if trainer.world_size > 1:  # each process has decoded a share of them
+            known = data.known.to(trainer.strategy.root_device)
+            dist.all_reduce(known, dist.ReduceOp.MAX)
+            data.known.copy_(known)
+        if trainer.is_global_zero:
+            write_trained(self.output, data.digests().numpy())
+        self.noted = True
 
     def _timing(self, trainer: L.Trainer) -> dict[str, float]:
         seconds = self.trained - self.begin

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 from zipfile import is_zipfile
 
+import numpy as np
 import timm
 import torch
 from timm.data import ImageNetInfo, infer_imagenet_subset
@@ -21,6 +22,7 @@ from ..inspect.table import to_json
 from ..models import create_model, parse_spec
 from .data import View
 from .files import make_folder, write_text
+from .trained import TRAINED_FILE, read_trained, write_trained
 from .weights import WEIGHTS_FILE, Blueprint, check_sums, input_size, load_model, save_model
 
 REPORT_FILE = "report.json"
@@ -44,7 +46,7 @@ def convert_to_folder(
     """
     if (output / WEIGHTS_FILE).exists():
         raise TrainingError(f"{output} holds a model already: name another --output")
-    network, blueprint = _open(model, pretrained, checkpoint)
+    network, blueprint, trained = _open(model, pretrained, checkpoint)
     view = blueprint.view
     report = convert(network, input_size=(view.channels, view.size, view.size), **options)
     if not report.converted:
@@ -56,6 +58,9 @@ def convert_to_folder(
         raise DataError(f"{model} cannot be converted: {reason}; nothing was written")
     make_folder(output)
     save_model(output / WEIGHTS_FILE, network, replace(kept, converted=report.options))
+    (output / TRAINED_FILE).unlink(missing_ok=True)  # another network's
+    if trained is not None:
+        write_trained(output, trained)
     facts = {"model": blueprint.model, "random_weights": has_random_weights(model, pretrained, checkpoint)}
     write_text(output / REPORT_FILE, to_json({**facts, **report.to_dict()}) + "\n")
     return report
@@ -71,15 +76,16 @@ def _is_name(model: str) -> bool:
     return timm.is_model(split_model_name_tag(parse_spec(model)[0])[0]) or not Path(model).exists()
 
 
-def _open(model: str, pretrained: bool, checkpoint: Path | None) -> tuple[nn.Module, Blueprint]:
+def _open(model: str, pretrained: bool, checkpoint: Path | None) -> tuple[nn.Module, Blueprint, np.ndarray | None]:
+    """The network, its blueprint, and the pictures that it was trained on where they are noted."""
     if _is_name(model):
-        return _by_name(model, pretrained, checkpoint)
+        return *_by_name(model, pretrained, checkpoint), None
     if pretrained or checkpoint is not None:
         raise OptionError(f"{model} has its weights already: leave out --pretrained and --checkpoint")
     network, blueprint = load_model(Path(model))
     if blueprint.converted is not None:
         raise OptionError(f"{model} is converted already ({blueprint.converted['init']})")
-    return network, blueprint
+    return network, blueprint, read_trained(Path(model))
 
 
 def _by_name(model: str, pretrained: bool, checkpoint: Path | None) -> tuple[nn.Module, Blueprint]:
@@ -105,7 +111,7 @@ def _by_name(model: str, pretrained: bool, checkpoint: Path | None) -> tuple[nn.
             raise DataError(f"{checkpoint} does not fit {model}: {' '.join(str(error).split())[:200]}") from error
     config = getattr(network, "pretrained_cfg", {})
     subset = infer_imagenet_subset(network) if pretrained else None
-    names = ImageNetInfo(subset).label_descriptions() if subset else [str(i) for i in range(_outputs(network))]
+    names = ImageNetInfo(subset).label_descriptions() if subset else [f"class {i}" for i in range(_outputs(network))]
     channels = channels or config.get("input_size", (3,))[0]
     mean, std = (_per_channel(config.get(key), channels) for key in ("mean", "std"))
     data = config.get("tag") if pretrained else None if checkpoint is None else checkpoint.name

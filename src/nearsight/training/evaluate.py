@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,7 +25,7 @@ class Evaluation:
     """What a model said of every picture of a split that could be read, in order.
 
     Attributes:
-        labels: (n,). logits: (n, classes). places: (n,), the index in the split of each.
+        labels: (n,). logits: (n, classes). places: (n,), the index of each in its split.
     """
 
     labels: Tensor
@@ -56,9 +57,22 @@ class Evaluation:
         """Counts, (true class, predicted class)."""
         return multiclass_confusion_matrix(self.predictions, self.labels, self.logits.shape[1]).numpy()
 
+    def part(self, chosen: Tensor) -> Evaluation:
+        """Of some of the pictures: (n,), True for these."""
+        return Evaluation(self.labels[chosen], self.logits[chosen], self.places[chosen])
 
-def evaluate(model: nn.Module, batches: DataLoader) -> Evaluation:
+
+def joined(evaluations: Sequence[Evaluation]) -> Evaluation:
+    """Of several splits, one after the other."""
+    columns = ([getattr(one, name) for one in evaluations] for name in ("labels", "logits", "places"))
+    return Evaluation(*map(torch.cat, columns))
+
+
+def evaluate(model: nn.Module, batches: DataLoader, classes: Tensor | None = None) -> Evaluation:
     """Run a model over all batches, without gradients and in evaluation mode.
+
+    Args:
+        classes: (classes of the data,), the network's class of each; None where they are the same.
 
     Raises:
         DataError: no picture can be read.
@@ -76,7 +90,8 @@ def evaluate(model: nn.Module, batches: DataLoader) -> Evaluation:
     (places,) = (everything != IGNORED).nonzero(as_tuple=True)
     if not len(places):
         raise DataError(f"none of the {len(everything)} images can be read")
-    result = Evaluation(everything[places], torch.cat(logits)[places], places)
+    truth = everything[places] if classes is None else classes[everything[places]]
+    result = Evaluation(truth, torch.cat(logits)[places], places)
     reason = why_not_finite(result.logits, model)
     if reason is None and not math.isfinite(result.loss):
         reason = f"the loss is {result.loss}, though every output of the network is finite"

@@ -42,6 +42,8 @@ from .callbacks import METRICS_FILE, TIMING_FILE
 from .data import Pictures, loader
 from .evaluate import evaluate
 from .files import write_text
+from .matching import classes_in
+from .trained import told_overlap
 from .weights import load_model
 
 MEASURES_FILE = "measures.json"
@@ -75,22 +77,26 @@ def measure(run: Path, model: str, seed: int, pictures: Pictures, batch_size: in
 
     Raises:
         DataError: the run's files cannot be read.
+        OptionError: the data has other classes than when the run was trained.
     """
     network, blueprint = load_model(run)
     view = blueprint.view
     flops = count_flops(network, (view.channels, view.size, view.size))
     network.to(_device())
-    batches = loader(pictures.test.seen(view, training=False), batch_size, pictures.test.workers)
+    test = pictures.test.seen(view, training=False)
+    batches = loader(test, batch_size, pictures.test.workers)
+    result = evaluate(network, batches, classes_in(blueprint, run, pictures, [pictures.test]))
     found = Measures(
         model=model,
         seed=seed,
-        accuracy=evaluate(network, batches).accuracy,
+        accuracy=result.accuracy,
         parameters=sum(parameter.numel() for parameter in network.parameters()),
         flops=flops,
         inference_images_per_second=_speed(network, next(iter(batches))[0].to(_device())),
         equivariance_error=moved_by_a_pixel(network, _first(batches, MOVED_IMAGES).to(_device())),
         **_of_training(run),
     )
+    print(told_overlap(run, test.digests(result.places).numpy()), end="", flush=True)
     _write(found, run)
     return found
 

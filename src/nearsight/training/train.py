@@ -32,10 +32,12 @@ from .callbacks import Forecast, Journal, StopTogether, WholeFiles
 from .data import load_pictures, loader
 from .evaluate import Evaluation, evaluate
 from .files import make_folder, make_inner_folder, remove_leftovers, write_text
+from .matching import check_same_classes
 from .recipe import BEGAN, Recipe, read_recipe
 from .report import REPORT_FILE, write_report
 from .task import Batches, Classifier
-from .weights import CHECKPOINT_FILE, RECIPE, WEIGHTS_FILE, Blueprint, input_size, read_checkpoint, save_model
+from .trained import TRAINED_FILE, told_overlap
+from .weights import CHECKPOINT_FILE, KEY, RECIPE, WEIGHTS_FILE, Blueprint, input_size, read_checkpoint, save_model
 
 CONFIG_FILE = "config.yaml"
 TENSORBOARD_FOLDER = "tensorboard"
@@ -79,7 +81,7 @@ def train(recipe: Recipe, output: Path | None = None, *, download: bool = False)
     output = output or default_output(recipe)
     if _is_main_process() and any((output / file).exists() for file in (CHECKPOINT_FILE, WEIGHTS_FILE)):
         raise TrainingError(f"{output} holds a run already: continue it with --resume, or name another --output")
-    return _run(recipe, output, None, download)
+    return _run(recipe, output, download=download)
 
 
 def resume(output: Path, given: Mapping[str, Any] | None = None) -> Run:
@@ -90,7 +92,7 @@ def resume(output: Path, given: Mapping[str, Any] | None = None) -> Run:
         given: settings asked for again; only data_root and devices may differ from the run's.
 
     Raises:
-        OptionError: a setting that is not the run's.
+        OptionError: a setting that is not the run's, or data whose classes are not those that it began with.
         DataError: a checkpoint or config that cannot be read.
         TrainingError: no checkpoint in the folder, or what :func:`train` raises it for.
     """
@@ -105,9 +107,11 @@ def resume(output: Path, given: Mapping[str, Any] | None = None) -> Run:
                 f"a resumed run keeps its settings: {name} is {getattr(recipe, name)} in {output / CONFIG_FILE}; "
                 f"received {value}"
             )
-    _check_unchanged(recipe, read_checkpoint(checkpoint).get(RECIPE, {}), output / CONFIG_FILE)
+    stored = read_checkpoint(checkpoint)
+    _check_unchanged(recipe, stored.get(RECIPE, {}), output / CONFIG_FILE)
+    begun = Blueprint.from_json(stored[KEY])
     # The weights are in the checkpoint: those that the run began with are not fetched again.
-    return _run(replace(recipe, **{**given, "model": stored_spec(recipe.model)}), output, checkpoint, download=False)
+    return _run(replace(recipe, **{**given, "model": stored_spec(recipe.model)}), output, checkpoint, begun=begun)
 
 
 def _check_unchanged(recipe: Recipe, trained: Mapping[str, Any], config: Path) -> None:
@@ -125,13 +129,22 @@ def default_output(recipe: Recipe) -> Path:
     return Path("runs") / re.sub(r"[^\w.-]+", "_", f"{recipe.model}-{recipe.data}").strip("_")
 
 
-def _run(recipe: Recipe, output: Path, checkpoint: Path | None, download: bool) -> Run:
+def _run(
+    recipe: Recipe,
+    output: Path,
+    checkpoint: Path | None = None,
+    *,
+    begun: Blueprint | None = None,
+    download: bool = False,
+) -> Run:
     pictures = load_pictures(recipe.data, recipe.data_root, download)
     recipe = recipe.filled(pictures.defaults)
     assert recipe.batch_size is not None
     assert recipe.drop_path is not None
     view = pictures.view(input_size(recipe.model))
     blueprint = Blueprint(recipe.model, pictures.classes, view, recipe.data)
+    if begun is not None:
+        check_same_classes(begun, pictures)
     L.seed_everything(recipe.seed, workers=True, verbose=False)
     # Channels last is the faster layout for convolutions and attention alike, and the images follow the weights.
     model = blueprint.build(recipe.drop_path).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
@@ -140,6 +153,8 @@ def _run(recipe: Recipe, output: Path, checkpoint: Path | None, download: bool) 
     if _is_main_process():
         make_folder(output)
         remove_leftovers(output)
+        if checkpoint is None:
+            (output / TRAINED_FILE).unlink(missing_ok=True)  # of a run that ended before its first checkpoint
         if recipe.tensorboard:
             make_inner_folder(output / TENSORBOARD_FOLDER)
         began = _began(output / CONFIG_FILE) if checkpoint is not None else ""
@@ -161,6 +176,7 @@ def _run(recipe: Recipe, output: Path, checkpoint: Path | None, download: bool) 
         save_model(output / WEIGHTS_FILE, best, blueprint)
         write_report(output / REPORT_FILE, recipe, blueprint, best, journal.rows, evaluation, test)
         print(conclusion(evaluation, output / REPORT_FILE, seconds), flush=True)
+        print(told_overlap(output, test.digests(evaluation.places).numpy()), end="", flush=True)
     return Run(recipe, output, best, evaluation)
 
 

@@ -26,21 +26,25 @@ from __future__ import annotations
 from ...errors import OptionError
 from .arrays import SOURCES, ArraySplit, RandomAffine
 from .hub import load_hub
-from .pictures import IGNORED, Dealer, Pictures, Split, View, loader
+from .pictures import IGNORED, Dealer, Pictures, Seen, Split, View, loader
 from .shards import load_shards
-from .stored import StoredSplit, load_folder, warn_of_broken
+from .stored import StoredSplit, Whole, load_folder, warn_of_broken, whole
 
 __all__ = [
     "IGNORED",
     "SOURCES",
+    "STORED",
     "ArraySplit",
     "Dealer",
     "Pictures",
     "RandomAffine",
+    "Seen",
     "Split",
     "StoredSplit",
     "View",
+    "Whole",
     "load_pictures",
+    "load_whole",
     "loader",
     "warn_of_broken",
 ]
@@ -71,3 +75,17 @@ def load_pictures(name: str, root: str | None = None, download: bool = False) ->
             f"data must be one of {', '.join(SOURCES)}, folder:PATH, hf:NAME or wds:PATH; received {name!r}"
         )
     return SOURCES[name](name, root, download)
+
+
+def load_whole(name: str, root: str | None = None) -> Whole:
+    """All of a data set, to measure a network on; as :func:`load_pictures`, but that nothing is split.
+
+    Example:
+        >>> sum(map(len, load_whole("digits").splits))
+        1797
+    """
+    kind, colon, _ = name.partition(":")
+    if colon and kind in STORED:
+        return STORED[kind](name, whole)
+    pictures = load_pictures(name, root)
+    return Whole(name, pictures.classes, (pictures.train, pictures.validation, pictures.test))

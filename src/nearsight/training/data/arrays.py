@@ -8,7 +8,7 @@ import math
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 from ...errors import DataError
-from .pictures import IGNORED, MAX_BROKEN, TEST_SHARE, VALIDATION_SHARE, Pictures, View, stratified
+from .pictures import IGNORED, MAX_BROKEN, TEST_SHARE, VALIDATION_SHARE, Pictures, Seen, View, digest, stratified
 
 DIGITS = tuple(str(digit) for digit in range(10))
 TURN_SEED = 0  # of rotated data: whatever the seed of the run, the pictures are the same
@@ -40,11 +39,11 @@ class ArraySplit:
     def order(self, generator: torch.Generator) -> Tensor:
         return torch.randperm(len(self), generator=generator, device=generator.device)
 
-    def seen(self, view: View, training: bool, seed: int = 0, max_broken: int = MAX_BROKEN) -> Dataset:
+    def seen(self, view: View, training: bool, seed: int = 0, max_broken: int = MAX_BROKEN) -> Seen:
         return _SeenArrays(self.images, self.labels, view)
 
 
-class _SeenArrays(Dataset):
+class _SeenArrays(Seen):
     """A batch at a time: for small pictures the loop over single ones would cost more than the network."""
 
     def __init__(self, images: Tensor, labels: Tensor, view: View) -> None:
@@ -66,6 +65,17 @@ class _SeenArrays(Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         images, labels = self.__getitems__([index])
         return images[0], labels[0]
+
+    @cached_property
+    def known(self) -> Tensor:
+        from PIL import Image
+
+        mode = "L" if self.view.channels == 1 else "RGB"
+        pixels = self.images.permute(0, 2, 3, 1).squeeze(3).numpy()
+        return torch.tensor([digest(Image.fromarray(one).convert(mode)) for one in pixels], device="cpu")
+
+    def digests(self, indices: Tensor | None = None) -> Tensor:
+        return self.known if indices is None else self.known[indices]
 
 
 def _fit(images: Tensor, view: View) -> Tensor:

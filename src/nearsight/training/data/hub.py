@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 
 from ...errors import DataError, TrainingError
-from .pictures import Pictures
-from .stored import Album, divided
+from .stored import Album, Gather, divided
 
 PARTS = {"train": "train", "validation": "val", "valid": "val", "val": "val", "dev": "val", "test": "test"}
 
@@ -37,7 +36,7 @@ class Rows:
         return image["path"] if image["bytes"] is None else image["bytes"]
 
 
-def load_hub(name: str) -> Pictures:
+def load_hub(name: str, gather: Gather = divided) -> Any:
     """``hf:NAME``: a name on the Hub, fetched on first use, or a folder: one that ``save_to_disk`` wrote, or of images."""
     try:
         import datasets
@@ -62,7 +61,7 @@ def load_hub(name: str) -> Pictures:
         raise DataError(f"{source} must have a split named train; it has {', '.join(found)}")
     image, label = _columns(source, tables["train"].features)
     albums = {part: Rows(table, image, label, part) for part, table in tables.items()}
-    return divided(name, _classes(source, tables["train"].features[label], albums), albums)
+    return gather(name, _classes(source, tables["train"].features[label], albums), albums)
 
 
 def _columns(source: str, features: Any) -> tuple[str, str]:

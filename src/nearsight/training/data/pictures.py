@@ -5,7 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from hashlib import blake2b
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -13,6 +14,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ...errors import DataError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 SPLIT_SEED = 0
 TEST_SHARE = 0.2
@@ -31,8 +35,36 @@ class View:
     std: tuple[float, ...]
 
 
+class Seen(Dataset[tuple[Tensor, Tensor]]):
+    """The pictures of a split as a model with a certain view wants them."""
+
+    @property
+    def known(self) -> Tensor:
+        """The :func:`digest` of each picture that was decoded so far, by any process that loads for this object; or 0."""
+        raise NotImplementedError
+
+    def digests(self, indices: Tensor | None = None) -> Tensor:
+        """Those of all pictures, or of some, decoded for this where they were not before; 0 for what cannot be read."""
+        raise NotImplementedError
+
+
+def digest(picture: Image) -> int:
+    """A number from 1 to 2**63 - 1 for what a decoded picture shows: its mode, its size and its cells.
+
+    Two of n different pictures share one with a chance of about n**2 / 2**64.
+    """
+    state = blake2b(f"{picture.mode} {picture.width} {picture.height} ".encode(), digest_size=8)
+    state.update(picture.tobytes())
+    return (int.from_bytes(state.digest(), "big") >> 1) or 1
+
+
 class Split(Protocol):
     """One of the three parts of a data set."""
+
+    @property
+    def labels(self) -> Tensor | np.ndarray:
+        """The class of each picture."""
+        ...
 
     @property
     def workers(self) -> int:
@@ -45,7 +77,7 @@ class Split(Protocol):
         """All indices once, shuffled."""
         ...
 
-    def seen(self, view: View, training: bool, seed: int = 0, max_broken: int = MAX_BROKEN) -> Dataset:
+    def seen(self, view: View, training: bool, seed: int = 0, max_broken: int = MAX_BROKEN) -> Seen:
         """The pictures as a model with that view wants them: pairs of float32 (C, H, W) and label.
 
         Item ``epoch * len(split) + index`` is the picture at ``index`` as it is drawn in that epoch. Its random changes in

@@ -18,13 +18,13 @@ from glob import glob
 from io import BytesIO
 from itertools import takewhile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from ...errors import DataError, TrainingError
 from ..files import write_bytes
-from .pictures import Pictures
-from .stored import divided
+from .stored import Gather, divided
 
 INDEX_FILE = "nearsight-index.npz"
 CLASSES_FILE = "classes.txt"
@@ -56,7 +56,7 @@ class Shards:
         return self.files[self.index["shard"][index]]
 
 
-def load_shards(name: str) -> Pictures:
+def load_shards(name: str, gather: Gather = divided) -> Any:
     """``wds:PATH``: a folder of shards, or a pattern with braces or stars, as ``data/{train,val}-{000..127}.tar``.
 
     The words train, val (or validation) and test in a shard's name tell its split. A sample is an image and its label in a
@@ -72,7 +72,7 @@ def load_shards(name: str) -> Pictures:
     for part in dict.fromkeys(parts):
         chosen = part_of_shard[index["shard"]] == part
         albums[part] = Shards(files, {column: values[chosen] for column, values in index.items()})
-    return divided(name, _classes(files[0].parent / CLASSES_FILE, index["label"]), albums)
+    return gather(name, _classes(files[0].parent / CLASSES_FILE, index["label"]), albums)
 
 
 def _shards(pattern: str) -> list[Path]:

@@ -6,21 +6,22 @@ from __future__ import annotations
 import os
 import random
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from ...errors import DataError
-from .pictures import IGNORED, MAX_BROKEN, TEST_SHARE, VALIDATION_SHARE, Pictures, View, stratified
+from .pictures import IGNORED, MAX_BROKEN, TEST_SHARE, VALIDATION_SHARE, Pictures, Seen, Split, View, digest, stratified
 
 WINDOW = 16384  # images of neighbouring blocks that are shuffled among each other
+WORTH_WORKERS = 512  # images to decode, from which on processes of their own are worth starting
 
 
 class Album(Protocol):
@@ -44,6 +45,24 @@ class Album(Protocol):
     def fetch(self, index: int) -> str | bytes:
         """The file of a picture, or what is in it."""
         ...
+
+
+class Whole(NamedTuple):
+    """A data set as it is stored, its parts not divided any further."""
+
+    name: str
+    classes: tuple[str, ...]
+    splits: tuple[Split, ...]
+
+
+Gather = Callable[
+    [str, tuple[str, ...], Mapping[str, Album]], Any
+]  # name, classes and parts: what becomes of a data set
+
+
+def whole(name: str, classes: tuple[str, ...], albums: Mapping[str, Album]) -> Whole:
+    """All pictures of a data set: a few new ones can be measured, though they are too few to be split."""
+    return Whole(name, classes, tuple(StoredSplit(album, np.arange(len(album.labels))) for album in albums.values()))
 
 
 def divided(name: str, classes: tuple[str, ...], albums: Mapping[str, Album]) -> Pictures:
@@ -88,8 +107,12 @@ class StoredSplit:
     def __len__(self) -> int:
         return len(self.chosen)
 
+    @property
+    def labels(self) -> np.ndarray:
+        return self.album.labels[self.chosen]
+
     def divide(self, share: float) -> tuple[StoredSplit, StoredSplit]:
-        larger, smaller = stratified(self.album.labels[self.chosen], share)
+        larger, smaller = stratified(self.labels, share)
         return replace(self, chosen=self.chosen[larger]), replace(self, chosen=self.chosen[smaller])
 
     def order(self, generator: torch.Generator) -> Tensor:
@@ -104,15 +127,16 @@ class StoredSplit:
         shuffles = (torch.randperm(len(window), generator=generator, device=generator.device) for window in windows)
         return torch.cat([window[shuffle] for window, shuffle in zip(windows, shuffles, strict=True)])
 
-    def seen(self, view: View, training: bool, seed: int = 0, max_broken: int = MAX_BROKEN) -> Dataset:
+    def seen(self, view: View, training: bool, seed: int = 0, max_broken: int = MAX_BROKEN) -> Seen:
         return SeenPictures(self, view, training, seed, max_broken)
 
 
-class SeenPictures(Dataset):
+class SeenPictures(Seen):
     """The pictures of a split, decoded and, in training, changed at random by timm's transforms.
 
     One that cannot be read is skipped: in training the next one takes its place, otherwise it does not count. More than
-    ``max_broken`` of them are an error. All processes that load for this object share the list of them.
+    ``max_broken`` of them are an error. All processes that load for this object share the list of them, and the digests of
+    those that were read.
     """
 
     def __init__(self, split: StoredSplit, view: View, training: bool, seed: int, max_broken: int) -> None:
@@ -120,6 +144,7 @@ class SeenPictures(Dataset):
 
         self.split, self.view, self.training, self.seed, self.max_broken = split, view, training, seed, max_broken
         self.unreadable = torch.zeros(len(split), dtype=torch.bool, device="cpu").share_memory_()
+        self.read = torch.zeros(len(split), dtype=torch.int64, device="cpu").share_memory_()
         self.transform: Any = create_transform(
             (view.channels, view.size, view.size),
             is_training=training,
@@ -155,11 +180,26 @@ class SeenPictures(Dataset):
         """The names of the pictures that could not be read so far."""
         return [self.name(index) for index in self.unreadable.nonzero().flatten().tolist()]
 
+    @property
+    def known(self) -> Tensor:
+        return self.read
+
+    def digests(self, indices: Tensor | None = None) -> Tensor:
+        chosen = torch.arange(len(self), device="cpu") if indices is None else indices
+        unread = chosen[(self.read[chosen] == 0) & ~self.unreadable[chosen]]
+        workers = self.split.workers if len(unread) >= WORTH_WORKERS else 0
+        for _ in DataLoader(_Opened(self), 64, sampler=unread.tolist(), num_workers=workers, collate_fn=len):
+            pass
+        return self.read[chosen]
+
     def _open(self, index: int) -> Any:
         if self.unreadable[index]:
             return None
         try:
-            return _decode(self.split.album.fetch(int(self.split.chosen[index])), self.view.channels)
+            image = _decode(self.split.album.fetch(int(self.split.chosen[index])), self.view.channels)
+            if not self.read[index]:
+                self.read[index] = digest(image)
+            return image
         except Exception as error:  # decoders raise what they like when bytes are damaged, struct.error included
             self.unreadable[index] = True
             names = self.broken()
@@ -170,6 +210,16 @@ class SeenPictures(Dataset):
                     f"more with --max-broken"
                 ) from error
             return None
+
+
+class _Opened(Dataset):
+    """Nothing but the decoding of pictures, which leaves their digests behind."""
+
+    def __init__(self, pictures: SeenPictures) -> None:
+        self.pictures = pictures
+
+    def __getitem__(self, index: int) -> None:
+        self.pictures._open(index)
 
 
 def warn_of_broken(data: Any, known: set[str] | None = None) -> None:
@@ -215,7 +265,7 @@ class Files:
         return self.paths[index]
 
 
-def load_folder(name: str) -> Pictures:
+def load_folder(name: str, gather: Gather = divided) -> Any:
     """``folder:PATH``: PATH/train with PATH/val and/or PATH/test, one folder per class inside; or these in PATH itself."""
     path = Path(name.partition(":")[2]).expanduser()
     if not path.is_dir():
@@ -223,7 +273,7 @@ def load_folder(name: str) -> Pictures:
     parts = [part for part in ("train", "val", "test") if (path / part).is_dir()]
     if "train" not in parts:
         classes, files = _class_folders(path)
-        return divided(name, tuple(classes), {"train": files})
+        return gather(name, tuple(classes), {"train": files})
     found = {part: _class_folders(path / part) for part in parts}
     classes = found["train"][0]
     for part, (others, _) in found.items():
@@ -232,7 +282,7 @@ def load_folder(name: str) -> Pictures:
             raise DataError(
                 f"{path / part} must hold the classes that train holds; these are in one only: {', '.join(odd)}"
             )
-    return divided(name, tuple(classes), {part: files for part, (_, files) in found.items()})
+    return gather(name, tuple(classes), {part: files for part, (_, files) in found.items()})
 
 
 def _class_folders(folder: Path) -> tuple[list[str], Files]:

@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which pictures a run was trained on: eight bytes of each beside its weights, whatever its file is called.
+
+The digest is of the picture as it is decoded, before it is cut or resized, so that it stays when a file is copied, renamed,
+put into another class's folder, a shard or a table, or saved anew without loss.
+"""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import DataError
+from .files import write_bytes
+
+TRAINED_FILE = "trained.npz"
+
+
+def write_trained(folder: Path, digests: np.ndarray) -> None:
+    """Note pictures by their digests, added to those that are noted already: a run may go on with other ones."""
+    noted = read_trained(folder)
+    everything = digests if noted is None else np.concatenate([noted, digests])
+    content = io.BytesIO()
+    np.savez(content, pictures=np.unique(everything[everything != 0]))
+    write_bytes(folder / TRAINED_FILE, content.getvalue())
+
+
+def read_trained(path: Path) -> np.ndarray | None:
+    """The digests, int64 and in their order, beside the weights of a run; None where nothing is noted.
+
+    Args:
+        path: the run's folder, or a file in it.
+
+    Raises:
+        DataError: the file is damaged.
+    """
+    file = (path if path.is_dir() else path.parent) / TRAINED_FILE
+    try:
+        with np.load(file, allow_pickle=False) as stored:
+            return stored["pictures"].astype(np.int64, casting="safe")
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile) as error:
+        raise DataError(
+            f"cannot read {file}, which tells the pictures that the run was trained on: {error}; remove it, and nothing "
+            "is known of them"
+        ) from error
+
+
+def told_overlap(path: Path, digests: np.ndarray) -> str:
+    """A line for a test whose pictures a run was trained on in part, as where a data set holds some twice; or nothing."""
+    noted = read_trained(path)
+    count = 0 if noted is None else int(np.isin(digests, noted).sum())
+    return f"note     {count} of the {len(digests)} test images are among those that were trained on\n" if count else ""
