@@ -9,21 +9,25 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 from nearsight.errors import TrainingError
+from nearsight.models.halonet import HaloNet
 from nearsight.training import files, task
-from nearsight.training.data import Dealer
+from nearsight.training.data import Dealer, View
 from nearsight.training.files import remove_leftovers, write_bytes
+from nearsight.training.optimizer import make_optimizer
 from nearsight.training.recipe import Recipe
 from nearsight.training.task import Classifier
 from nearsight.training.train import Interrupted, resume, train
-from nearsight.training.weights import read_checkpoint
+from nearsight.training.weights import Blueprint, read_checkpoint
 
 # All that draws or keeps something: mean of the weights, mixup, dropped paths, erased rectangles, workers that augment.
 STATEFUL = {"ema_decay": 0.9, "mixup": 0.4, "random_erasing": 0.3, "drop_path": 0.2, "accumulate": 2, "workers": 2}
@@ -275,3 +279,49 @@ def test_a_disk_that_fills_up_stops_the_run_and_the_last_checkpoint_goes_on(whol
     assert list(tmp_path.glob(".*")) == []
     resume(tmp_path)
     assert ends_alike(whole, tmp_path)
+
+
+def as_one(checkpoint, names):
+    """A checkpoint as of when layers held one ``qkv``; ``names`` are those of the optimiser's parameters, in order."""
+    weights, (state,) = checkpoint["state_dict"], checkpoint["optimizer_states"]
+    joined, places, groups = {}, {}, []
+    for name, weight in weights.items():
+        joined.setdefault(name.replace(".q.", ".qkv.").replace(".kv.", ".qkv."), []).append(weight)
+    for group in state["param_groups"]:
+        before = len(places)
+        for number in group["params"]:
+            places.setdefault(names[number].replace(".q.", ".qkv.").replace(".kv.", ".qkv."), []).append(number)
+        groups.append({**group, "params": list(range(before, len(places)))})
+    states = {
+        number: {
+            key: torch.cat([state["state"][one][key] for one in parts]) if value.ndim else value
+            for key, value in state["state"][parts[0]].items()
+        }
+        for number, parts in enumerate(places.values())
+    }
+    return {
+        "state_dict": {name: torch.cat(parts) if len(parts) > 1 else parts[0] for name, parts in joined.items()},
+        "optimizer_states": [{"state": states, "param_groups": groups}],
+    }
+
+
+def test_a_run_from_before_queries_were_projected_apart_goes_on():
+    """Weights, their mean and what the optimiser knows of each: nothing of it is lost or goes to another parameter."""
+    network = HaloNet((1, 1), widths=(8, 16), num_heads=2, block_size=4, halo_size=1, stem_width=8, num_classes=2)
+    recipe = Recipe(ema_decay=0.9).filled({"label_smoothing": 0.0, "lr": 0.1, "opt": "adamw", "weight_decay": 0.1})
+    blueprint = Blueprint("halo_h0", ("a", "b"), View(3, 16, (0.5,) * 3, (0.5,) * 3), "nothing")
+    then, now = (Classifier(deepcopy(network), nn.Identity(), blueprint, recipe) for _ in range(2))
+    optimizer = make_optimizer(then.model, recipe)
+    for _ in range(2):
+        then.model(torch.randn(4, 3, 16, 16)).square().sum().backward()
+        optimizer.step()
+    expected = {"state_dict": then.state_dict(), "optimizer_states": [optimizer.state_dict()]}
+    names = {parameter: name for name, parameter in then.model.named_parameters()}
+    old = as_one(expected, [names[parameter] for group in optimizer.param_groups for parameter in group["params"]])
+    assert len(old["optimizer_states"][0]["state"]) == len(names) - 2
+    assert "model.stages.0.0.spatial.qkv.weight" in old["state_dict"]
+    now.on_load_checkpoint(old)
+    now.load_state_dict(old["state_dict"])
+    torch.testing.assert_close(now.state_dict(), expected["state_dict"], rtol=0, atol=0)
+    torch.testing.assert_close(old["optimizer_states"], expected["optimizer_states"], rtol=0, atol=0)
+    make_optimizer(now.model, recipe).load_state_dict(old["optimizer_states"][0])

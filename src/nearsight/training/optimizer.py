@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
+from typing import Any
 
 import torch
 from timm.optim import create_optimizer_v2, param_groups_weight_decay
@@ -42,6 +44,42 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     assert recipe.weight_decay is not None
     groups = param_groups_weight_decay(model, recipe.weight_decay, no_weight_decay_list=tuple(undecayed(model)))
     return create_optimizer_v2(groups, opt=recipe.opt, lr=recipe.lr, weight_decay=recipe.weight_decay)
+
+
+def state_apart(
+    saved: dict[str, Any], optimizer: torch.optim.Optimizer, model: nn.Module, gone: Collection[str]
+) -> dict[str, Any]:
+    """An optimiser's state from a run whose layers held one ``qkv`` each, for those of a network that hold ``q`` and ``kv``.
+
+    Args:
+        saved: of ``optimizer.state_dict()`` then.
+        optimizer: of the network now, in groups like those then.
+        gone: the names of parameters that the network had then and has not now.
+    """
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    states, groups, count = {}, [], 0
+    for group, before in zip(optimizer.param_groups, saved["param_groups"], strict=True):
+        left, whole = iter(before["params"]), {}
+        for number, parameter in enumerate(group["params"], start=count):
+            layer, part, kind = ("", "", *names[parameter].rsplit(".", 2))[-3:]
+            joined, rows = f"{layer}.qkv.{kind}", slice(None)
+            if part == "q" and joined in gone:
+                old = whole[joined] = next(left)
+                rows = slice(len(parameter))
+            elif part == "kv" and joined in gone:
+                old, rows = whole[joined], slice(-len(parameter), None)
+            else:
+                old = next(left)
+            if old in saved["state"]:
+                state = saved["state"][old].items()
+                states[number] = {key: value[rows].clone() if _has_rows(value) else value for key, value in state}
+        groups.append({**before, "params": list(range(count, count + len(group["params"])))})
+        count += len(group["params"])
+    return {**saved, "state": states, "param_groups": groups}
+
+
+def _has_rows(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.ndim > 0
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, steps: int, warmup_share: float) -> CosineLRScheduler:

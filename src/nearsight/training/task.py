@@ -24,9 +24,9 @@ from ..errors import DataError, TrainingError
 from .data import IGNORED, Dealer, Pictures, RandomAffine, View, loader
 from .data.pictures import Split
 from .data.stored import seed_all
-from .optimizer import make_optimizer, make_schedule
+from .optimizer import make_optimizer, make_schedule, state_apart
 from .recipe import Recipe
-from .weights import KEY, RECIPE, Blueprint
+from .weights import KEY, PREFIX, RECIPE, Blueprint
 
 
 class Classifier(L.LightningModule):
@@ -148,6 +148,14 @@ class Classifier(L.LightningModule):
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
         scheduler.step_update(self.global_step)  # timm's schedules count updates themselves
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        before = {name.removeprefix(PREFIX) for name in checkpoint["state_dict"] if name.startswith(PREFIX)}
+        gone = before - self.model.state_dict().keys()
+        if gone:  # of an older version: the network adopts its weights, and the optimiser what belongs to them
+            optimizer = make_optimizer(self.model, self.recipe)
+            states = checkpoint["optimizer_states"]
+            checkpoint["optimizer_states"] = [state_apart(state, optimizer, self.model, gone) for state in states]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint[KEY] = self.blueprint.to_json()
