@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 
 from .errors import DataError, NearsightError, OptionError, TrainingError
 
-TRAIN_EXTRA = ("lightning", "torchmetrics", "jsonargparse", "sklearn", "matplotlib", "jinja2", "PIL", "rich")
+TRAIN_EXTRA = ("lightning", "torchmetrics", "jsonargparse", "sklearn", "scipy", "matplotlib", "jinja2", "PIL", "rich")
 
 OVERVIEW = """\
 Self-attention in the place of convolution: train, look, compare.
