@@ -15,7 +15,7 @@ WITH_DEV := $(VENV)/.installed-dev
 WORKERS := --numprocesses auto --maxprocesses 4 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test quick check format bench clean distclean
+.PHONY: help demo test quick check format bench clean distclean sound
 .NOTPARALLEL:
 
 help: ## show this list
@@ -58,13 +58,32 @@ clean: ## remove caches and build output
 distclean: clean ## remove .venv and the demo as well
 	rm -rf $(VENV) $(DEMO)
 
-$(WITH_TRAIN): $(INSTALLED_FROM) | $(BIN)/pip
+$(WITH_TRAIN): $(INSTALLED_FROM) | sound $(BIN)/pip
 	$(BIN)/python -m pip install --editable '.[train]'
 	@touch $@
 
-$(WITH_DEV): $(INSTALLED_FROM) | $(BIN)/pip
+$(WITH_DEV): $(INSTALLED_FROM) | sound $(BIN)/pip
 	$(BIN)/python -m pip install --editable '.[dev]'
 	@touch $(WITH_TRAIN) $@
+
+# A .venv holds the paths of its place and its Python: moved or copied with the checkout it runs the code of the other place or
+# nothing, and so it does after its Python was removed or replaced by a newer one.
+define SOUND
+import importlib.util, os, sys
+spec = importlib.util.find_spec("nearsight")
+if spec is None:
+    sys.exit(any(map(os.path.exists, ("$(WITH_TRAIN)", "$(WITH_DEV)"))))
+here = os.path.exists(spec.origin) and os.path.samefile(spec.origin, "src/nearsight/__init__.py")
+sys.exit(not here and not spec.origin.startswith(sys.prefix + os.sep))
+endef
+export SOUND
+
+sound:
+	@if [ -e $(VENV) ] && ! $(BIN)/python -I -c "$$SOUND" 2>/dev/null; then \
+		echo "$(VENV) does not belong to this place or to a Python that is still here:" \
+			"make distclean, then the same command sets it up anew"; \
+		exit 1; \
+	fi
 
 # The first Python that is new enough. An existing .venv that works is kept, however it was made.
 $(BIN)/pip:
