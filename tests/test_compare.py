@@ -2,7 +2,10 @@
 """Comparisons: the table against numbers worked out by hand, what they leave, and that they go on where they stopped."""
 
 import csv
+import html
+import json
 import os
+import shutil
 import signal
 import statistics
 import subprocess
@@ -12,17 +15,21 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
-from nearsight.errors import OptionError, TrainingError
+from nearsight.errors import DataError, OptionError, TrainingError
 from nearsight.models import create_model
 from nearsight.training import compare as comparison
-from nearsight.training import data
+from nearsight.training import compare_report, data
 from nearsight.training.compare import PRESETS, Stopped, _alone, compare, run_name
-from nearsight.training.compare_report import Spread, Table, common_accuracy, seconds_to
+from nearsight.training.compare_report import Spread, Table, common_accuracy, seconds_to, verdict
+from nearsight.training.evaluate import evaluate
 from nearsight.training.files import write_text
+from nearsight.training.intervals import tango, wilson
 from nearsight.training.measures import MEASURES_FILE, Measures, moved_by_a_pixel, read_measures
-from nearsight.training.recipe import Recipe
+from nearsight.training.recipe import Recipe, read_recipe
 from nearsight.training.train import train
+from nearsight.training.weights import load_model
 
 IN_A_PROCESS_OF_ITS_OWN = comparison._train  # which the fixture below replaces
 MODELS = ["sasa_nano", "sasa_nano,position=none"]
@@ -30,6 +37,7 @@ RECIPE = Recipe(epochs=2, batch_size=64, lr=0.01)
 COLUMNS = {
     *("accuracy", "accuracy_sd", "parameters", "flops", "train_images_per_second", "inference_images_per_second"),
     *("peak_memory", "equivariance_error", "seconds_per_epoch", "seconds_to_target", "target"),
+    *("size", "opt", "lr", "accuracy_low", "accuracy_high", "difference", "difference_low", "difference_high"),
 }
 
 
@@ -84,6 +92,50 @@ def test_the_csv_has_a_line_per_model_and_leaves_empty_what_there_is_not():
     assert set(lines[0]) >= COLUMNS
     assert lines[1]["accuracy_sd"] == ""
     assert [line["seed"] for line in csv.DictReader(table.runs_to_csv().splitlines())] == ["0", "1", "0"]
+
+
+def answered(model, seed, answers):
+    count = len(answers) - answers.count("-")
+    return replace(measured(model, seed, answers.count("1") / count), size=8, opt="adamw", lr=0.01, answers=answers)
+
+
+def table_of(answers):
+    """From model -> its answers, one text per seed."""
+    found = {(m, seed): answered(m, seed, one) for m, seeds in answers.items() for seed, one in enumerate(seeds)}
+    return Table.of({"": list(answers)}, found, {key: curve(0.5, 0.6, 0.7) for key in found})
+
+
+def test_differences_are_to_the_first_model_on_the_same_images_and_seeds():
+    table = table_of({"a": ["1111100000"] * 2, "b": ["1111111100", "11111100--"]})
+    a, b = table.rows
+    assert (a.accuracy_low, a.accuracy_high) == pytest.approx(wilson(0.5, 10)[1:])
+    assert a.difference is a.difference_low is a.difference_high is None
+    assert b.difference == pytest.approx(2 / 8)  # without the images that one of the runs could not read: 3 and 1 of 8
+    lines = list(csv.DictReader(table.runs_to_csv().splitlines()))
+    assert "answers" not in lines[0]
+    assert [line["difference"] for line in lines] == ["", "", "0.3", "0.125"]
+    assert float(lines[2]["difference_low"]) == pytest.approx(tango(3, 0, 10).low)
+
+
+@pytest.mark.parametrize(
+    ("answers", "undecided", "said"),
+    [
+        ({"a": ["1" * 30 + "0" * 7], "b": ["1" * 32 + "0" * 5]}, ["a"], "no model is known to be ahead"),
+        ({"a": ["1" * 37], "b": ["1" * 37]}, ["b"], "no model is known to be ahead"),
+        ({"a": ["1" * 20 + "0" * 17], "b": ["1" * 37]}, [], "b is ahead of all others (100.00%) with this one seed"),
+        ({"a": ["0" * 37] * 2, "b": ["1" * 37] * 2, "c": ["1" * 36 + "0"] * 2}, ["c"], "difference from c spans zero"),
+        ({"a": ["1" * 37]}, [], "a: 100.00%"),
+    ],
+)
+def test_a_model_is_ahead_only_where_no_interval_spans_zero(answers, undecided, said):
+    table = table_of(answers)
+    assert table.undecided == undecided
+    assert said in verdict(table)
+
+
+def test_runs_that_were_measured_on_other_images_are_not_held_against_each_other():
+    with pytest.raises(DataError, match=r"a .* b were|b and a were measured on 3 and 4 test images: delete"):
+        table_of({"a": ["111"], "b": ["1111"]})
 
 
 def test_an_answer_that_does_not_move_has_no_equivariance_error_and_one_that_does_has():
@@ -163,6 +215,106 @@ def test_the_measures_are_those_of_the_run(compared):
     assert 0 < found.equivariance_error < 2
 
 
+def test_the_answers_are_those_of_the_saved_network(compared):
+    output, table = compared
+    network, blueprint = load_model(output / "runs" / run_name("sasa_nano", 1))
+    test = data.load_pictures("digits").test
+    said = evaluate(network, data.loader(test.seen(blueprint.view, training=False), 128, 0))
+    found = table.measures["sasa_nano", 1]
+    assert found.answers == "".join("01"[right] for right in (said.predictions == said.labels).tolist())
+    assert (found.size, found.opt, found.lr) == (8, "adamw", 0.01)
+    page = (output / "compare.html").read_text()
+    assert "test images of 8 &times; 8 pixels" in page
+    assert "highest test accuracy</dt>" not in page
+    assert verdict(table)[1:] in html.unescape(page)
+
+
+def test_measures_of_before_are_measured_again(compared, monkeypatch):
+    output, table = compared
+    file = output / "runs" / run_name("sasa_nano", 0) / MEASURES_FILE
+    whole = file.read_text()
+    values = json.loads(whole)
+    file.write_text(
+        json.dumps({name: values[name] for name in values if name not in ("size", "opt", "lr", "answers", "digest")})
+    )
+    monkeypatch.setattr(comparison, "_train", None)
+    again = compare({"": MODELS}, RECIPE, 1, output)
+    assert again.measures["sasa_nano", 0].answers == table.measures["sasa_nano", 0].answers
+    file.write_text(whole)
+
+
+def noted_runs(monkeypatch):
+    """The recipes that a comparison trains by; nothing is trained."""
+    recipes = {}
+
+    def note(run, model, recipe, pictures, lock):
+        recipes[run.name] = recipe
+        return replace(answered(model, recipe.seed, "1100"), size=recipe.size, opt=recipe.opt, lr=recipe.lr)
+
+    monkeypatch.setattr(comparison, "_measured", note)
+    monkeypatch.setattr(comparison, "read_rows", lambda run: curve(0.5, 0.6, 0.7))
+    monkeypatch.setattr(compare_report, "charts", lambda table: {})
+    return recipes
+
+
+def folder_of(path, size):
+    for name in ("cat", "dog"):
+        (path / name).mkdir(parents=True)
+        for index in range(20):
+            Image.new("RGB", (size + 9, size), (index, 0, 0)).save(path / name / f"{index}.png")
+    return f"folder:{path}"
+
+
+def test_all_models_see_pictures_of_one_size_the_largest_of_theirs(tmp_path, monkeypatch, capsys):
+    recipes = noted_runs(monkeypatch)
+    models = ["sasa_nano", "test_resnet"]  # 32 and 160
+    photos = folder_of(tmp_path / "photos", 70)
+    compare({"": models}, Recipe(data=photos), 1, tmp_path / "a")
+    assert [recipe.size for recipe in recipes.values()] == [96, 96]  # 70 rounded up
+    said = capsys.readouterr().out
+    assert (
+        "all models train on pictures of 96x96 (sasa_nano is made for 32x32, test_resnet is made for 160x160)" in said
+    )
+    assert {line["size"] for line in rows(tmp_path / "a" / "table.csv")} == {"96"}
+    assert read_recipe(tmp_path / "a" / "compare.yaml").size == 96
+    compare({"": ["sasa_nano"]}, Recipe(data=photos), 1, tmp_path / "a")  # what the folder has, it keeps
+    assert recipes[run_name("sasa_nano", 0)].size == 96
+    compare({"": models}, Recipe(data=photos, size=40), 1, tmp_path / "b")
+    assert [recipe.size for recipe in recipes.values()] == [40, 40]
+    compare({"": models}, Recipe(data=photos, size="own"), 1, tmp_path / "c")
+    assert [recipe.size for recipe in recipes.values()] == [32, 160]
+    page = (tmp_path / "c" / "compare.html").read_text()
+    assert "32, 160" in page
+    assert "they did not see the same pixels" in page
+    with pytest.raises(OptionError, match=r"size is own in .*compare.yaml; received 64"):
+        compare({"": models}, Recipe(data=photos, size=64), 1, tmp_path / "c")
+
+
+def test_a_finished_run_of_another_size_is_not_put_into_the_table(compared, tmp_path):
+    run = tmp_path / "runs" / run_name("sasa_nano", 0)
+    shutil.copytree(compared[0] / "runs" / run_name("sasa_nano", 0), run)
+    with pytest.raises(OptionError, match="was trained on pictures of 8x8, and this comparison gives sasa_nano 12x12"):
+        compare({"": ["sasa_nano"]}, replace(RECIPE, size=12), 1, tmp_path)
+
+
+def test_a_model_may_have_its_own_learning_rate_and_optimiser(here_and_small, tmp_path, monkeypatch):
+    recipes = noted_runs(monkeypatch)
+    own = "conv_nano,lr=0.003,opt=sgd,stem_width=16,weight_decay=5e-4"
+    compare({"": ["sasa_nano", own]}, RECIPE, 1, tmp_path)
+    theirs, others = recipes[run_name(own, 0)], recipes[run_name("sasa_nano", 0)]
+    settings = (theirs.model, theirs.lr, theirs.opt, theirs.weight_decay)
+    assert settings == ("conv_nano,stem_width=16", 0.003, "sgd", 5e-4)
+    assert (others.model, others.lr, others.opt, others.weight_decay) == ("sasa_nano", 0.01, "adamw", 0.05)
+    assert [(line["model"], line["lr"], line["opt"]) for line in rows(tmp_path / "table.csv")] == [
+        ("sasa_nano", "0.01", "adamw"),
+        (own, "0.003", "sgd"),
+    ]
+    page = (tmp_path / "compare.html").read_text()
+    assert own in page
+    assert "sgd, lr 0.003" in page
+    assert "learning rate 0.01 unless a model has its own" in page
+
+
 def test_what_is_finished_is_not_trained_again_and_models_can_be_added(compared, monkeypatch):
     output, table = compared
     trained = []
@@ -203,6 +355,12 @@ def test_two_comparisons_do_not_work_in_one_folder(compared):
         ({"": ["sasa_nano"]}, 0, None, "seeds must be at least 1; received 0"),
         ({"": ["sasa_nano"]}, 1, 1.5, "target must be an accuracy above 0 and up to 1; received 1.5"),
         ({"": ["sasa_nan"]}, 1, None, "did you mean sasa_nano"),
+        ({"": ["sasa_nano,img_size=64"]}, 1, None, "give the size of the pictures as --size 64"),
+        ({"": ["sasa_nano", "sasa_nano,epochs=3"]}, 1, None, "epochs is no option of a network .* give --epochs"),
+        ({"": ["sasa_nano,lr=fast"]}, 1, None, "lr must be a number; received 'fast'"),
+        ({"": ["sasa_nano,opt=3"]}, 1, None, "opt must be a name; received 3"),
+        ({"": ["sasa_nano,opt=adamm"]}, 1, None, "opt must be an optimiser of timm; received 'adamm'"),
+        ({"": ["conv_nano,num_heads=2"]}, 1, None, "'conv_nano' has no attention, and so no num_heads"),
     ],
 )
 def test_mistakes_are_told_before_anything_is_trained(here_and_small, groups, seeds, target, message, tmp_path):

@@ -15,7 +15,7 @@ from torch.utils.data import ConcatDataset
 from webdataset import TarWriter
 
 from nearsight.errors import DataError, OptionError
-from nearsight.training.data import IGNORED, Dealer, RandomAffine, View, load_pictures, loader, warn_of_broken
+from nearsight.training.data import IGNORED, Dealer, RandomAffine, View, load_pictures, loader, stored, warn_of_broken
 from nearsight.training.data.arrays import _turned
 from nearsight.training.evaluate import evaluate
 from nearsight.training.recipe import Recipe
@@ -162,6 +162,52 @@ def test_a_folder_of_class_folders_is_split(tmp_path):
     image, label = pictures.test.seen(pictures.view(16), training=False)[0]
     assert image.shape == (3, 16, 16)
     assert label == 0
+
+
+@pytest.mark.parametrize(
+    ("sides", "made_for", "expected"),
+    [
+        ([70] * 40, 224, 96),
+        ([64] * 40, 224, 64),
+        ([10] * 40, 224, 32),
+        ([300] * 40, 224, 224),
+        ([70] * 40, 32, 32),
+        ([20] * 10 + [90] * 30, 224, 96),  # the median, not the mean
+    ],
+)
+def test_pictures_of_a_folder_come_at_the_models_size_or_at_their_own_if_that_is_smaller(
+    tmp_path, sides, made_for, expected
+):
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        for index, side in enumerate(sides):
+            Image.new("RGB", (side + 50, side) if index % 2 else (side, side + 50)).save(
+                tmp_path / name / f"{index}.png"
+            )
+    pictures = load_pictures(f"folder:{tmp_path}")
+    break_images(tmp_path, ["cat/0.png"])
+    assert pictures.fitting(made_for) == expected
+
+
+def test_only_headers_and_a_sample_of_many_are_read(tmp_path, monkeypatch):
+    write_folder(tmp_path)
+    pictures = load_pictures(f"folder:{tmp_path}")
+    opened = []
+    monkeypatch.setattr(stored, "SAMPLE", 7)
+    monkeypatch.setattr(stored.Files, "fetch", lambda self, index: opened.append(index) or self.paths[index])
+    monkeypatch.setattr(Image.Image, "load", None)  # what decodes
+    assert pictures.train.median_side() == 10
+    assert len(opened) == 7
+
+
+def test_pictures_in_memory_have_their_own_size_and_shifts_grow_with_them():
+    assert load_pictures("digits").fitting(224) == 8
+    dot = torch.zeros(64, 1, 32, 32)
+    dot[..., 14:18, 14:18] = 1
+    torch.manual_seed(0)
+    near = RandomAffine(shift=2, side=32)(dot)
+    torch.manual_seed(0)
+    torch.testing.assert_close(RandomAffine(shift=1, side=16)(dot), near)
 
 
 def test_a_folder_with_train_alone_is_split_too(tmp_path):

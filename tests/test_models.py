@@ -19,6 +19,7 @@ from torch import nn
 import nearsight as ns
 from nearsight.attention import native
 from nearsight.errors import OptionError
+from nearsight.models import input_size, made_for_size, parse_spec, refuse_ignored
 
 MODELS = ns.list_models()
 # At least one of every family and of every kind of block, with what makes it small.
@@ -325,3 +326,35 @@ def test_a_sasa_network_keeps_no_more_than_the_resnet_that_it_replaces():
     attention, convolution = (bytes_kept(ns.create_model(name)) for name in ("sasa_resnet50", "resnet50"))
     assert attention <= convolution
     assert bytes_kept(ns.create_model("sasa_resnet50", recompute_qkv=False)) > 1.1 * attention
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("conv_nano,kernel_size=3", "'conv_nano' has no attention, and so no kernel_size"),
+        ("conv_micro.untrained,value_ratio=1", "has no attention, and so no value_ratio"),
+        ("sasa_nano,attention_stages=[],position=none", "has no attention, and so no position"),
+        ("sasa_micro,stem=null", "option stem of model 'sasa_micro' is null, which leaves the default"),
+    ],
+)
+def test_options_that_would_change_nothing_are_refused(spec, message):
+    with pytest.raises(OptionError, match=message):
+        refuse_ignored(spec)
+
+
+def test_options_that_change_something_are_not_refused():
+    for spec in ("conv_nano,avg_down=true,widths=[8,8,8]", "sasa_nano,position=none", "sasa_nano,attention_stages=[2]"):
+        refuse_ignored(spec)
+
+
+def test_an_option_stands_once_in_a_name():
+    with pytest.raises(OptionError, match="each option once; received kernel_size twice"):
+        parse_spec("sasa_nano,kernel_size=3,position=none,kernel_size=5")
+
+
+def test_the_size_that_a_network_is_made_for():
+    sizes = {"sasa_nano": 32, "sasa_nano,img_size=[48,64]": 64, "resnet18": 224, "vit_tiny_patch16_224,img_size=96": 96}
+    assert {spec: input_size(spec) for spec in sizes} == sizes
+    assert [
+        made_for_size(spec) for spec in ("vit_tiny_patch16_224", "sasa_nano.untrained", "resnet18", "nat_mini")
+    ] == [*(True, True, False, False)]

@@ -384,6 +384,11 @@ def test_the_command_prints_json_or_csv(capsys, small_growth):
     assert small_growth == []
 
 
+def test_a_network_is_profiled_at_the_size_that_its_name_asks_for(capsys):
+    assert main(["profile", "sasa_nano,img_size=20", "--no-growth", "--json", "--rounds", "1"]) == 0
+    assert json.loads(capsys.readouterr().out)["input_size"] == [1, 3, 20, 20]
+
+
 def test_the_command_reads_a_run_s_folder(tmp_path, capsys):
     from nearsight.training.data import load_pictures
     from nearsight.training.weights import Blueprint, save_model

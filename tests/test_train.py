@@ -20,7 +20,8 @@ from nearsight.training.data import loader
 from nearsight.training.evaluate import evaluate
 from nearsight.training.recipe import Recipe, read_recipe
 from nearsight.training.task import Classifier
-from nearsight.training.train import Interrupted, default_output, resume, train
+from nearsight.training.train import Interrupted, default_output, image_size, resume, train
+from nearsight.training.weights import RECIPE as RECIPE_KEY
 from nearsight.training.weights import load_model, read_checkpoint
 
 FILES = {"config.yaml", "last.ckpt", "metrics.csv", "model.safetensors", "report.html", "timing.csv", "trained.npz"}
@@ -127,6 +128,59 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     checkpoint = read_checkpoint(tmp_path / "last.ckpt")
     assert all(torch.isfinite(tensor).all() for tensor in checkpoint["state_dict"].values())
     assert len(rows(tmp_path)) == 1
+
+
+def test_a_run_at_another_size_says_so_everywhere_and_is_measured_and_resumed_at_it(few_digits, tmp_path, capsys):
+    """Global attention keeps a table for every offset of the map: it is made for the size."""
+    name = "sasa_nano,kernel_size=global,depths=[1,1],widths=[8,8],num_heads=2,lr=0.002"
+    recipe = Recipe(model=name, size=13, epochs=1, batch_size=64, lr=0.5)
+    found = train(recipe, tmp_path)
+    assert "13x13x1 (scaled from 8x8)" in capsys.readouterr().out
+    kept = read_recipe(tmp_path / "config.yaml")
+    assert (kept.size, kept.lr, kept.model) == (13, 0.002, name.removesuffix(",lr=0.002"))
+    assert "13 &times; 13 pixels" in (tmp_path / "report.html").read_text()
+    model, blueprint = load_model(tmp_path)
+    assert (blueprint.view.size, blueprint.img_size) == (13, 13)
+    test = data.load_pictures("digits").test
+    again = evaluate(model, loader(test.seen(blueprint.view, training=False), 64, 0))
+    assert again.accuracy == found.evaluation.accuracy
+    assert any(2 * 13 - 1 in table.shape for table in model.parameters())
+    # The command that began it goes on, and so does one whose config does not name the size yet.
+    config = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    config.pop("size")
+    checkpoint = read_checkpoint(tmp_path / "last.ckpt")
+    checkpoint[RECIPE_KEY].pop("size")
+    torch.save(checkpoint, tmp_path / "last.ckpt")
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    resumed = resume(tmp_path, {"model": name, "size": 13, "lr": 0.5})
+    assert (resumed.recipe.size, resumed.recipe.lr) == (13, 0.002)
+    with pytest.raises(OptionError, match=r"size is 13 in .*received 8"):
+        resume(tmp_path, {"size": 8})
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ({"size": 0}, "size must be at least 1; received 0"),
+        ({"size": "large"}, "size must be a whole number of pixels or own; received 'large'"),
+        ({"size": True}, "size must be a whole number"),
+        ({"model": "sasa_nano,img_size=64"}, "leave it out of .* --size 64"),
+        ({"model": "vit_micro,img_size=64"}, "leave it out of .* --size 64"),
+        ({"model": "vit_micro", "size": 3}, "cannot take 3x3 images: .*; --size trains it on others"),
+        ({"model": "sasa_nano,seed=3"}, "give --seed"),
+        ({"model": "sasa_nano,drop-path=0.1"}, "give --drop-path"),
+    ],
+)
+def test_sizes_and_options_that_cannot_be_are_refused_before_anything_is_written(recipe, message, tmp_path):
+    with pytest.raises(OptionError, match=message):
+        train(Recipe(**{"epochs": 1, **recipe}), tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_size_may_be_the_models_own(few_digits):
+    pictures = data.load_pictures("digits")
+    sizes = [image_size(Recipe(model="vit_micro", size=size), pictures) for size in (None, "own", 20)]
+    assert sizes == [8, 32, 20]
 
 
 def test_resume_refuses_other_settings_and_a_folder_without_a_checkpoint(run, tmp_path):

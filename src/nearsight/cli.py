@@ -54,7 +54,7 @@ examples:
   nearsight train --data folder:~/photos --epochs 20         one folder of images per class
   nearsight train --model sasa_micro,kernel_size=5 --data wds:~/shards --devices 2
   nearsight train --config recipes/fashion_mnist.yaml
-  nearsight train --model resnet18 --data cifar10 --download
+  nearsight train --model resnet18 --data cifar10 --size 64 --download
   nearsight train --resume --output runs/sasa_nano-digits    go on after an interruption
   nearsight train --config runs/a/config.yaml --seed 1 --output runs/b
 
@@ -73,6 +73,7 @@ COMPARE_EXAMPLES = """\
 examples:
   nearsight compare --models sasa_nano conv_nano --data digits --seeds 3 --output runs/twins
   nearsight compare --models sasa_micro "sasa_micro,kernel_size=3" --config recipe.yaml --output runs/kernels
+  nearsight compare --models sasa_micro "conv_micro,lr=0.003,opt=sgd" --size 64 --output runs/own-rates
   nearsight compare --preset article --data fashion-mnist --seeds 3 --output runs/article
 
 Stopped at any moment, the same command goes on; models and seeds can be added. The output folder then holds table.csv,
@@ -491,7 +492,7 @@ def _taking(model: str, view: Any) -> Iterator[None]:
 def _model_and_view(name: str, size: int | None) -> tuple[Any, Any, Sequence[str] | None, str, str]:
     """A model, its view of pictures, its classes, and a title and a sentence that say what it is."""
     from .inspect.explore import view_of
-    from .models import create_model
+    from .models import create_model, input_size, parse_spec
     from .training.data import View
     from .training.weights import load_model
 
@@ -503,6 +504,7 @@ def _model_and_view(name: str, size: int | None) -> tuple[Any, Any, Sequence[str
     else:
         model = create_model(name)
         view, classes, title = View(**view_of(model)), None, name
+        view = replace(view, size=input_size(name)) if "img_size" in parse_spec(name)[1] else view
         subtitle = "Made by its name, with the weights that it starts with."
     return model.eval(), replace(view, size=size or view.size), classes, title, subtitle
 

@@ -8,13 +8,13 @@ from difflib import get_close_matches
 from typing import Any
 
 import timm
-from timm.models import register_notrace_module
+from timm.models import get_pretrained_cfg, model_entrypoint, register_notrace_module
 from torch import nn
 
 from ..errors import OptionError
 from ..layers import AttentionStem2d, GlobalSelfAttention2d, HaloSelfAttention2d, LocalSelfAttention2d
 from ..projection import PatchProjection2d
-from . import halonet, nat, sasa, twins  # twins registers what is held against them  # noqa: F401
+from . import halonet, nat, sasa, twins
 from .flops import count_flops
 from .spec import ELSEWHERE, check_stored_spec, is_plain, parse_spec, stored_spec
 
@@ -23,9 +23,13 @@ __all__ = [
     "check_stored_spec",
     "count_flops",
     "create_model",
+    "input_size",
     "is_plain",
     "list_models",
+    "made_for_size",
     "parse_spec",
+    "pretrained_value",
+    "refuse_ignored",
     "stored_spec",
 ]
 
@@ -89,3 +93,51 @@ def create_model(name: str, **kwargs: Any) -> nn.Module:
         if unknown and unknown[1] in options:
             raise OptionError(f"model {name!r} has no option {unknown[1]!r}; received {options}") from error
         raise
+
+
+def input_size(spec: str) -> int:
+    """The side of the pictures that a network is made for: its option ``img_size``, else what its family says.
+
+    Example:
+        >>> input_size("sasa_nano"), input_size("resnet18"), input_size("vit_tiny_patch16_224,img_size=96")
+        (32, 224, 96)
+    """
+    asked = parse_spec(spec)[1].get("img_size")
+    if asked is not None:
+        return asked[-1] if isinstance(asked, (list, tuple)) else asked
+    return (pretrained_value(spec, "input_size") or (3, 224, 224))[-1]
+
+
+def made_for_size(spec: str) -> bool:
+    """Whether a network is built for pictures of one size, which its option ``img_size`` then says.
+
+    It can take no other, as timm's transformers, or keeps tables for it, as ours of global attention and learned positions.
+
+    Example:
+        >>> made_for_size("vit_tiny_patch16_224"), made_for_size("sasa_nano"), made_for_size("resnet18")
+        (True, True, False)
+    """
+    name = timm.models.split_model_name_tag(parse_spec(spec)[0])[0]
+    ours = timm.is_model(name) and model_entrypoint(name).__module__ in (sasa.__name__, twins.__name__)
+    return ours or bool(pretrained_value(spec, "fixed_input_size"))
+
+
+def pretrained_value(spec: str, name: str) -> Any:
+    """What timm knows of a network before it is built; None for one without such an entry."""
+    return getattr(get_pretrained_cfg(parse_spec(spec)[0]), name, None)
+
+
+def refuse_ignored(spec: str) -> None:
+    """Refuse an option in a network's name that would be taken without a word and change nothing.
+
+    Raises:
+        OptionError: an option of attention for a network without any; one that is null, which timm drops.
+    """
+    name, options = parse_spec(spec)
+    null = [option for option, value in options.items() if value is None]
+    if null:
+        raise OptionError(f"option {null[0]} of model {name!r} is null, which leaves the default: leave it out")
+    attends = name.partition(".")[0] not in twins.CONVOLUTIONAL and options.get("attention_stages", True) != []
+    useless = sorted(options.keys() & sasa.OF_ATTENTION)
+    if not attends and useless:
+        raise OptionError(f"model {name!r} has no attention, and so no {useless[0]}: leave it out; received {spec!r}")

@@ -28,6 +28,11 @@ __all__ = [
     "sasa_resnet50",
 ]
 
+# What a network of convolutions (``attention_stages=()``) has no use for.
+OF_ATTENTION = {
+    *("content", "downsample", "img_size", "kernel_size", "num_heads", "position", "post_attn_act", "post_attn_norm"),
+    *("qk_ratio", "recompute_qkv", "scale", "value_ratio"),
+}
 NANO = {
     "depths": (1, 2, 1),
     "widths": (16, 32, 48),

@@ -60,6 +60,9 @@ def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
         complete = False
     if not complete:
         raise OptionError(f"a model is written NAME,option=value,option=value; received {spec!r}")
+    twice = [option for option in values if len(re.findall(rf"\b{re.escape(option)}\s*=", options)) > 1]
+    if twice:  # YAML takes the last one without a word
+        raise OptionError(f"a model has each option once; received {twice[0]} twice in {spec!r}")
     return name.strip(), values
 
 

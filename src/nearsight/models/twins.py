@@ -17,6 +17,8 @@ from .sasa import MICRO, NANO, SasaResNet
 
 __all__ = ["conv_micro", "conv_nano", "vit_micro"]
 
+CONVOLUTIONAL = ("conv_micro", "conv_nano")
+
 default_cfgs = generate_default_cfgs(
     {
         "conv_nano.untrained": config(32, 10),

@@ -31,7 +31,8 @@ def announcement(recipe: Recipe, pictures: Pictures, view: View, model: nn.Modul
     return "\n".join(
         (
             f"model    {recipe.model}, {sum(p.numel() for p in model.parameters()):,} parameters{_flops(model, shape)}",
-            f"data     {recipe.data}: {sizes}, {view.size}x{view.size}x{view.channels}, {len(pictures.classes)} classes",
+            f"data     {recipe.data}: {sizes}, {view.size}x{view.size}x{view.channels}{_scaled(pictures, view)}, "
+            f"{len(pictures.classes)} classes",
             f"recipe   {recipe.epochs} epochs of {steps} steps, batch {recipe.batch_size}, {recipe.opt}, "
             f"lr {recipe.lr:g}, seed {recipe.seed}, {_extras(recipe)}",
             f"device   {device}, {'one process' if recipe.processes == 1 else processes}, "
@@ -39,6 +40,11 @@ def announcement(recipe: Recipe, pictures: Pictures, view: View, model: nn.Modul
             f"output   {output}",
         )
     )
+
+
+def _scaled(pictures: Pictures, view: View) -> str:
+    """What the pictures were before they were brought to the size that the model sees."""
+    return "" if pictures.size in (None, view.size) else f" (scaled from {pictures.size}x{pictures.size})"
 
 
 def conclusion(evaluation: Evaluation, report: Path, seconds: float) -> str:

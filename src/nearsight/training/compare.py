@@ -25,14 +25,15 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 from ..errors import OptionError, TrainingError
+from ..models import input_size
 from .compare_report import Table, write_comparison
 from .data import Pictures, load_pictures
 from .files import make_folder, make_inner_folder, write_text
 from .measures import MEASURES_FILE, Measures, measure, read_measures, read_rows
-from .recipe import Recipe, read_recipe
+from .recipe import OWN_SIZE, Recipe, read_recipe
 from .report import REPORT_FILE
-from .train import MOVABLE
-from .weights import CHECKPOINT_FILE, Blueprint, input_size
+from .train import MOVABLE, image_size
+from .weights import CHECKPOINT_FILE, Blueprint
 
 RECIPE_FILE = "compare.yaml"
 COMMAND = Path(__file__).parents[1] / "start" / "nearsight_command.py"  # which says why it is not `python -m nearsight`
@@ -93,7 +94,8 @@ def compare(
 
     Args:
         groups: name -> models that belong together in table and plots; a model may be in several. One group may be "".
-        recipe: of every run; its model and seed are not used.
+        recipe: of every run; its model and seed are not used. A size of None takes the largest of the models' sizes for
+            all, ``"own"`` each model's. What a model's string sets of :data:`.recipe.PER_MODEL` is that model's alone.
         seeds: how many; they are 0, 1, 2 ...
         output: the comparison's folder. Runs that are in it already are not trained again.
         target: the validation accuracy whose time is taken; None takes the highest that every run reached.
@@ -115,8 +117,13 @@ def compare(
     pictures = load_pictures(recipe.data, recipe.data_root, download)
     recipe = recipe.filled(pictures.defaults)
     models = list(dict.fromkeys(model for models in groups.values() for model in models))
-    for model in models:
-        Blueprint(model, pictures.classes, pictures.view(input_size(model)), recipe.data).build()
+    alone = {model: replace(recipe, model=model).settled() for model in models}
+    recipe = replace(recipe, size=_size(recipe, alone, pictures, output / RECIPE_FILE))
+    alone = {model: replace(one, size=recipe.size) for model, one in alone.items()}
+    alone = {model: replace(one, size=image_size(one, pictures)) for model, one in alone.items()}
+    for one in alone.values():
+        Blueprint.of(one.model, pictures.classes, pictures.view(image_size(one, pictures)), one.data).build()
+    print(_told_sizes(recipe, alone), flush=True)
     # Seed by seed, so that a comparison that is looked at early has all models in it.
     runs = [(model, seed) for seed in range(seeds) for model in models]
     make_folder(output)
@@ -127,11 +134,27 @@ def compare(
         for place, (model, seed) in enumerate(runs, start=1):
             print(f"[{place}/{len(runs)}] {model}, seed {seed}", flush=True)
             run = output / "runs" / run_name(model, seed)
-            found[model, seed] = _measured(run, replace(recipe, model=model, seed=seed), pictures, lock)
+            found[model, seed] = _measured(run, model, replace(alone[model], seed=seed), pictures, lock)
         rows = {key: read_rows(output / "runs" / run_name(*key)) for key in runs}
         table = Table.of(groups, found, rows, target)
         write_comparison(output, table, recipe, pictures)
     return table
+
+
+def _size(recipe: Recipe, alone: Mapping[str, Recipe], pictures: Pictures, noted: Path) -> int | str:
+    """That of all runs: what was asked for, what the comparison in the folder has, or the largest of the models' sizes."""
+    known = read_recipe(noted).size if recipe.size is None and noted.is_file() else recipe.size
+    return known or max(image_size(one, pictures) for one in alone.values())
+
+
+def _told_sizes(recipe: Recipe, alone: Mapping[str, Recipe]) -> str:
+    if recipe.size == OWN_SIZE:
+        sizes = ", ".join(f"{model} {one.size}x{one.size}" for model, one in alone.items())
+        return f"size     each model trains on pictures of its own size: {sizes}"
+    made_for = {model: input_size(one.model) for model, one in alone.items()}
+    others = [f"{model} is made for {size}x{size}" for model, size in made_for.items() if size != recipe.size]
+    said = f"size     all models train on pictures of {recipe.size}x{recipe.size}"
+    return said + (f" ({', '.join(others)}); --size N takes another, --size {OWN_SIZE} each model's" if others else "")
 
 
 def run_name(model: str, seed: int) -> str:
@@ -158,14 +181,20 @@ def _check(groups: Mapping[str, Sequence[str]], seeds: int, target: float | None
 # ------------------------------------------------------------------------------------------------------------- one run
 
 
-def _measured(run: Path, recipe: Recipe, pictures: Pictures, lock: int) -> Measures:
+def _measured(run: Path, model: str, recipe: Recipe, pictures: Pictures, lock: int) -> Measures:
     """The numbers of a run, which is trained and measured as far as that has not been done."""
-    if (run / MEASURES_FILE).is_file():
-        return read_measures(run)
-    if not (run / REPORT_FILE).is_file():  # a run's last file
+    if not (run / MEASURES_FILE).is_file() and not (run / REPORT_FILE).is_file():  # a run's last files
         _train(run, recipe, lock)
-    assert recipe.batch_size is not None
-    return measure(run, recipe.model, recipe.seed, pictures, recipe.batch_size)
+    found = read_measures(run) if (run / MEASURES_FILE).is_file() else None
+    if found is None or not found.is_whole:
+        assert recipe.batch_size is not None
+        found = measure(run, model, recipe.seed, pictures, recipe.batch_size)
+    if found.size != recipe.size:
+        raise OptionError(
+            f"{run} was trained on pictures of {found.size}x{found.size}, and this comparison gives {model} "
+            f"{recipe.size}x{recipe.size}: name another --output, or give --size"
+        )
+    return found
 
 
 def _train(run: Path, recipe: Recipe, lock: int) -> None:

@@ -12,7 +12,10 @@ from pathlib import Path
 from statistics import fmean, median, stdev
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from ..bench.timing import setting
+from ..errors import DataError
 from ..inspect import draw
 from ..inspect.pages import render
 from ..inspect.plots import Chart, Series
@@ -20,6 +23,7 @@ from ..inspect.plots import draw as draw_charts
 from ..inspect.table import write_csv
 from .data import Pictures
 from .files import make_inner_folder, write_plot, write_text
+from .intervals import Interval, paired, wilson
 from .measures import Measures
 from .recipe import Recipe
 from .report import Picture
@@ -45,6 +49,9 @@ class Spread(NamedTuple):
 class Row:
     """A model, over all seeds: means, of what :mod:`.measures` defines for a run.
 
+    accuracy_low, accuracy_high: Wilson's interval of the mean, see :mod:`.intervals`. difference and its ends: of the
+    accuracy from that of the first model of the table, on the same images and seeds; None for that model itself. Both are
+    None where the runs' answers are not known.
     seconds_per_epoch: of the median epoch of each run. seconds: of all epochs. seconds_to_target: see
     :func:`seconds_to`; None if a seed does not reach it.
     """
@@ -52,7 +59,15 @@ class Row:
     group: str
     model: str
     seeds: int
+    size: int
+    opt: str
+    lr: float
     accuracy: Spread
+    accuracy_low: float | None
+    accuracy_high: float | None
+    difference: float | None
+    difference_low: float | None
+    difference_high: float | None
     parameters: int
     flops: int
     train_images_per_second: float
@@ -83,12 +98,15 @@ class Table:
     ) -> Table:
         """Put runs together; ``target`` None takes :func:`common_accuracy`."""
         target = common_accuracy(list(epochs.values())) if target is None else target
+        first = next(model for models in groups.values() for model in models)
         rows = []
         for group, models in groups.items():
             for model in models:
                 keys = [key for key in measures if key[0] == model]
                 times = [seconds_to(target, epochs[key], measures[key].seconds) for key in keys]
-                rows.append(_row(group, model, [measures[key] for key in keys], times))
+                accuracy = _accuracy([measures[key] for key in keys])
+                ahead = None if model == first else _difference(measures, model, first)
+                rows.append(_row(group, model, [measures[key] for key in keys], times, accuracy, ahead))
         return cls(rows, measures, epochs, target)
 
     def of_model(self, model: str) -> list[Epochs]:
@@ -106,8 +124,40 @@ class Table:
         return _csv(lines)
 
     def runs_to_csv(self) -> str:
-        """One line per run."""
-        return _csv([{**asdict(one), "seconds": sum(one.seconds)} for one in self.measures.values()])
+        """One line per run; its difference is from the first model's run with the same seed."""
+        return _csv(self.run_lines())
+
+    def run_lines(self) -> list[dict[str, Any]]:
+        """The values of :meth:`runs_to_csv`."""
+        lines = []
+        for one in self.measures.values():
+            values = {name: value for name, value in asdict(one).items() if name != "answers"}
+            ahead = None if one.model == self.first else _difference(self.measures, one.model, self.first, one.seed)
+            against = {"difference": None if ahead is None else ahead.value, **_ends("difference", ahead)}
+            lines.append({**values, "seconds": sum(one.seconds), **_ends("accuracy", _accuracy([one])), **against})
+        return lines
+
+    @property
+    def first(self) -> str:
+        """The model that the others are held against."""
+        return self.rows[0].model
+
+    @property
+    def undecided(self) -> list[str]:
+        """Models whose accuracy may be as high as that of the most accurate one, or higher; empty if that is ahead of all.
+
+        That the interval of a difference leaves out zero is asked of every other model, so that the more there are, the
+        harder it is to be ahead.
+        """
+        best = self.best.model
+        others = [model for model in dict.fromkeys(row.model for row in self.rows) if model != best]
+        found = {model: _difference(self.measures, best, model) for model in others}
+        return [model for model, ahead in found.items() if ahead is None or ahead.spans_zero]
+
+    @property
+    def best(self) -> Row:
+        """The row with the highest mean, which luck alone may have put there."""
+        return max(self.rows, key=lambda row: row.accuracy.mean)
 
 
 def common_accuracy(runs: Sequence[Epochs]) -> float:
@@ -121,13 +171,26 @@ def seconds_to(target: float, rows: Epochs, seconds: Sequence[float]) -> float |
     return next((time for row, time in zip(rows, times, strict=True) if row["val_accuracy"] >= target), None)
 
 
-def _row(group: str, model: str, runs: Sequence[Measures], times: Sequence[float | None]) -> Row:
+def _row(
+    group: str,
+    model: str,
+    runs: Sequence[Measures],
+    times: Sequence[float | None],
+    accuracy: Interval | None,
+    ahead: Interval | None,
+) -> Row:
     reached = [time for time in times if time is not None]
     return Row(
         group=group,
         model=model,
         seeds=len(runs),
+        size=runs[0].size,
+        opt=runs[0].opt,
+        lr=runs[0].lr,
         accuracy=Spread.of([run.accuracy for run in runs]),
+        **_ends("accuracy", accuracy),
+        difference=None if ahead is None else ahead.value,
+        **_ends("difference", ahead),
         parameters=runs[0].parameters,
         flops=runs[0].flops,
         train_images_per_second=fmean(run.train_images_per_second for run in runs),
@@ -138,6 +201,39 @@ def _row(group: str, model: str, runs: Sequence[Measures], times: Sequence[float
         seconds=fmean(sum(run.seconds) for run in runs),
         seconds_to_target=fmean(reached) if len(reached) == len(times) else None,
     )
+
+
+def _ends(name: str, interval: Interval | None) -> dict[str, Any]:
+    low, high = (None, None) if interval is None else (interval.low, interval.high)
+    return {f"{name}_low": low, f"{name}_high": high}
+
+
+def _accuracy(runs: Sequence[Measures]) -> Interval | None:
+    """Of the mean of a model's runs."""
+    images = [len(run.answers) - run.answers.count("-") for run in runs]
+    return wilson(fmean(run.accuracy for run in runs), min(images)) if all(images) else None
+
+
+def _difference(measures: Mapping[Key, Measures], model: str, other: str, seed: int | None = None) -> Interval | None:
+    """How far ``model`` is ahead of ``other``, with one seed or with all that both have.
+
+    Raises:
+        DataError: they were measured on other images.
+    """
+    seeds = [s for name, s in measures if name == model and (other, s) in measures and seed in (None, s)]
+    answers = [[measures[name, s].answers for s in seeds] for name in (model, other)]
+    lengths = {len(one) for both in answers for one in both}
+    if len(lengths) > 1:
+        raise DataError(
+            f"{model} and {other} were measured on {' and '.join(map(str, sorted(lengths)))} test images: delete the "
+            f"measures.json of their runs, and they are measured again"
+        )
+    if not seeds or lengths == {0}:
+        return None
+    said = [np.array([list(one) for one in both]) for both in answers]
+    read = np.all([(one != "-").all(0) for one in said], axis=0)
+    first, second = (one[:, read] == "1" for one in said)
+    return paired(first, second)
 
 
 # --------------------------------------------------------------------------------------------------------- the output
@@ -158,10 +254,14 @@ def write_comparison(output: Path, table: Table, recipe: Recipe, pictures: Pictu
     print(f"table    {output / TABLE_FILE}\npage     {output / PAGE_FILE}")
 
 
-def columns(target: float) -> dict[str, Callable[[Row], str]]:
+def columns(table: Table) -> dict[str, Callable[[Row], str]]:
     """Headings of the table for readers, and what stands under them."""
     return {
+        "image": lambda row: f"{row.size}x{row.size}",
+        "optimiser": lambda row: f"{row.opt}, lr {row.lr:g}",
         "test accuracy, %": lambda row: _plus_minus(row.accuracy, 100, "{:.2f}"),
+        "95 % interval": lambda row: _between(row.accuracy_low, row.accuracy_high, "{:.2f}"),
+        "points from the first": lambda row: _points(row.difference, row.difference_low, row.difference_high),
         "parameters": lambda row: f"{row.parameters:,}",
         "MFLOP": lambda row: f"{row.flops / 1e6:,.1f}",
         "training, images/s": lambda row: f"{row.train_images_per_second:,.0f}",
@@ -169,14 +269,17 @@ def columns(target: float) -> dict[str, Callable[[Row], str]]:
         "memory, MB": lambda row: f"{row.peak_memory / 1e6:,.0f}",
         "equivariance error": lambda row: _plus_minus(row.equivariance_error, 1, "{:.3f}"),
         "s per epoch": lambda row: f"{row.seconds_per_epoch:,.1f}",
-        f"s to {target:.1%}": lambda row: "-" if row.seconds_to_target is None else f"{row.seconds_to_target:,.0f}",
+        f"s to {table.target:.1%}": lambda row: (
+            "-" if row.seconds_to_target is None else f"{row.seconds_to_target:,.0f}"
+        ),
     }
 
 
 def charts(table: Table) -> dict[str, tuple[Chart, str]]:
     """File name -> what is drawn, and the sentence under it. A panel per group of models."""
-    bars = "Bars: one standard deviation over the seeds."
-    bands = "Mean over the seeds, and one standard deviation to either side."
+    several = table.rows[0].seeds > 1
+    bars = "Bars: one standard deviation over the seeds." if several else "One seed: others would lie elsewhere."
+    bands = "Mean over the seeds, and one standard deviation to either side." if several else "One seed."
     against = {
         "accuracy_parameters": ("parameters, millions", lambda row: row.parameters / 1e6),
         "accuracy_flops": ("MFLOP per image", lambda row: row.flops / 1e6),
@@ -235,12 +338,19 @@ def _page(table: Table, pictures: Sequence[Picture], recipe: Recipe, data: Pictu
         config="\n".join(f"{name}: {value}" for name, value in asdict(recipe).items() if value is not None),
         images={part: len(getattr(data, part)) for part in ("train", "validation", "test")},
         groups=groups,
-        columns=columns(table.target),
-        best=max(table.rows, key=lambda row: row.accuracy.mean),
+        columns=columns(table),
+        best=table.best,
+        undecided=table.undecided,
+        first=table.first,
+        sizes=sorted({row.size for row in table.rows}),
+        own=any(row.lr != recipe.lr or row.opt != recipe.opt for row in table.rows),
         models=len({row.model for row in table.rows}),
         seeds=table.rows[0].seeds,
         target=table.target,
-        runs=table.measures.values(),
+        verdict=verdict(table),
+        runs=table.run_lines(),
+        between=_between,
+        points=_points,
         pictures=pictures,
         machine=setting(),
     )
@@ -252,10 +362,10 @@ def _show(table: Table) -> None:
     from rich.markup import escape
     from rich.table import Table as Grid
 
-    shown = columns(table.target)
+    shown = columns(table)
     console = Console()
     if not console.is_terminal:
-        console.width = 200  # a file has no edge to break lines at
+        console.width = 240  # a file has no edge to break lines at
     for group in dict.fromkeys(row.group for row in table.rows):
         grid = Grid(title=group or None, title_justify="left", box=box.SIMPLE, pad_edge=False)
         grid.add_column("model", overflow="fold")
@@ -264,6 +374,29 @@ def _show(table: Table) -> None:
         for row in (row for row in table.rows if row.group == group):
             grid.add_row(escape(row.model), *(cell(row) for cell in shown.values()))
         console.print(grid)
+    print(verdict(table))
+
+
+def verdict(table: Table) -> str:
+    """Which model is ahead of all others, or that none is known to be."""
+    best, undecided = table.best, table.undecided
+    if len({row.model for row in table.rows}) == 1:
+        return f"{best.model}: {best.accuracy.mean:.2%}"
+    if undecided:
+        return (
+            f"no model is known to be ahead: {best.model} has the highest test accuracy ({best.accuracy.mean:.2%}), but the "
+            f"interval of its difference from {', '.join(undecided)} spans zero"
+        )
+    seeds = "" if best.seeds > 1 else " with this one seed, which says nothing about other seeds"
+    return f"{best.model} is ahead of all others ({best.accuracy.mean:.2%}){seeds}"
+
+
+def _between(low: float | None, high: float | None, form: str) -> str:
+    return "-" if low is None or high is None else f"{form.format(100 * low)} to {form.format(100 * high)}"
+
+
+def _points(difference: float | None, low: float | None, high: float | None) -> str:
+    return "-" if difference is None else f"{100 * difference:+.2f} ({_between(low, high, '{:+.2f}')})"
 
 
 def _plus_minus(spread: Spread, unit: float, form: str) -> str:

@@ -19,11 +19,11 @@ from ..convert import Report, convert
 from ..errors import DataError, NearsightError, OptionError, TrainingError
 from ..inspect.finite import why_not_finite
 from ..inspect.table import to_json
-from ..models import create_model, parse_spec
+from ..models import create_model, input_size, parse_spec
 from .data import View
 from .files import make_folder, write_text
 from .trained import TRAINED_FILE, read_trained, write_trained
-from .weights import WEIGHTS_FILE, Blueprint, check_sums, input_size, load_model, save_model
+from .weights import WEIGHTS_FILE, Blueprint, check_sums, load_model, save_model
 
 REPORT_FILE = "report.json"
 

@@ -9,6 +9,9 @@
     peak_memory                    largest resident memory of the training process, on a GPU the largest allocated: bytes
     equivariance_error             how much the answer changes when the picture moves by a pixel
     seconds                        of every epoch, validation and files included
+    size                           pixels per side of the pictures that it was trained and measured on
+    opt, lr                        optimiser and peak learning rate of its training
+    answers                        one character per test image, in order: 1 right, 0 wrong, - unreadable
 
 **Equivariance.** A class has no place, so an answer that moves with the picture is one that stays. With f the network from
 the picture to its logits and T one of the four translations of the torus by one pixel (what leaves on one side comes in on
@@ -40,10 +43,11 @@ from ..inspect.table import to_json
 from ..models import count_flops
 from .callbacks import METRICS_FILE, TIMING_FILE
 from .data import Pictures, loader
-from .evaluate import evaluate
+from .evaluate import Evaluation, evaluate
 from .files import write_text
 from .matching import classes_in
 from .trained import told_overlap
+from .recipe import CONFIG_FILE, read_recipe
 from .weights import load_model
 
 MEASURES_FILE = "measures.json"
@@ -70,6 +74,15 @@ class Measures:
     peak_memory: float
     equivariance_error: float
     seconds: tuple[float, ...]
+    size: int = 0  # from here on missing in files of before: see is_whole
+    opt: str = ""
+    lr: float = 0.0
+    answers: str = ""
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all of it was measured."""
+        return bool(self.answers)
 
 
 def measure(run: Path, model: str, seed: int, pictures: Pictures, batch_size: int) -> Measures:
@@ -86,6 +99,9 @@ def measure(run: Path, model: str, seed: int, pictures: Pictures, batch_size: in
     test = pictures.test.seen(view, training=False)
     batches = loader(test, batch_size, pictures.test.workers)
     result = evaluate(network, batches, classes_in(blueprint, run, pictures, [pictures.test]))
+    recipe = read_recipe(run / CONFIG_FILE)
+    assert recipe.lr is not None
+    assert recipe.opt is not None
     found = Measures(
         model=model,
         seed=seed,
@@ -94,6 +110,10 @@ def measure(run: Path, model: str, seed: int, pictures: Pictures, batch_size: in
         flops=flops,
         inference_images_per_second=_speed(network, next(iter(batches))[0].to(_device())),
         equivariance_error=moved_by_a_pixel(network, _first(batches, MOVED_IMAGES).to(_device())),
+        size=view.size,
+        opt=recipe.opt,
+        lr=recipe.lr,
+        answers=_answers(result, len(pictures.test)),
         **_of_training(run),
     )
     print(told_overlap(run, test.digests(result.places).numpy()), end="", flush=True)
@@ -150,6 +170,13 @@ def moved_by_a_pixel(network: nn.Module, images: Tensor) -> float:
     if not all(map(math.isfinite, errors)):
         raise TrainingError(f"the network's output is not finite when the picture moves by a pixel: errors {errors}")
     return max(errors)
+
+
+def _answers(evaluation: Evaluation, images: int) -> str:
+    answers = ["-"] * images
+    for place, right in zip(evaluation.places, evaluation.predictions == evaluation.labels, strict=True):
+        answers[int(place)] = "1" if right else "0"
+    return "".join(answers)
 
 
 def _of_training(run: Path) -> dict[str, Any]:

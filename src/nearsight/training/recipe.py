@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Container, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from difflib import get_close_matches
@@ -13,14 +14,19 @@ from typing import Any
 
 from ..errors import DataError, NearsightError, OptionError
 from ..files import read_text, read_yaml
-from ..models import check_stored_spec, stored_spec
+from ..models import check_stored_spec, parse_spec, refuse_ignored, stored_spec
+
+CONFIG_FILE = "config.yaml"  # in a run's folder
+OWN_SIZE = "own"  # the value of size that stands for what each model is made for
+# Settings that a model's string may carry, because one kind of layer needs them otherwise than another.
+PER_MODEL = ("lr", "opt", "weight_decay", "warmup_share", "clip_grad")
 
 
 def _option(default: Any, kind: Any, help: str, common: Any = None) -> Any:
     return field(default=default, metadata={"kind": kind, "help": help, "common": common})
 
 
-def _open(kind: type, help: str, common: Any = None) -> Any:
+def _open(kind: Any, help: str, common: Any = None) -> Any:
     """A setting that a data set may have its own default for; ``common`` is that of the data sets which have none."""
     return _option(None, kind, help, common)
 
@@ -41,6 +47,9 @@ class Recipe:
         "digits", str, "digits, mnist, [rotated-]fashion-mnist, cifar10, cifar100, folder:PATH, hf:NAME or wds:PATH"
     )
     data_root: str | None = _option(None, str, "folder that holds the data; else the usual places are searched")
+    size: int | str | None = _open(
+        int | str, "pixels per side that the pictures are brought to, or own: what the model is made for"
+    )
     epochs: int | None = _open(int, "passes over the training images")
     batch_size: int | None = _open(int, "images per step, over all devices")
     lr: float | None = _open(float, "peak learning rate")
@@ -73,6 +82,10 @@ class Recipe:
             _within(name, getattr(self, name), 0)
         for name in ("warmup_share", "label_smoothing", "random_erasing", "drop_path", "ema_decay"):
             _within(name, getattr(self, name), 0, 1)
+        if self.size != OWN_SIZE:
+            if self.size is not None and type(self.size) is not int:
+                raise OptionError(f"size must be a whole number of pixels or {OWN_SIZE}; received {self.size!r}")
+            _within("size", self.size, 1)
         _among("precision", self.precision, ("32", "bf16"))
         _among("strategy", self.strategy, ("ddp", "fsdp"))
         if self.seed >= 2**32:
@@ -103,6 +116,23 @@ class Recipe:
         values = {name: value for name, value in {**common, **defaults}.items() if getattr(self, name) is None}
         return replace(self, **values)
 
+    def settled(self) -> Recipe:
+        """The same recipe with the settings that ``model`` carries in their own places, where they win.
+
+        Raises:
+            OptionError: a setting that a model cannot have of its own, or one of another type; an option of the network that
+                would change nothing.
+
+        Example:
+            >>> recipe = Recipe(model="conv_nano,lr=0.003,opt=sgd,stem_width=16", lr=0.01).settled()
+            >>> recipe.model, recipe.lr, recipe.opt
+            ('conv_nano,stem_width=16', 0.003, 'sgd')
+        """
+        network, own = _split(self.model)
+        _check_own(self.model, own)
+        refuse_ignored(network)
+        return replace(self, model=network, **own)
+
     def to_yaml(self, stored: str | None = None) -> str:
         """Text that ``nearsight train --config`` reads back.
 
@@ -119,6 +149,37 @@ class Recipe:
 
 RERUN = "# Run it again: nearsight train --config THIS_FILE --output NEW_FOLDER"
 BEGAN = "# It began with weights from elsewhere, which no file may ask for"
+
+
+def _split(model: str) -> tuple[str, dict[str, Any]]:
+    """A model's string without the options that are settings of a run, and these; ``img_size`` is left to the network."""
+    names = {field.name for field in fields(Recipe)}
+    options = {name.replace("-", "_"): value for name, value in parse_spec(model)[1].items()}
+    own = {name: value for name, value in options.items() if name in names}
+    # Cut out of the text as it stands, at the commas before NAME=, so that the rest keeps its spelling.
+    name, *parts = re.split(r",(?=\s*[\w-]+\s*=)", model)
+    kept = [part for part in parts if part.partition("=")[0].strip().replace("-", "_") not in own]
+    return ",".join([name, *kept]), own
+
+
+def _check_own(model: str, own: Mapping[str, Any]) -> None:
+    options = parse_spec(model)[1]
+    if "img_size" in options:
+        raise OptionError(
+            f"img_size is no option of a network that is trained: leave it out of {model!r} and give the size of the "
+            f"pictures as --size {options['img_size']}"
+        )
+    for name, value in own.items():
+        if name not in PER_MODEL:
+            raise OptionError(
+                f"{name} is no option of a network but a setting of the run: leave it out of {model!r} and give "
+                f"--{name.replace('_', '-')}; what a model can have of its own is {', '.join(PER_MODEL)}"
+            )
+        kind = str if _KINDS[name][0] is str else (int, float)
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise OptionError(
+                f"{name} must be a {'name' if kind is str else 'number'}; received {value!r} in {model!r}"
+            )
 
 
 def read_recipe(path: Path, given: Container[str] = ()) -> Recipe:
@@ -155,7 +216,8 @@ def read_settings(path: Path, given: Container[str] = ()) -> dict[str, Any]:
         raise DataError(f"{path} must hold only {', '.join(sorted(_KINDS))}; it is damaged or no config of a run")
     try:
         if "model" in values and "model" not in given:
-            check_stored_spec(values["model"])
+            model = values["model"]
+            check_stored_spec(_split(model)[0] if isinstance(model, str) else model)
     except NearsightError as error:
         raise DataError(f"{path}: {error}; if you trust where the file comes from, type it: --model ...") from error
     if "data" not in given and str(values.get("data")).startswith("hf:"):

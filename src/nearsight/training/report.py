@@ -63,6 +63,7 @@ def write_report(
         version=version("nearsight"),
         recipe=recipe,
         config=recipe.to_yaml(blueprint.model),
+        size=blueprint.view.size,
         evaluation=evaluation,
         interval=_interval(evaluation),
         parameters=sum(parameter.numel() for parameter in model.parameters()),

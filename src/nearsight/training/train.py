@@ -12,7 +12,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,21 +25,20 @@ from torch import nn
 
 from ..errors import DataError, OptionError, TrainingError
 from ..files import read_text
-from ..models import ELSEWHERE, stored_spec
+from ..models import ELSEWHERE, input_size, stored_spec
 from .announce import announcement, conclusion
 from .batchnorm import synced_batch_norms
 from .callbacks import Forecast, Journal, StopTogether, WholeFiles
-from .data import load_pictures, loader
+from .data import Pictures, load_pictures, loader
 from .evaluate import Evaluation, evaluate
 from .files import make_folder, make_inner_folder, remove_leftovers, write_text
 from .matching import check_same_classes
-from .recipe import BEGAN, Recipe, read_recipe
+from .recipe import BEGAN, CONFIG_FILE, OWN_SIZE, Recipe, read_recipe
 from .report import REPORT_FILE, write_report
 from .task import Batches, Classifier
 from .trained import TRAINED_FILE, told_overlap
-from .weights import CHECKPOINT_FILE, KEY, RECIPE, WEIGHTS_FILE, Blueprint, input_size, read_checkpoint, save_model
+from .weights import CHECKPOINT_FILE, RECIPE, WEIGHTS_FILE, Blueprint, read_blueprint, read_checkpoint, save_model
 
-CONFIG_FILE = "config.yaml"
 TENSORBOARD_FOLDER = "tensorboard"
 # What may change when a run is resumed: where it runs and what it tells, not what it computes.
 MOVABLE = ("data_root", "devices", "nodes", "strategy", "workers", "max_broken", "tensorboard")
@@ -81,7 +80,7 @@ def train(recipe: Recipe, output: Path | None = None, *, download: bool = False)
     output = output or default_output(recipe)
     if _is_main_process() and any((output / file).exists() for file in (CHECKPOINT_FILE, WEIGHTS_FILE)):
         raise TrainingError(f"{output} holds a run already: continue it with --resume, or name another --output")
-    return _run(recipe, output, download=download)
+    return _run(recipe.settled(), output, download=download)
 
 
 def resume(output: Path, given: Mapping[str, Any] | None = None) -> Run:
@@ -99,19 +98,35 @@ def resume(output: Path, given: Mapping[str, Any] | None = None) -> Run:
     checkpoint = output / CHECKPOINT_FILE
     if not checkpoint.is_file():
         raise TrainingError(f"there is no checkpoint {checkpoint} to resume from; start the run without --resume")
-    given = given or {}
-    recipe = read_recipe(output / CONFIG_FILE, given)
+    noted = read_recipe(output / CONFIG_FILE, given or {})
+    stored = read_checkpoint(checkpoint)
+    begun = read_blueprint(stored, checkpoint)
+    kept = noted if noted.size is not None else replace(noted, size=begun.view.size)  # older configs do not name it
+    given = _asked(given or {}, kept)
     for name, value in given.items():
-        if name not in MOVABLE and not _is_same(name, value, recipe):
+        if name not in MOVABLE and not _is_same(name, value, kept):
             raise OptionError(
-                f"a resumed run keeps its settings: {name} is {getattr(recipe, name)} in {output / CONFIG_FILE}; "
+                f"a resumed run keeps its settings: {name} is {getattr(kept, name)} in {output / CONFIG_FILE}; "
                 f"received {value}"
             )
-    stored = read_checkpoint(checkpoint)
-    _check_unchanged(recipe, stored.get(RECIPE, {}), output / CONFIG_FILE)
-    begun = Blueprint.from_json(stored[KEY])
+    _check_unchanged(noted, stored.get(RECIPE, {}), output / CONFIG_FILE)
     # The weights are in the checkpoint: those that the run began with are not fetched again.
-    return _run(replace(recipe, **{**given, "model": stored_spec(recipe.model)}), output, checkpoint, begun=begun)
+    recipe = replace(kept, **{**given, "model": stored_spec(kept.model)})
+    return _run(recipe, output, checkpoint, begun=begun)
+
+
+def _asked(given: Mapping[str, Any], kept: Recipe) -> dict[str, Any]:
+    """What a resumed run is asked for, as its config would have it: the command that began it may be given again."""
+    if given.get("model", kept.model) == kept.model:
+        asked = dict(given)
+    else:
+        recipe = Recipe(**given).settled()
+        values = {field.name: getattr(recipe, field.name) for field in fields(recipe)}
+        asked = {field.name: values[field.name] for field in fields(recipe) if values[field.name] != field.default}
+        asked |= {name: values[name] for name in given}
+    if asked.get("size") == OWN_SIZE:
+        asked["size"] = input_size(kept.model)
+    return asked
 
 
 def _check_unchanged(recipe: Recipe, trained: Mapping[str, Any], config: Path) -> None:
@@ -129,6 +144,14 @@ def default_output(recipe: Recipe) -> Path:
     return Path("runs") / re.sub(r"[^\w.-]+", "_", f"{recipe.model}-{recipe.data}").strip("_")
 
 
+def image_size(recipe: Recipe, pictures: Pictures) -> int:
+    """Pixels per side of the pictures that a run with a single model trains on."""
+    if isinstance(recipe.size, int):
+        return recipe.size
+    made_for = input_size(recipe.model)
+    return made_for if recipe.size == OWN_SIZE else pictures.fitting(made_for)
+
+
 def _run(
     recipe: Recipe,
     output: Path,
@@ -138,13 +161,15 @@ def _run(
     download: bool = False,
 ) -> Run:
     pictures = load_pictures(recipe.data, recipe.data_root, download)
-    recipe = recipe.filled(pictures.defaults)
+    size = image_size(recipe, pictures)
+    recipe = replace(recipe.filled(pictures.defaults), size=size)
     assert recipe.batch_size is not None
     assert recipe.drop_path is not None
-    view = pictures.view(input_size(recipe.model))
-    blueprint = Blueprint(recipe.model, pictures.classes, view, recipe.data)
+    view = pictures.view(size)
+    blueprint = Blueprint.of(recipe.model, pictures.classes, view, recipe.data)
     if begun is not None:
         check_same_classes(begun, pictures)
+        blueprint = replace(blueprint, img_size=begun.img_size)
     L.seed_everything(recipe.seed, workers=True, verbose=False)
     # Channels last is the faster layout for convolutions and attention alike, and the images follow the weights.
     model = blueprint.build(recipe.drop_path).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]

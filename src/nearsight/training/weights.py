@@ -19,12 +19,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
 
 from ..convert import convert
 from ..errors import DataError, NearsightError, OptionError
-from ..models import check_stored_spec, create_model, is_plain, parse_spec, stored_spec
+from ..models import check_stored_spec, create_model, is_plain, made_for_size, parse_spec, pretrained_value, stored_spec
 from ..models.modes import evaluating
 from ..positions import UNNAMED_POSITION
 from .data import View
@@ -49,6 +48,12 @@ class Blueprint:
     view: View
     data: str
     converted: dict[str, Any] | None = None  # how, as keyword arguments of nearsight.convert
+    img_size: int | None = None  # the option of that name; None: that of the view, for networks that take no other size
+
+    @classmethod
+    def of(cls, model: str, classes: tuple[str, ...], view: View, data: str) -> Blueprint:
+        """Of a network that is to be trained: it is made for the size that it will see."""
+        return cls(model, classes, view, data, img_size=view.size if made_for_size(model) else None)
 
     def build(self, drop_path: float = 0.0) -> nn.Module:
         """The network, freshly initialised.
@@ -60,8 +65,9 @@ class Blueprint:
             OptionError: no such model, or one that cannot take pictures of this size; the message says why.
         """
         kwargs: dict[str, Any] = {"num_classes": len(self.classes), "in_chans": self.view.channels}
-        if _pretrained_value(self.model, "fixed_input_size"):
-            kwargs["img_size"] = self.view.size
+        if "img_size" not in parse_spec(self.model)[1]:
+            made_for = self.img_size or (self.view.size if pretrained_value(self.model, "fixed_input_size") else None)
+            kwargs |= {} if made_for is None else {"img_size": made_for}
         if drop_path:
             kwargs["drop_path_rate"] = drop_path
         size = self.view.size
@@ -76,7 +82,9 @@ class Blueprint:
             if "unexpected keyword argument 'drop_path_rate'" in str(error):
                 raise OptionError(f"model {self.model!r} has no paths to drop: leave --drop-path at 0") from error
             reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise OptionError(f"model {self.model!r} cannot take {size}x{size} images: {reason}") from error
+            raise OptionError(
+                f"model {self.model!r} cannot take {size}x{size} images: {reason}; --size trains it on others"
+            ) from error
         return model
 
     def kept(self, network: nn.Module) -> Blueprint:
@@ -113,17 +121,13 @@ class Blueprint:
         if not isinstance(self.data, str) or not _are_texts(self.classes):
             raise ValueError("its classes and its data must be texts")
         sizes, numbers = (self.view.channels, self.view.size), (*self.view.mean, *self.view.std)
+        sizes += () if self.img_size is None else (self.img_size,)
         if not all(type(size) is int and size > 0 for size in sizes) or not all(map(_is_number, numbers)):
             raise ValueError(f"its view must be of numbers; received {self.view}")
         options = {} if self.converted is None else {**self.converted}
         names = options.pop("names", [])  # of layers, with dots in them
         if not options.keys() <= CONVERTED or not is_plain(options) or not _are_texts(names):
             raise ValueError(f"it may be converted with {', '.join(sorted(CONVERTED))}; received {self.converted}")
-
-
-def input_size(model: str) -> int:
-    """The size of pictures that a model was designed for."""
-    return (_pretrained_value(model, "input_size") or (3, 224, 224))[-1]
 
 
 def save_model(path: Path, model: nn.Module, blueprint: Blueprint) -> None:
@@ -198,6 +202,18 @@ def _digest(blueprint: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
     return found.hexdigest()
 
 
+def read_blueprint(checkpoint: Mapping[str, Any], path: Path) -> Blueprint:
+    """That of the network in what :func:`read_checkpoint` has read.
+
+    Raises:
+        DataError: it does not say how its network is rebuilt.
+    """
+    try:
+        return Blueprint.from_json(checkpoint[KEY])
+    except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
+        raise DataError(f"{path} does not say how its network is rebuilt: {error}") from error
+
+
 def _weights_file(path: Path) -> Path:
     candidates = [path / WEIGHTS_FILE, path / CHECKPOINT_FILE] if path.is_dir() else [path]
     for file in candidates:
@@ -242,11 +258,6 @@ def _read_checkpoint_weights(path: Path) -> tuple[str, Mapping[str, Tensor]]:
     state = checkpoint["state_dict"]
     prefix = EMA if any(name.startswith(EMA) for name in state) else PREFIX
     return checkpoint[KEY], {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
-
-
-def _pretrained_value(model: str, name: str) -> Any:
-    """What timm knows of a model before it is built; None for a model without such an entry."""
-    return getattr(get_pretrained_cfg(parse_spec(model)[0]), name, None)
 
 
 @torch.no_grad()

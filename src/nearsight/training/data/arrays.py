@@ -39,6 +39,9 @@ class ArraySplit:
     def order(self, generator: torch.Generator) -> Tensor:
         return torch.randperm(len(self), generator=generator, device=generator.device)
 
+    def median_side(self) -> float:
+        return min(self.images.shape[-2:])
+
     def seen(self, view: View, training: bool, seed: int = 0, max_broken: int = MAX_BROKEN) -> Seen:
         return _SeenArrays(self.images, self.labels, view)
 
@@ -95,15 +98,18 @@ class RandomAffine(nn.Module):
     The edge is repeated outwards, so a black margin stays black.
 
     Args:
-        shift: largest shift, in pixels.
+        shift: largest shift, in pixels of pictures that are ``side`` wide.
         degrees: largest turn.
         scale: largest relative change of size.
         mirror: whether half of the pictures are mirrored.
+        side: None counts the shift in pixels of the pictures that come.
     """
 
-    def __init__(self, shift: float, degrees: float = 0.0, scale: float = 0.0, mirror: bool = False) -> None:
+    def __init__(
+        self, shift: float, degrees: float = 0.0, scale: float = 0.0, mirror: bool = False, side: int | None = None
+    ) -> None:
         super().__init__()
-        self.shift, self.degrees, self.scale, self.mirror = shift, degrees, scale, mirror
+        self.shift, self.degrees, self.scale, self.mirror, self.side = shift, degrees, scale, mirror, side
 
     def forward(self, images: Tensor, rows: Tensor | None = None, total: int | None = None) -> Tensor:
         """Change ``images`` as the ``rows`` of a batch of ``total`` would be, however that is dealt out; (B, C, H, W)."""
@@ -112,8 +118,8 @@ class RandomAffine(nn.Module):
         size = 1 + _uniform(n, self.scale, device)
         flip = 1 - 2 * torch.randint(0, 2, (n,), device=device) if self.mirror else 1
         height, width = images.shape[-2:]
-        right = _uniform(n, 2 * self.shift / width, device)  # affine_grid's coordinates run from -1 to 1
-        down = _uniform(n, 2 * self.shift / height, device)
+        right = _uniform(n, 2 * self.shift / (self.side or width), device)  # affine_grid's coordinates run from -1 to 1
+        down = _uniform(n, 2 * self.shift / (self.side or height), device)
         cos, sin = size * angle.cos(), size * angle.sin()
         matrices = torch.stack([torch.stack([flip * cos, -sin, right]), torch.stack([flip * sin, cos, down])])
         matrices = matrices.permute(2, 0, 1)
@@ -145,7 +151,7 @@ def _digits(name: str, root: str | None, download: bool) -> Pictures:
         mean=(0.305,),
         std=(0.376,),
         defaults={"epochs": 30, "batch_size": 64, "lr": 1e-2},
-        augment=RandomAffine(shift=0.25, degrees=10, scale=0.1),
+        augment=RandomAffine(shift=0.25, degrees=10, scale=0.1, side=8),
     )
 
 
@@ -224,7 +230,7 @@ def _cifar(
         mean=mean,
         std=std,
         defaults={"epochs": 60, "batch_size": 128, "lr": 3e-3},
-        augment=RandomAffine(shift=4, mirror=True),
+        augment=RandomAffine(shift=4, mirror=True, side=32),
     )
 
 
@@ -244,7 +250,7 @@ SOURCES: dict[str, Callable[[str, str | None, bool], Pictures]] = {
         classes=DIGITS,
         mean=(0.1307,),
         std=(0.3081,),
-        augment=RandomAffine(shift=2, degrees=10, scale=0.1),
+        augment=RandomAffine(shift=2, degrees=10, scale=0.1, side=28),
     ),
     "fashion-mnist": partial(
         _mnist,
@@ -252,7 +258,7 @@ SOURCES: dict[str, Callable[[str, str | None, bool], Pictures]] = {
         classes=GARMENTS,
         mean=(0.2860,),
         std=(0.3530,),
-        augment=RandomAffine(shift=2, mirror=True),
+        augment=RandomAffine(shift=2, mirror=True, side=28),
         lr=1.5e-3,
         random_erasing=0.25,
     ),
@@ -262,7 +268,7 @@ SOURCES: dict[str, Callable[[str, str | None, bool], Pictures]] = {
         classes=GARMENTS,
         mean=(0.2860,),
         std=(0.3530,),
-        augment=RandomAffine(shift=2, degrees=180, mirror=True),
+        augment=RandomAffine(shift=2, degrees=180, mirror=True, side=28),
         turned=True,
     ),
     "cifar10": partial(

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -23,6 +25,7 @@ TEST_SHARE = 0.2
 VALIDATION_SHARE = 0.1
 IGNORED = -1  # the label of what does not count: padding, and images that cannot be read
 MAX_BROKEN = 10
+SIZES = 32  # a multiple of which most networks halve to the end
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,10 @@ class Split(Protocol):
         """All indices once, shuffled."""
         ...
 
+    def median_side(self) -> float | None:
+        """Of the pictures' shorter sides, in pixels; None where none can be read."""
+        ...
+
     def seen(self, view: View, training: bool, seed: int = 0, max_broken: int = MAX_BROKEN) -> Seen:
         """The pictures as a model with that view wants them: pairs of float32 (C, H, W) and label.
 
@@ -96,7 +103,7 @@ class Pictures:
     validation: Split
     test: Split
     channels: int
-    size: int | None  # None: whatever the model asks for
+    size: int | None  # None: pictures of any sizes
     mean: tuple[float, ...]
     std: tuple[float, ...]
     defaults: dict[str, Any]
@@ -105,8 +112,23 @@ class Pictures:
     )  # of whole batches, for splits that do not change their pictures
 
     def view(self, size: int) -> View:
-        """How a model for these pictures sees them."""
-        return View(self.channels, self.size or size, self.mean, self.std)
+        """How a model that takes them at this size sees these pictures."""
+        return View(self.channels, size, self.mean, self.std)
+
+    def fitting(self, made_for: int) -> int:
+        """The size at which a model that was made for ``made_for`` pixels a side sees these pictures, unless told otherwise.
+
+        Their own where all have one. Else the model's, or the pictures' if that is smaller: the median of their shorter
+        sides, rounded up to a multiple of 32.
+        """
+        if self.size is not None:
+            return self.size
+        side = self._median_side
+        return made_for if side is None else min(made_for, SIZES * math.ceil(side / SIZES))
+
+    @cached_property
+    def _median_side(self) -> float | None:
+        return self.train.median_side()
 
 
 class Dealer(Sampler[int]):

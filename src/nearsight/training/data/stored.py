@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from ...errors import DataError
 from .pictures import IGNORED, MAX_BROKEN, TEST_SHARE, VALIDATION_SHARE, Pictures, Seen, Split, View, digest, stratified
 
+SAMPLE = 512  # pictures whose size is looked up
 WINDOW = 16384  # images of neighbouring blocks that are shuffled among each other
 WORTH_WORKERS = 512  # images to decode, from which on processes of their own are worth starting
 
@@ -126,6 +127,24 @@ class StoredSplit:
         windows = order.split(WINDOW)
         shuffles = (torch.randperm(len(window), generator=generator, device=generator.device) for window in windows)
         return torch.cat([window[shuffle] for window, shuffle in zip(windows, shuffles, strict=True)])
+
+    def median_side(self) -> float | None:
+        """Of all pictures, or of a sample evenly spread over many; only their headers are read."""
+        places = np.linspace(0, len(self) - 1, min(len(self), SAMPLE)).round().astype(int)
+        sides = [self._shorter_side(int(index)) for index in self.chosen[places]]
+        known = [side for side in sides if side is not None]
+        return float(np.median(known)) if known else None
+
+    def _shorter_side(self, index: int) -> int | None:
+        """None for a picture that cannot be read: training will name it."""
+        from PIL import Image
+
+        try:
+            source = self.album.fetch(index)
+            with Image.open(BytesIO(source) if isinstance(source, bytes) else source) as image:
+                return min(image.size)
+        except Exception:  # decoders raise what they like
+            return None
 
     def seen(self, view: View, training: bool, seed: int = 0, max_broken: int = MAX_BROKEN) -> Seen:
         return SeenPictures(self, view, training, seed, max_broken)
