@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How pip builds nearsight: scikit-build-core's hooks; where the kernel cannot be built, pure Python and the reason why.
+"""How pip builds nearsight: scikit-build-core's hooks; where the kernel cannot be built, pure Python and the reason.
 
-pip shows nothing of a build that ends well, so a kernel that was left out would be missed in silence. The reason and the
-log are kept in the metadata of the package, where `nearsight.backends()` and `nearsight info` find them.
+pip shows nothing of a build that ends well, so a kernel that was left out would be missed in silence. The reason and
+the log are kept in the metadata of the package, where `nearsight.backends()` and `nearsight info` find them.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def _build(hook: Callable[..., str], folder: str, settings: Settings | None, met
 
 
 def reason_in(log: str) -> str:
-    """What a build's log says of why it failed; "" where it says nothing. A compiler's own words come before CMake's."""
+    """What a build's log says of why it failed, or "". A compiler's own words come before CMake's."""
     if "No CMAKE_CXX_COMPILER could be found" in log:
         return "no C++17 compiler was found"
     said = re.search(r"\b(?:(?:fatal |internal compiler )?error: (.+)|(undefined reference to .+))$", log, re.MULTILINE)

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Refuses compiler flags that would make the library wrong where it runs. CMakeLists.txt takes them out; this catches what
-// comes another way, as from a compiler that adds them by itself.
+// Refuses compiler flags that would make the library wrong where it runs. CMakeLists.txt takes them out; this catches
+// what comes another way, as from a compiler that adds them by itself.
 
 #ifndef NEARSIGHT_FLAGS_H
 #define NEARSIGHT_FLAGS_H
