@@ -184,7 +184,7 @@ def compare(before: nn.Module, after: nn.Module, pictures: Pictures, report: Rep
 
 def measure(network: nn.Module, pictures: Pictures, corrupted: int) -> dict[str, Any]:
     """Correct answers on all clean test images, the accuracy on a part of them for every corruption, and the heads."""
-    images, labels = pictures.test.images.float() / 255, pictures.test.labels  # pyright: ignore
+    images, labels = pictures.test.images.float() / 255, torch.as_tensor(pictures.test.labels)  # pyright: ignore
     correct = int((logits(network, images, pictures).argmax(1) == labels).sum())
     part = torch.arange(0, len(labels), max(1, len(labels) // corrupted))
     shares: dict[str, dict[str, float]] = {}

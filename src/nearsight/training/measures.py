@@ -46,8 +46,8 @@ from .data import Pictures, loader
 from .evaluate import Evaluation, evaluate
 from .files import write_text
 from .matching import classes_in
-from .trained import told_overlap
 from .recipe import CONFIG_FILE, read_recipe
+from .trained import told_overlap
 from .weights import load_model
 
 MEASURES_FILE = "measures.json"
