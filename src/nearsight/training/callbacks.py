@@ -44,20 +44,22 @@ class Journal(L.Callback):
         self.timing: list[dict[str, float]] = []
         self.broken: set[str] = set()
         self.noted = False
-        self.begin = self.trained = 0.0
+        self.begin = self.trained = self.lr = 0.0
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.begin = time.perf_counter()
+
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        self.lr = trainer.optimizers[0].param_groups[0]["lr"]  # once the step is done it is that of the next one
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.trained = time.perf_counter()
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         epoch = trainer.current_epoch + 1
-        lr = trainer.optimizers[0].param_groups[0]["lr"]
         names = ("train_loss", "train_accuracy", "val_loss", "val_accuracy")
         values = {name: trainer.callback_metrics[name].item() for name in names}
-        self.rows.append({"epoch": epoch, "lr": lr, **values})
+        self.rows.append({"epoch": epoch, "lr": self.lr, **values})
         self.timing.append({"epoch": epoch, **self._timing(trainer)})
         for data in (trainer.train_dataloader.dataset, trainer.val_dataloaders.dataset):  # pyright: ignore
             warn_of_broken(data, self.broken)
@@ -97,11 +99,15 @@ class Journal(L.Callback):
 
 
 class Forecast(L.Callback):
-    """After the first batches: how long an epoch and the whole training will take."""
+    """After the first batches, or an epoch that has too few of them: how long an epoch and the whole training will take."""
 
     def __init__(self) -> None:
         self.begin: float | None = None
         self.told = False
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.begin = None  # between two epochs lies a validation
+        self.start = time.perf_counter()
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
         batches = int(trainer.num_training_batches)
@@ -114,10 +120,16 @@ class Forecast(L.Callback):
         elif index >= last:
             per_batch = (time.perf_counter() - self.begin) / (index - self.first)
             # A validation batch costs about a third of a training batch: there is no backward.
-            epoch = per_batch * (batches + sum(map(int, trainer.num_val_batches)) / 3)
-            left = trainer.max_epochs - trainer.current_epoch  # pyright: ignore[reportOptionalOperand]
-            print(f"time     about {_duration(epoch)} per epoch, {_duration(epoch * left)} in all", flush=True)
-            self.told = True
+            self._tell(trainer, per_batch * (batches + sum(map(int, trainer.num_val_batches)) / 3))
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not self.told and trainer.is_global_zero:
+            self._tell(trainer, time.perf_counter() - self.start)
+
+    def _tell(self, trainer: L.Trainer, epoch: float) -> None:
+        left = trainer.max_epochs - trainer.current_epoch  # pyright: ignore[reportOptionalOperand]
+        print(f"time     about {_duration(epoch)} per epoch, {_duration(epoch * left)} in all", flush=True)
+        self.told = True
 
 
 class StopTogether(L.Callback):

@@ -83,12 +83,18 @@ def _has_rows(value: Any) -> bool:
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, steps: int, warmup_share: float) -> CosineLRScheduler:
-    """Linear warm-up to the peak, then half a cosine down to a hundredth of it, over ``steps`` updates."""
+    """Linear warm-up to the peak, then half a cosine down to a hundredth of it, over ``steps`` updates.
+
+    lr(t) = final + (peak - final) * t / w                                        for the first w = ceil(share * steps)
+    lr(t) = final + (peak - final) * (1 + cos(pi * (t - w) / (steps - w))) / 2    for the others, the first at the peak
+    """
     final = FINAL_LR_SHARE * optimizer.defaults["lr"]
+    warmup = min(math.ceil(warmup_share * steps), steps - 1)
     return CosineLRScheduler(
         optimizer,
-        t_initial=steps,
-        warmup_t=math.ceil(warmup_share * steps),
+        t_initial=steps - warmup,
+        warmup_t=warmup,
+        warmup_prefix=True,
         warmup_lr_init=final,
         lr_min=final,
         t_in_epochs=False,

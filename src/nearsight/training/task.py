@@ -22,7 +22,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from ..errors import DataError, TrainingError
 from .data import IGNORED, Dealer, Pictures, RandomAffine, View, loader
-from .data.pictures import Split
+from .data.pictures import Split, hashed
 from .data.stored import seed_all
 from .optimizer import make_optimizer, make_schedule, state_apart
 from .recipe import Recipe
@@ -94,7 +94,7 @@ class Classifier(L.LightningModule):
         world = self.trainer.world_size
         size = self.recipe.batch_size // (world * self.recipe.accumulate)
         rows = self.global_rank + world * (part * size + torch.arange(len(images), device=images.device))
-        torch.manual_seed(self.recipe.seed + 1_000_003 * (self.global_step + 1))
+        torch.manual_seed(hashed(self.recipe.seed, self.global_step))
         if isinstance(self.augment, RandomAffine):
             images = self.augment(images, rows, self.recipe.batch_size)
         if self.erase is not None:

@@ -159,9 +159,14 @@ class Dealer(Sampler[int]):
             count = len(self.split)
             draws = [*range(count), *[-1] * (total - count)]
         else:
-            generator = torch.Generator().manual_seed(self.seed + self.epoch)
+            generator = torch.Generator().manual_seed(hashed(self.seed, self.epoch))
             draws = (self.epoch * len(self.split) + self.split.order(generator)[:total]).tolist()
         return iter(draws[self.rank :: self.world])
+
+
+def hashed(*numbers: int) -> int:
+    """A seed that follows from several numbers, so that no sum of them, as of seed and epoch, comes twice."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
 def loader(data: Dataset, batch_size: int, workers: int, sampler: Sampler | None = None) -> DataLoader:

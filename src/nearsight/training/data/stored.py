@@ -18,7 +18,19 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ...errors import DataError
-from .pictures import IGNORED, MAX_BROKEN, TEST_SHARE, VALIDATION_SHARE, Pictures, Seen, Split, View, digest, stratified
+from .pictures import (
+    IGNORED,
+    MAX_BROKEN,
+    TEST_SHARE,
+    VALIDATION_SHARE,
+    Pictures,
+    Seen,
+    Split,
+    View,
+    digest,
+    hashed,
+    stratified,
+)
 
 SAMPLE = 512  # pictures whose size is looked up
 WINDOW = 16384  # images of neighbouring blocks that are shuffled among each other
@@ -252,7 +264,7 @@ def warn_of_broken(data: Any, known: set[str] | None = None) -> None:
 
 def seed_all(*numbers: int) -> None:
     """Python's, NumPy's and PyTorch's random numbers from here on follow from these."""
-    state = int(np.random.SeedSequence(numbers).generate_state(1)[0])
+    state = hashed(*numbers)
     random.seed(state)
     np.random.seed(state)
     torch.manual_seed(state)
