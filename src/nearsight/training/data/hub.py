@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 
 from ...errors import DataError, TrainingError
-from .stored import Album, Gather, divided
-
-PARTS = {"train": "train", "validation": "val", "valid": "val", "val": "val", "dev": "val", "test": "test"}
+from .splits import parts_among, tell_unread
+from .stored import Gather, divided
 
 
 class Rows:
@@ -25,10 +24,16 @@ class Rows:
 
         self.table = table.cast_column(image, Image(decode=False))  # undecoded, so that a broken one can be named
         self.image, self.part = image, part
-        self.labels = np.array(table.select_columns(label).with_format("numpy")[:][label])
+        labels = table.select_columns(label).with_format("arrow")[:][label]
+        if labels.null_count:
+            raise DataError(
+                f"every row must have a label; {self.name(labels.is_null().to_pylist().index(True))} has none, and so "
+                f"{labels.null_count} of {len(labels)}: leave them out"
+            )
+        self.labels = labels.to_numpy()
 
     def name(self, index: int) -> str:
-        path = self.table[index][self.image]["path"]
+        path = (self.table[index][self.image] or {}).get("path")  # a row may have no picture
         return f"row {index} of {self.part}" + (f" ({path})" if path else "")
 
     def fetch(self, index: int) -> str | bytes:
@@ -54,14 +59,22 @@ def load_hub(name: str, gather: Gather = divided) -> Any:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise DataError(f"datasets cannot load {source}: {reason}") from error
 
-    tables = {PARTS[part]: table for part, table in found.items() if part in PARTS} if isinstance(found, dict) else {}
-    if not isinstance(found, dict):
-        tables = {"train": found}
-    if "train" not in tables:
-        raise DataError(f"{source} must have a split named train; it has {', '.join(found)}")
-    image, label = _columns(source, tables["train"].features)
-    albums = {part: Rows(table, image, label, part) for part, table in tables.items()}
-    return gather(name, _classes(source, tables["train"].features[label], albums), albums)
+    tables = found if isinstance(found, dict) else {"train": found}
+    parts = parts_among(tables, source)
+    if not parts:
+        raise DataError(f"{source} must have a split named train; it has {', '.join(tables)}")
+    tell_unread(set(tables) - set(parts.values()), parts.values(), source)
+    image, label = _columns(source, tables[parts["train"]].features)
+    features = {split: tables[split].features for split in parts.values()}
+    for split, columns in features.items():
+        missing = [column for column in (image, label) if column not in columns]
+        if missing:
+            raise DataError(
+                f"all splits of {source} must have the same columns; {split} lacks {missing[0]}, which {parts['train']} has"
+            )
+    albums = {part: Rows(tables[split], image, label, split) for part, split in parts.items()}
+    classes = _classes(source, {part: features[split][label] for part, split in parts.items()}, albums)
+    return gather(name, classes, albums)
 
 
 def _columns(source: str, features: Any) -> tuple[str, str]:
@@ -81,12 +94,43 @@ def _columns(source: str, features: Any) -> tuple[str, str]:
     return images[0], label[0]
 
 
-def _classes(source: str, feature: Any, albums: Mapping[str, Album]) -> tuple[str, ...]:
-    labels = np.concatenate([album.labels for album in albums.values()])
-    names = getattr(feature, "names", None) or [str(number) for number in range(int(labels.max()) + 1)]
-    if labels.min() < 0 or labels.max() >= len(names):
+def _classes(source: str, features: Mapping[str, Any], albums: Mapping[str, Rows]) -> tuple[str, ...]:
+    """The names of the classes, with the labels of every split numbered as train's names are.
+
+    Each split may have an order of its own. Whole numbers without names are the names.
+    """
+    named = {part: getattr(feature, "names", None) for part, feature in features.items()}
+    without = [albums[part].part for part, names in named.items() if names is None]
+    if without and len(without) < len(named):
         raise DataError(
-            f"the labels of {source} must be 0 to {len(names) - 1}; received {labels.min()} to {labels.max()}: is a "
-            f"split without labels among {', '.join(albums)}?"
+            f"all splits of {source} must name their classes or none; {', '.join(without)} does not: cast its labels to "
+            "the ClassLabel of the others"
         )
-    return tuple(names)
+    if without:
+        numbers = sorted({int(label) for album in albums.values() for label in np.unique(album.labels)})
+        names_of = {part: {number: str(number) for number in numbers if number >= 0} for part in albums}
+        classes = tuple(map(str, numbers))
+    else:
+        names_of = {part: dict(enumerate(names or ())) for part, names in named.items()}
+        classes = tuple(names_of["train"].values())
+    places = {name: place for place, name in enumerate(classes)}
+    for part, album in albums.items():
+        album.labels = _renumbered(source, album, names_of[part], places)
+    return classes
+
+
+def _renumbered(source: str, album: Rows, names: Mapping[int, str], places: Mapping[str, int]) -> np.ndarray:
+    numbers, inverse = np.unique(album.labels, return_inverse=True)
+    for number in numbers.tolist():
+        row = int((album.labels == number).argmax())
+        if number not in names:
+            raise DataError(
+                f"the labels of {source} must be 0 to {len(places) - 1}, or whole numbers from 0 where they have no names; "
+                f"received {number} in {album.name(row)}: is {album.part} a split without labels?"
+            )
+        if names[number] not in places:
+            raise DataError(
+                f"all splits of {source} must have the classes of train; {album.name(row)} is of the class "
+                f"{names[number]}, and train has {', '.join(places)}"
+            )
+    return np.array([places[names[number]] for number in numbers.tolist()], dtype=np.int64)[inverse]

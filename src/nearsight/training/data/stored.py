@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import random
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
@@ -31,6 +31,7 @@ from .pictures import (
     hashed,
     stratified,
 )
+from .splits import PARTS, parts_among, tell_unread
 
 SAMPLE = 512  # pictures whose size is looked up
 WINDOW = 16384  # images of neighbouring blocks that are shuffled among each other
@@ -297,23 +298,68 @@ class Files:
 
 
 def load_folder(name: str, gather: Gather = divided) -> Any:
-    """``folder:PATH``: PATH/train with PATH/val and/or PATH/test, one folder per class inside; or these in PATH itself."""
+    """``folder:PATH``: PATH/train with PATH/val and/or PATH/test, one folder per class inside; or these in PATH itself.
+
+    Splits go by any of their ``SPELLINGS``.
+    """
     path = Path(name.partition(":")[2]).expanduser()
     if not path.is_dir():
         raise DataError(f"there is no folder {path}; folder:PATH needs one with a folder of images per class")
-    parts = [part for part in ("train", "val", "test") if (path / part).is_dir()]
-    if "train" not in parts:
+    folders = sorted(entry.name for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    parts = parts_among(folders, str(path))
+    if not parts:
+        _check_not_splits(path, folders)
         classes, files = _class_folders(path)
         return gather(name, tuple(classes), {"train": files})
-    found = {part: _class_folders(path / part) for part in parts}
+    beside = [folder for folder in folders if folder not in parts.values()]
+    _check_not_classes(path, parts, beside)
+    found = {part: _class_folders(path / folder) for part, folder in parts.items()}
     classes = found["train"][0]
     for part, (others, _) in found.items():
         odd = sorted(set(others) ^ set(classes))
         if odd:
             raise DataError(
-                f"{path / part} must hold the classes that train holds; these are in one only: {', '.join(odd)}"
+                f"{path / parts[part]} must hold the classes that {parts['train']} holds; these are in one only: "
+                f"{', '.join(odd)}"
             )
+    tell_unread(beside, parts.values(), str(path))
     return gather(name, tuple(classes), {part: files for part, (_, files) in found.items()})
+
+
+def _check_not_classes(path: Path, parts: Mapping[str, str], beside: Sequence[str]) -> None:
+    """That no class folder lies beside the splits: one of a class that train has, or any where train is the only split."""
+    known = {entry.name.casefold() for entry in (path / parts["train"]).iterdir()}
+    classes = [
+        folder
+        for folder in beside
+        if (len(parts) == 1 or folder.casefold() in known) and _holds_pictures(path / folder)
+    ]
+    if classes:
+        splits = ", ".join(parts.values())
+        raise DataError(
+            f"{path} must hold either splits or classes; it has {splits} beside the class folders {', '.join(classes)}: "
+            f"move these elsewhere, or, where {splits} is a class, rename that"
+        )
+
+
+def _check_not_splits(path: Path, folders: Sequence[str]) -> None:
+    """That folders of folders are no splits of another name, as seg_train and seg_test; they would be taken for classes."""
+    alike = {
+        part: folder
+        for folder in folders
+        for word, part in PARTS.items()
+        if folder.casefold().startswith(word) or folder.casefold().endswith(word)
+        if not _holds_pictures(path / folder)
+    }
+    if len(alike) > 1:
+        named = ", ".join(sorted(set(alike.values())))
+        raise DataError(f"the splits of a folder must be named train, val and test; {path} has {named}: rename them")
+
+
+def _holds_pictures(folder: Path) -> bool:
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+
+    return any(entry.suffix.lower() in IMG_EXTENSIONS for entry in folder.iterdir() if entry.name[0] != ".")
 
 
 def _class_folders(folder: Path) -> tuple[list[str], Files]:

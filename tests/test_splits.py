@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Splits and classes as people store them: read right, or refused in one line that names what is wrong."""
+
+import io
+
+import datasets
+import numpy as np
+import pytest
+from PIL import Image
+
+from nearsight.errors import DataError
+from nearsight.training.data import load_pictures, load_whole
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch, tmp_path):
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    datasets.disable_progress_bars()
+    yield
+    datasets.enable_progress_bars()
+
+
+def picture(shade=0):
+    content = io.BytesIO()
+    Image.new("RGB", (4, 4), (shade, 0, 0)).save(content, "PNG")
+    return content.getvalue()
+
+
+def write_classes(folder, count, classes=("cat", "dog")):
+    for name in classes:
+        (folder / name).mkdir(parents=True)
+        for index in range(count):
+            (folder / name / f"{index}.png").write_bytes(picture(index))
+    return folder
+
+
+def table(labels, feature=None):
+    feature = feature or datasets.ClassLabel(names=["cat", "dog"])
+    rows = [{"bytes": picture(index), "path": None} for index in range(len(labels))]
+    features = datasets.Features({"image": datasets.Image(), "label": feature})
+    return datasets.Dataset.from_dict({"image": rows, "label": labels}, features=features)
+
+
+def hub(path, **splits):
+    datasets.DatasetDict(splits).save_to_disk(str(path))
+    return f"hf:{path}"
+
+
+def sizes(name):
+    pictures = load_pictures(name)
+    return [len(part) for part in (pictures.train, pictures.validation, pictures.test)]
+
+
+def named_labels(name):
+    """The names of the classes of all pictures, split by split in the order in which they are stored."""
+    whole = load_whole(name)
+    return [[whole.classes[label] for label in split.labels] for split in whole.splits]
+
+
+# -------------------------------------------------------------------------------------------------- names of splits
+
+
+@pytest.mark.parametrize(
+    ("train", "validation", "test"),
+    [
+        ("train", "val", "test"),
+        ("Train", "Valid", "Test"),
+        ("training", "validation", "testing"),
+        ("TRN", "DEV", "TEST"),
+    ],
+)
+def test_splits_are_known_by_any_spelling_in_folder_and_hub(tmp_path, train, validation, test, capsys):
+    for name, count in ((train, 7), (validation, 2), (test, 3)):
+        write_classes(tmp_path / "folder" / name, count)
+    assert sizes(f"folder:{tmp_path / 'folder'}") == [14, 4, 6]
+    splits = {train: table([0, 1] * 7), validation: table([0, 1] * 2), test: table([0, 1] * 3)}
+    assert sizes(hub(tmp_path / "hub", **splits)) == [14, 4, 6]
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (("train", "val", "valid"), r"one val split; .* has val and valid"),
+        (("train", "Train"), r"one train split; .* has Train and train"),
+        (("train", "test", "testing"), r"one test split; .* has test and testing"),
+        (("val", "test"), r"a split named train; it has test, val"),
+        (("Validation",), r"a split named train; it has Validation: .*where Validation is a class, rename"),
+    ],
+)
+def test_splits_that_contradict_each_other_are_refused(tmp_path, names, message):
+    for name in names:
+        write_classes(tmp_path / "folder" / name, 5)
+    for source in (f"folder:{tmp_path / 'folder'}", hub(tmp_path / "hub", **{name: table([0, 1]) for name in names})):
+        for load in (load_pictures, load_whole):
+            with pytest.raises(DataError, match=message):
+                load(source)
+
+
+@pytest.mark.parametrize("beside", ["cat", "CAT", "fox"])
+def test_class_folders_beside_splits_are_refused(tmp_path, beside):
+    write_classes(tmp_path / "train", 5)
+    write_classes(tmp_path, 5, [beside])
+    with pytest.raises(DataError, match=rf"either splits or classes; it has train beside the class folders {beside}"):
+        load_pictures(f"folder:{tmp_path}")
+
+
+def test_a_copy_of_a_class_beside_two_splits_is_refused(tmp_path):
+    for part in ("train", "test"):
+        write_classes(tmp_path / part, 5)
+    write_classes(tmp_path, 5, ["dog"])
+    with pytest.raises(DataError, match=r"it has train, test beside the class folders dog"):
+        load_pictures(f"folder:{tmp_path}")
+
+
+def test_a_class_called_train_is_refused(tmp_path):
+    write_classes(tmp_path, 20, ["plane", "train"])
+    with pytest.raises(DataError, match=r"beside the class folders plane: .*where train is a class, rename that"):
+        load_pictures(f"folder:{tmp_path}")
+
+
+def test_what_lies_beside_the_splits_is_a_line(tmp_path, capsys):
+    for part in ("train", "test"):
+        write_classes(tmp_path / "folder" / part, 10)
+    write_classes(tmp_path / "folder" / "extra", 5)
+    (tmp_path / "folder" / "notes").mkdir()
+    (tmp_path / "folder" / ".cache").mkdir()
+    assert sizes(f"folder:{tmp_path / 'folder'}") == [18, 2, 20]
+    load_whole(f"folder:{tmp_path / 'folder'}")  # says it no second time
+    assert (
+        capsys.readouterr().err == f"not read: extra, notes in {tmp_path / 'folder'}, beside the splits train, test\n"
+    )
+    write_classes(tmp_path / "folder", 5, ["unlabelled"])
+    assert sizes(f"folder:{tmp_path / 'folder'}") == [18, 2, 20]
+    assert "not read: extra, notes, unlabelled in" in capsys.readouterr().err
+    source = hub(tmp_path / "hub", train=table([0, 1] * 10), test=table([0, 1]), extra=table([0]))
+    assert sizes(source) == [18, 2, 2]
+    assert capsys.readouterr().err == f"not read: extra in {tmp_path / 'hub'}, beside the splits train, test\n"
+
+
+@pytest.mark.parametrize("names", [("seg_train", "seg_test"), ("train2017", "val2017"), ("TrainSet", "TestSet")])
+def test_splits_of_other_names_are_no_classes(tmp_path, names):
+    for name in names:
+        write_classes(tmp_path / name, 5)
+    with pytest.raises(DataError, match=rf"must be named train, val and test; .* has {', '.join(sorted(names))}"):
+        load_pictures(f"folder:{tmp_path}")
+
+
+def test_classes_whose_names_hold_such_words_are_classes(tmp_path):
+    write_classes(tmp_path, 20, ["test tube", "train station"])
+    assert load_pictures(f"folder:{tmp_path}").classes == ("test tube", "train station")
+
+
+# ---------------------------------------------------------------------------------------------- labels of the Hub's data
+
+
+def test_names_in_another_order_are_paired_by_name(tmp_path):
+    other = datasets.ClassLabel(names=["dog", "cow", "cat"])
+    source = hub(tmp_path / "hub", train=table([0, 0, 1]), validation=table([2, 0, 2], other), test=table([1, 0]))
+    assert load_whole(source).classes == ("cat", "dog")
+    assert named_labels(source) == [["cat", "cat", "dog"], ["cat", "dog", "cat"], ["dog", "cat"]]
+
+
+def test_a_class_that_train_does_not_have_is_refused(tmp_path):
+    other = datasets.ClassLabel(names=["dog", "cow"])
+    source = hub(tmp_path / "hub", train=table([0, 1]), test=table([0, 1], other))
+    with pytest.raises(DataError, match=r"row 1 of test is of the class cow, and train has cat, dog"):
+        load_pictures(source)
+
+
+def test_names_in_some_splits_alone_are_refused(tmp_path):
+    source = hub(tmp_path / "hub", train=table([0, 1]), test=table([0, 1], datasets.Value("int64")))
+    with pytest.raises(DataError, match=r"name their classes or none; test does not"):
+        load_pictures(source)
+
+
+@pytest.mark.parametrize("labels", [[1, 2, 3], [0, 1, 2], [10, 30, 20]])
+def test_numbers_without_names_are_as_many_classes_as_there_are_numbers(tmp_path, labels):
+    whole = datasets.Value("int32")
+    source = hub(tmp_path / "hub", train=table(labels, whole), test=table(labels[::-1], whole))
+    assert load_whole(source).classes == tuple(map(str, sorted(labels)))
+    assert named_labels(source) == [list(map(str, labels)), list(map(str, labels[::-1]))]
+
+
+@pytest.mark.parametrize("feature", [None, datasets.Value("int64")])
+def test_a_label_that_is_none_is_named(tmp_path, feature):
+    source = hub(tmp_path / "hub", train=table([0, 1, 0]), test=table([0, 1, None, None], feature))
+    with pytest.raises(DataError, match=r"every row must have a label; row 2 of test has none, and so 2 of 4"):
+        load_pictures(source)
+
+
+@pytest.mark.parametrize("feature", [None, datasets.Value("int64")])
+def test_a_label_below_zero_is_named(tmp_path, feature):
+    source = hub(tmp_path / "hub", train=table([0, 1, 0], feature), test=table([0, -1], feature))
+    with pytest.raises(DataError, match=r"received -1 in row 1 of test: is test a split without labels"):
+        load_pictures(source)
+
+
+def test_a_split_without_the_columns_of_train_is_refused(tmp_path):
+    other = table([0, 1]).rename_column("label", "labels")
+    with pytest.raises(DataError, match=r"same columns; test lacks label, which train has"):
+        load_pictures(hub(tmp_path / "hub", train=table([0, 1]), test=other))
+
+
+def test_a_row_without_a_picture_is_named(tmp_path):
+    rows = datasets.Dataset.from_dict(
+        {"image": [{"bytes": picture(), "path": None}, None] * 10, "label": [0, 1] * 10},
+        features=table([0]).features,
+    )
+    whole = load_whole(hub(tmp_path / "hub", train=rows))
+    view = load_pictures("digits").view(8)
+    with pytest.raises(DataError, match=r"cannot read the image row 1 of train"):
+        whole.splits[0].seen(view, training=False, max_broken=0)[1]
+    assert np.array_equal(whole.splits[0].labels, [0, 1] * 10)
