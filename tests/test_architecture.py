@@ -19,6 +19,7 @@ SOURCE = Path(ns.__file__).parent
 ROOMS = [
     ("errors",),
     ("files",),
+    ("picture",),
     ("window",),
     ("precision",),
     ("positions",),

@@ -320,6 +320,7 @@ def _eval(arguments: list[str]) -> None:
     )
     parser.add_argument("--by-order", action="store_true", help="pair classes by their order, whatever they are called")
     parser.add_argument("--leave-out-trained", action="store_true", help="measure no image that the run was trained on")
+    parser.add_argument("--background", help="colour that shows where images are transparent (default: the run's)")
     parser.add_argument("--json", action="store_true", help="print JSON, with the confusion matrix")
     options = _parse(parser, arguments)
 
@@ -333,6 +334,7 @@ def _eval(arguments: list[str]) -> None:
         split=options.split,
         by_order=options.by_order,
         leave_out_trained=options.leave_out_trained,
+        background=options.background,
     )
     print(to_json(found.to_dict()) if options.json else "\n".join(found.summary()))
 
@@ -390,6 +392,9 @@ def _explore(arguments: list[str]) -> None:
     parser.add_argument("image", metavar="IMAGE", help="a picture, or DATA:N, the test image of that number (from 0)")
     parser.add_argument("--output", default="explore.html", help="the page to write (default: explore.html)")
     parser.add_argument("--size", type=int, help="pixels per side that the network is given (default: its own)")
+    parser.add_argument(
+        "--background", help="colour that shows where images are transparent (default: its run's, white)"
+    )
     parser.add_argument("--data-root", help="folder that holds the data; else the usual places are searched")
     options = _parse(parser, arguments)
     if options.size is not None and options.size < 1:
@@ -398,8 +403,9 @@ def _explore(arguments: list[str]) -> None:
     from .inspect.explore import explore, fit_picture, normalise, read_picture
 
     model, view, classes, title, subtitle = _model_and_view(options.model, options.size)
+    view = replace(view, background=options.background or view.background)
     if Path(options.image).exists() or not re.fullmatch(r".+:\d+", options.image):
-        picture = fit_picture(read_picture(options.image), view.channels, view.size)
+        picture = fit_picture(read_picture(options.image, view.background), view.channels, view.size)
         image = normalise(picture, view.mean, view.std)
     else:
         _need_train_extra("explore DATA:N")

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..errors import DataError, OptionError, ShapeError
 from ..files import write_whole
+from ..picture import BACKGROUND, open_picture
 from .equivariance import decisive, equivariance_by_layer
 from .finite import why_not_finite
 from .maps import AttentionMap, attention_layers, attention_maps
@@ -119,21 +120,23 @@ def explore(
 # ---------------------------------------------------------------------------------------------------------- pictures
 
 
-def read_picture(path: str | Path) -> Tensor:
-    """The picture in a file, upright, (3, H, W) between 0 and 1.
+def read_picture(path: str | Path, background: str = BACKGROUND) -> Tensor:
+    """The picture in a file as a person sees it, (3, H, W) between 0 and 1.
+
+    Args:
+        background: the colour that shows where it is transparent.
 
     Raises:
-        DataError: there is no such file, or it holds no picture that can be read.
+        DataError: there is no such file, or it holds no picture that can be read or shown.
+        OptionError: no such colour.
     """
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
     try:
-        with Image.open(path) as file:
-            pixels = np.asarray(ImageOps.exif_transpose(file).convert("RGB"))
+        pixels = np.asarray(open_picture(path, background=background))
     except FileNotFoundError as error:
         raise DataError(f"there is no image {path}") from error
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"cannot read the image {path}: it is damaged, or no picture that Pillow knows") from error
+    except (OSError, DataError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"cannot read the image {path}: {reason}") from error
     return torch.from_numpy(pixels.copy()).permute(2, 0, 1) / 255
 
 

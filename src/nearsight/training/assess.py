@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from ..errors import OptionError
+from ..picture import opaque
 from .data import STORED, Pictures, Split, View, Whole, load_pictures, load_whole, loader
 from .evaluate import Evaluation, evaluate, joined
 from .matching import classes_in
@@ -95,6 +96,7 @@ def assess(
     split: str | None = None,
     by_order: bool = False,
     leave_out_trained: bool = False,
+    background: str | None = None,
 ) -> Assessment:
     """Measure a saved network on a data set.
 
@@ -104,6 +106,7 @@ def assess(
         split: one of ``SPLITS``; None takes ``"test"``, and ``"all"`` for pictures in files that the run was not trained on.
         by_order: pair classes by their order, whatever they are called.
         leave_out_trained: measure only pictures that the run was not trained on.
+        background: the colour that shows where pictures are transparent; None takes the run's.
 
     Raises:
         OptionError: an unknown split; classes that are not the network's; nothing known of what the run was trained on, or
@@ -114,6 +117,9 @@ def assess(
     if split is not None and split not in SPLITS:
         raise OptionError(f"--split must be one of {', '.join(SPLITS)}; received {split!r}")
     model, blueprint = load_model(run)
+    if background is not None:
+        opaque(background)
+        blueprint = replace(blueprint, view=replace(blueprint.view, background=background))
     known = read_trained(run)
     if leave_out_trained and known is None:
         raise OptionError(

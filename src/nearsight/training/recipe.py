@@ -15,6 +15,7 @@ from typing import Any
 from ..errors import DataError, NearsightError, OptionError
 from ..files import read_text, read_yaml
 from ..models import check_stored_spec, parse_spec, refuse_ignored, stored_spec
+from ..picture import BACKGROUND, opaque
 
 CONFIG_FILE = "config.yaml"  # in a run's folder
 OWN_SIZE = "own"  # the value of size that stands for what each model is made for
@@ -50,6 +51,7 @@ class Recipe:
     size: int | str | None = _open(
         int | str, "pixels per side that the pictures are brought to, or own: what the model is made for"
     )
+    background: str = _option(BACKGROUND, str, "colour that shows where images are transparent, as white or #ff8000")
     epochs: int | None = _open(int, "passes over the training images")
     batch_size: int | None = _open(int, "images per step, over all devices")
     lr: float | None = _open(float, "peak learning rate")
@@ -88,6 +90,7 @@ class Recipe:
             _within("size", self.size, 1)
         _among("precision", self.precision, ("32", "bf16"))
         _among("strategy", self.strategy, ("ddp", "fsdp"))
+        opaque(self.background)
         if self.seed >= 2**32:
             raise OptionError(f"seed must be below 2**32; received {self.seed}")
         if self.lr is not None and not (math.isfinite(self.lr) and self.lr > 0):

@@ -165,7 +165,7 @@ def _run(
     recipe = replace(recipe.filled(pictures.defaults), size=size)
     assert recipe.batch_size is not None
     assert recipe.drop_path is not None
-    view = pictures.view(size)
+    view = replace(pictures.view(size), background=recipe.background)
     blueprint = Blueprint.of(recipe.model, pictures.classes, view, recipe.data)
     if begun is not None:
         check_same_classes(begun, pictures)

@@ -25,6 +25,7 @@ from ..convert import convert
 from ..errors import DataError, NearsightError, OptionError
 from ..models import check_stored_spec, create_model, is_plain, made_for_size, parse_spec, pretrained_value, stored_spec
 from ..models.modes import evaluating
+from ..picture import opaque
 from ..positions import UNNAMED_POSITION
 from .data import View
 from .files import write_bytes
@@ -122,6 +123,7 @@ class Blueprint:
             raise ValueError("its classes and its data must be texts")
         sizes, numbers = (self.view.channels, self.view.size), (*self.view.mean, *self.view.std)
         sizes += () if self.img_size is None else (self.img_size,)
+        opaque(self.view.background)
         if not all(type(size) is int and size > 0 for size in sizes) or not all(map(_is_number, numbers)):
             raise ValueError(f"its view must be of numbers; received {self.view}")
         options = {} if self.converted is None else {**self.converted}

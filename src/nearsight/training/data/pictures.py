@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ...errors import DataError
+from ...picture import BACKGROUND
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -30,12 +31,13 @@ SIZES = 32  # a multiple of which most networks halve to the end
 
 @dataclass(frozen=True)
 class View:
-    """How a model sees pictures: channels, size and normalisation."""
+    """How a model sees pictures: channels, size, normalisation, and what shows where they are transparent."""
 
     channels: int
     size: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    background: str = BACKGROUND
 
 
 class Seen(Dataset[tuple[Tensor, Tensor]]):

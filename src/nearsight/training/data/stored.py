@@ -8,7 +8,6 @@ import random
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -18,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ...errors import DataError
+from ...picture import open_picture, shorter_side
 from .pictures import (
     IGNORED,
     MAX_BROKEN,
@@ -150,13 +150,9 @@ class StoredSplit:
 
     def _shorter_side(self, index: int) -> int | None:
         """None for a picture that cannot be read: training will name it."""
-        from PIL import Image
-
         try:
-            source = self.album.fetch(index)
-            with Image.open(BytesIO(source) if isinstance(source, bytes) else source) as image:
-                return min(image.size)
-        except Exception:  # decoders raise what they like
+            return shorter_side(self.album.fetch(index))
+        except (OSError, DataError):
             return None
 
     def seen(self, view: View, training: bool, seed: int = 0, max_broken: int = MAX_BROKEN) -> Seen:
@@ -228,11 +224,12 @@ class SeenPictures(Seen):
         if self.unreadable[index]:
             return None
         try:
-            image = _decode(self.split.album.fetch(int(self.split.chosen[index])), self.view.channels)
+            source = self.split.album.fetch(int(self.split.chosen[index]))
+            image = open_picture(source, self.view.channels, self.view.background)
             if not self.read[index]:
                 self.read[index] = digest(image)
             return image
-        except Exception as error:  # decoders raise what they like when bytes are damaged, struct.error included
+        except (OSError, DataError) as error:
             self.unreadable[index] = True
             names = self.broken()
             if len(names) > self.max_broken:
@@ -269,13 +266,6 @@ def seed_all(*numbers: int) -> None:
     random.seed(state)
     np.random.seed(state)
     torch.manual_seed(state)
-
-
-def _decode(source: str | bytes, channels: int) -> Any:
-    from PIL import Image
-
-    with Image.open(BytesIO(source) if isinstance(source, bytes) else source) as image:
-        return image.convert("L" if channels == 1 else "RGB")
 
 
 # ------------------------------------------------------------------------------------------------- folder:PATH
