@@ -3,11 +3,13 @@
 // The C ABI: checks everything, picks the instruction set, plans, and hands jobs to threads. Compiled without
 // instruction set flags, so that it runs on any processor.
 
+#include <float.h>
 #include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include <atomic>
+#include <cmath>
 #include <memory>
 #include <new>
 #include <vector>
@@ -249,6 +251,12 @@ Tensor place(const nearsight_problem& p, const nearsight_tensor& tensor) {
     return t;
 }
 
+// A number of the largest magnitude, with which masks are written, must not become infinite.
+float in_base_2(float logit) {
+    const float scaled = logit * (float)kLog2E;
+    return std::isinf(scaled) && !std::isinf(logit) ? std::copysign(FLT_MAX, logit) : scaled;
+}
+
 // The first and last channel that any of a head's vectors uses: SASA's row and column tables are each half zero.
 ChannelRange nonzero_channels(const float* table, int64_t entries, int64_t channels) {
     ChannelRange range = {(int32_t)channels, 0};
@@ -318,7 +326,7 @@ Call::Call(const nearsight_problem& p, const nearsight_inputs& inputs, const Ker
 
     if (inputs.bias) {
         bias.resize((size_t)(p.heads * plan.bias_entries));
-        for (size_t i = 0; i < bias.size(); ++i) bias[i] = inputs.bias[i] * (float)kLog2E;
+        for (size_t i = 0; i < bias.size(); ++i) bias[i] = in_base_2(inputs.bias[i]);
         plan.bias = bias.data();
     }
     for (int i = 0; i < p.rank; ++i) {

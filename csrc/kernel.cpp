@@ -154,8 +154,11 @@ void forward_spot(const Spot& s) {
         case kAllTerms: logits<kAllTerms>(s, greatest); break;
     }
     Vector sum[kGroupRows];
-    for (int r = 0; r < s.y->rows; ++r)
-        sum[r] = softmax(s.tile.rows[r], s.z->visits * s.y->count[r] * s.entries, greatest[r]);
+    IntVector sees[kGroupRows];  // the queries that see a key: not all their logits are -inf
+    for (int r = 0; r < s.y->rows; ++r) {
+        sees[r] = (IntVector)(greatest[r] != splat(-__builtin_inff()));
+        sum[r] = softmax(s.tile.rows[r], s.z->visits * s.y->count[r] * s.entries, keep(sees[r], greatest[r]));
+    }
 
     const ptrdiff_t result_row = (plan.value_dim + 1) * kLanes;
     float* result = s.w->result;
@@ -163,7 +166,8 @@ void forward_spot(const Spot& s) {
     for (int r = 0; r < s.y->rows; ++r) {
         float* row = result + r * result_row;
         const Vector share = 1.0f / sum[r];
-        for (int64_t c = 0; c < plan.value_dim; ++c) store(row + c * kLanes, load(row + c * kLanes) * share);
+        for (int64_t c = 0; c < plan.value_dim; ++c)
+            store(row + c * kLanes, keep(sees[r], load(row + c * kLanes) * share));
         if (plan.lse) store(row + plan.value_dim * kLanes, greatest[r] * kLn2 + log_natural(sum[r]));
     }
 }
@@ -261,7 +265,8 @@ struct WeightPart {
     template <int kEntries>
     void finish(int r, int entry, const Vector* logits) {
         Vector weights[kEntries];
-        for (int e = 0; e < kEntries; ++e) weights[e] = exp2(logits[e]);
+        // No weight is above one: what is, came of rounding logits of many digits.
+        for (int e = 0; e < kEntries; ++e) weights[e] = exp2(minimum(splat(0.0f), logits[e]));
         if (mask)
             for (int e = 0; e < kEntries; ++e) weights[e] = keep(load_mask(mask + (entry + e) * kLanes), weights[e]);
         for (int e = 0; e < kEntries; ++e) store(target[r] + (entry + e) * target_entry, weights[e]);
@@ -430,6 +435,9 @@ void pack_query_home(const Plan& plan, const RowAddress& at, Runs runs, Planar h
     pack_row(plan, plan.query, plan.head_dim, at, runs, plan.query_multiplier, home);
     pack_row(plan, plan.grad_out, plan.value_dim, at, runs, 1.0f, {plane(channel.grad_out), home.pitch});
     pack_scalars(plan, plan.lse, at, runs, -kLog2E, plane(channel.minus_lse));
+    // A query that sees no key has a log-sum-exp of -inf, and weights of zero: 2^(-inf - inf).
+    const Vector minus_lse = load(plane(channel.minus_lse)), infinity = splat(__builtin_inff());
+    store(plane(channel.minus_lse), choose((IntVector)(minus_lse == infinity), -infinity, minus_lse));
     pack_row(plan, plan.out_tensor, plan.value_dim, at, runs, -1.0f, {scratch, home.pitch});
     Vector sum = {};
     for (int64_t c = 0; c < plan.value_dim; ++c)

@@ -38,6 +38,7 @@ constexpr int kRegisters = 16;
 
 typedef float Vector __attribute__((vector_size(4 * kLanes)));
 typedef int32_t IntVector __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t BitVector __attribute__((vector_size(4 * kLanes)));  // for sums and shifts that may wrap around
 typedef float UnalignedVector __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
 typedef int32_t UnalignedIntVector __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
 typedef float Quad __attribute__((vector_size(16)));
@@ -89,6 +90,19 @@ NEARSIGHT_INLINE Vector maximum(Vector a, Vector b) {
 #endif
 }
 
+// min(a, b), and b when either is not a number.
+NEARSIGHT_INLINE Vector minimum(Vector a, Vector b) {
+#if defined(__AVX512F__)
+    return (Vector)_mm512_maskz_min_ps(0xffff, (__m512)a, (__m512)b);
+#elif defined(__AVX__)
+    return (Vector)_mm256_min_ps((__m256)a, (__m256)b);
+#elif defined(__SSE__)
+    return (Vector)_mm_min_ps((__m128)a, (__m128)b);
+#else
+    return a < b ? a : b;
+#endif
+}
+
 // Keeps a value in a register. Without it the compiler folds one unaligned load into every multiplication that uses it,
 // and the loads, not the multiplications, become the limit.
 NEARSIGHT_INLINE void pin(Vector& v) {
@@ -107,9 +121,9 @@ NEARSIGHT_INLINE float sum_lanes(Vector v) {
     return sum;
 }
 
-// 2^t for t <= 127, relative error 1.6e-7; what would be below 2^-125 becomes about 2^-125. NaN stays NaN.
+// 2^t for t <= 127, relative error 1.6e-7; what would be below 2^-126.5 is 0. NaN stays NaN.
 NEARSIGHT_INLINE Vector exp2(Vector t) {
-    t = maximum(splat(-125.0f), t);
+    t = maximum(splat(-127.0f), t);
     const Vector magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, kept in the low bits
     const Vector rounded = t + magic;
     const Vector f = t - (rounded - magic);
@@ -119,15 +133,16 @@ NEARSIGHT_INLINE Vector exp2(Vector t) {
     p = p * f + splat(0.24022231996059418f);
     p = p * f + splat(0.6931469440460205f);
     p = p * f + splat(1.0f);
-    const IntVector power = ((IntVector)rounded << 23) + 0x3f800000;
+    const BitVector power = ((BitVector)rounded << 23) + 0x3f800000;  // for t = -127 just zero
     return p * (Vector)power;
 }
 
 // Natural logarithm of positive normal numbers, relative error about 1e-7. NaN stays NaN.
 NEARSIGHT_INLINE Vector log_natural(Vector x) {
-    const IntVector bits = (IntVector)x;
-    const IntVector exponent = (bits - 0x3f3504f3) >> 23;  // so that the mantissa lies in [sqrt(1/2), sqrt(2))
-    const Vector mantissa = (Vector)(bits - (exponent << 23));
+    const BitVector bits = (BitVector)x;
+    // So that the mantissa lies in [sqrt(1/2), sqrt(2)).
+    const IntVector exponent = (IntVector)(bits - 0x3f3504f3) >> 23;
+    const Vector mantissa = (Vector)(bits - ((BitVector)exponent << 23));
     const Vector s = (mantissa - 1.0f) / (mantissa + 1.0f);  // log(mantissa) = 2 atanh(s)
     const Vector s2 = s * s;
     Vector p = splat(2.0f / 9.0f);

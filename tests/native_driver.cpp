@@ -113,7 +113,7 @@ static nearsight_problem random_problem() {
     p.heads = pick(1, 3);
     p.head_dim = pick(1, 20);
     p.value_dim = pick(0, 1) ? p.head_dim : pick(1, 20);
-    p.scale = 0.3;
+    p.scale = results || pick(0, 4) ? 0.3 : 1e9;  // logits whose roundings alone are large
     const int64_t longest[] = {80, 24, 7}, widest[] = {17, 8, 4};
     for (int i = 0; i < p.rank; ++i) {
         p.size[i] = pick(0, 19) == 0 ? 0 : pick(1, longest[p.rank - 1]);

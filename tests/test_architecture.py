@@ -23,7 +23,7 @@ ROOMS = [
     ("window",),
     ("precision",),
     ("positions",),
-    ("attention.problem", "attention.once"),
+    ("attention.problem", "attention.once", "attention.softmax"),
     (
         "attention.reference",
         "attention.blocked",

@@ -148,6 +148,22 @@ def test_an_image_knows_nothing_of_those_before_it(name, border, isa):
         torch.set_num_threads(threads)
 
 
+@needs_library
+@every_isa
+@pytest.mark.parametrize("loud", [1e5, 1e9, 1e15])
+def test_logits_of_more_digits_than_a_float_has(loud, isa):
+    """What the backward makes of them is lost in rounding, but a weight stays between zero and one."""
+    query, key, value = (torch.randn(1, 2, 9, 19, 8) for _ in range(3))
+    query, key, value = (one.requires_grad_() for one in (loud * query, loud * key, value))
+    with native.use_variant(isa):
+        out = local(query, key, value, ns.Window(3))
+        gradients = torch.autograd.grad(out, (query, key, value), torch.ones_like(out))
+    torch.testing.assert_close(out, ns.local_attention(query, key, value, ns.Window(3), backend="reference"))
+    assert all(gradient.isfinite().all() for gradient in gradients)
+    assert gradients[2].min() >= 0
+    assert gradients[2].max() <= 9
+
+
 # -------------------------------------------------------------------------------------------------------------- layouts
 
 

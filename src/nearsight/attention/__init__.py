@@ -17,6 +17,7 @@ from ..precision import without_autocast
 from ..window import Window
 from . import blocked, dense, flex, native, natten, reference
 from .problem import Problem, describe
+from .softmax import softmax
 
 __all__ = [
     "attention_scores",
@@ -96,6 +97,8 @@ def local_attention(
     Grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245): key and value may have M heads where M divides N; each
     serves N / M neighbouring query heads. They are not copied, and their gradients are sums over the group. Bias and
     relative tables stay those of the N query heads.
+
+    A query that sees no key, as where its bias is -inf everywhere, gets zeros, a log-sum-exp of -inf, and gradients of zero.
 
     Units: the window is in cells of the input map.
 
@@ -231,7 +234,8 @@ def attention_weights(
 ) -> Tensor:
     """The softmax weights of :func:`local_attention`, (B, N, *out, *kernel_size): for looking, not for speed.
 
-    Places of the block that take no part have weight zero, so the weights of every query sum to one.
+    Places of the block that take no part have weight zero, so the weights of every query sum to one; those of a query that
+    sees no key are all zero.
     Raises what :func:`local_attention` raises.
 
     Example:
@@ -240,7 +244,7 @@ def attention_weights(
         torch.Size([1, 2, 9, 9, 3, 3])
     """
     scores = attention_scores(query, key, window, bias=bias, relative=relative, scale=scale)
-    return reference.softmax(scores, query.ndim - 3)
+    return softmax(scores, query.ndim - 3)
 
 
 def merge_attentions(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

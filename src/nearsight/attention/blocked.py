@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..window import Axis, larger, smaller
 from .problem import Problem, is_exporting
+from .softmax import NOTHING, let_see
 
 name = "blocked"
 
@@ -51,17 +52,17 @@ def attend(
     block = BLOCK[problem.rank] if problem.compiling else _block_size(problem)
     cut = _cut_any_size if problem.exporting else _cut
     axes = [cut(axis, n, query.device, block) for axis, n in zip(problem.axes, problem.in_size, strict=True)]
-    bias = None if bias is None else _block_bias(bias.to(dtype), axes)
     relative = [table.to(dtype) for table in relative or ()]
     places = _combine(axes, problem)
+    terms = None if bias is None else let_see(_block_bias(bias.to(dtype), axes), places.hidden)
     if problem.exporting:  # whole: how many slices there are would depend on sizes that are open
         q, k, v = (tensor.to(dtype).flatten(2, -2) for tensor in (query, key, value))
-        out, *lse = _attend_blocks(q, k, v, axes, places, bias, relative, scale, problem.lse)
+        out, *lse = _attend_blocks(q, k, v, axes, places, terms, relative, scale, problem.lse)
         return out.to(query.dtype), lse[0] if lse else None
 
     images, heads = _slice_sizes(problem, axes)
     parts = -(-problem.num_heads // heads)
-    biases = [None] * parts if bias is None else bias.split(heads)
+    biases = [None] * parts if terms is None else list(zip(*(term.split(heads) for term in terms), strict=True))
     tables = [()] * parts if not relative else list(zip(*(table.split(heads) for table in relative), strict=True))
 
     def attend_images(*tensors: Tensor) -> list[Tensor]:
@@ -258,7 +259,7 @@ def _attend_blocks(
     value: Tensor,
     axes: list[AxisBlocks],
     places: Places,
-    bias: Tensor | None,
+    bias: tuple[Tensor, Tensor] | None,
     relative: Sequence[Tensor],
     scale: float,
     with_lse: bool,
@@ -275,11 +276,13 @@ def _attend_blocks(
     for axis, table in enumerate(relative):
         logits = logits + _relative_logits(query, table, axes, axis)
     if bias is not None:
-        logits = logits + bias
-    logits = logits.masked_fill(places.hidden, float("-inf"))
+        logits = logits + bias[0]
+    logits = logits.masked_fill(places.hidden, NOTHING)
     found = [logits.softmax(-1) @ value]
     if with_lse:
         found.append(logits.logsumexp(-1, keepdim=True))
+    if bias is not None:  # queries that it lets see no key at all
+        found = [one.masked_fill(bias[1], nothing) for one, nothing in zip(found, (0, NOTHING), strict=False)]
     size = [cut.out.shape[0] for cut in axes]
     out, *lse = (tensor.flatten(2, -2).index_select(2, places.out).unflatten(2, size) for tensor in found)
     return [out, *(one.squeeze(-1) for one in lse)]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ShapeError
+from .softmax import softmax
 
 GATHERED = 2**22  # numbers: how many of the keys' are gathered at a time, 16 MB in float32
 
@@ -95,7 +96,7 @@ def _weights(
         entries = [_spread(table[..., 1], axis, rank) for axis, table in enumerate(chosen)]
         logits = logits + bias.to(q.dtype)[(slice(None), *entries)]
     logits = logits.masked_fill(~takes_part, float("-inf"))
-    return logits.flatten(3).softmax(-1).view(logits.shape)
+    return softmax(logits, rank)
 
 
 def _spread(table: Tensor, axis: int, rank: int) -> Tensor:

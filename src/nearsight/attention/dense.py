@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .once import first_order
-from .problem import Problem
+from .problem import Problem, laid_apart
+from .softmax import let_see
 
 name = "dense"
 
@@ -43,29 +44,34 @@ def attend(
     relative: Sequence[Tensor] | None,
     scale: float,
 ) -> tuple[Tensor, None]:
-    mask = position_logits(query, problem, bias, relative, scale)
+    mask, alone = position_logits(query, problem, bias, relative, scale)
     # The mask must have the dtype of the rest, and logits are never held in half precision.
     dtype = problem.dtype if mask is None else problem.compute_dtype
-    flat = [tensor.flatten(2, -2).to(dtype) for tensor in first_order(name, query, key, value)]
+    flat = [laid_apart(tensor.flatten(2, -2).to(dtype)) for tensor in first_order(name, query, key, value)]
     out = F.scaled_dot_product_attention(*flat, attn_mask=mask, scale=scale)
+    if alone is not None:
+        out = out.masked_fill(alone, 0)
     return out.unflatten(2, problem.out_size).to(problem.dtype), None
 
 
 def position_logits(
     query: Tensor, problem: Problem, bias: Tensor | None, relative: Sequence[Tensor] | None, scale: float
-) -> Tensor | None:
-    """Bias and q.r for every pair of cells, (1 or B, N, queries, keys), or None without position terms."""
+) -> tuple[Tensor | None, Tensor | None]:
+    """Bias and q.r for every pair of cells, (1 or B, N, queries, keys), or None without position terms; and which queries
+    see no key for their bias, (1, N, queries, 1), as in :func:`let_see`, or None without one."""
     entries = [_entries(problem, axis, query.device) for axis in range(problem.rank)]
-    logits = None
+    logits = alone = None
     if bias is not None:
         logits = _bias_logits(bias.to(problem.compute_dtype), entries)
+        flat, alone = let_see(logits.flatten(2, 1 + problem.rank).flatten(3))
+        logits = flat.view(logits.shape)
     for axis, table in enumerate(relative or ()):
         term = scale * _relative_logits(query.to(problem.compute_dtype), table.to(problem.compute_dtype), entries, axis)
         logits = term if logits is None else logits + term
     if logits is None:
-        return None
+        return None, None
     pairs = (*problem.out_size, *problem.in_size)
-    return logits.expand(-1, -1, *pairs).flatten(2, 1 + problem.rank).flatten(3)
+    return logits.expand(-1, -1, *pairs).flatten(2, 1 + problem.rank).flatten(3), alone
 
 
 def _entries(problem: Problem, axis: int, device: torch.device) -> Tensor:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..window import Axis
 from .once import first_order
-from .problem import Problem
+from .problem import Problem, laid_apart
 
 name = "flex"
 takes_groups = True
@@ -238,7 +238,7 @@ def _row(tensor: Tensor) -> Tensor:
     tensor = tensor.flatten(2, -2)
     if tensor.device.type == "cuda" and tensor.shape[-1] < LEAST_CHANNELS:
         return F.pad(tensor, (0, LEAST_CHANNELS - tensor.shape[-1]))
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+    return laid_apart(tensor) if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 # --------------------------------------------------------------------------------------------------------------- running

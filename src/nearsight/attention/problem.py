@@ -108,6 +108,20 @@ def describe(
     )
 
 
+def laid_apart(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy where two of its elements share a place in memory, as ``unfold`` and ``expand`` make them.
+
+    Some of PyTorch's fused kernels make their results after the strides of what they are given.
+    """
+    reach = 0
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride <= reach:
+                return tensor.contiguous()
+            reach += (size - 1) * stride
+    return tensor
+
+
 def is_exporting() -> bool:
     # torch.compiler.is_exporting came with PyTorch 2.7.
     return torch.compiler.is_compiling() and getattr(torch.compiler, "is_exporting", lambda: False)()

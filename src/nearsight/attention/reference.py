@@ -18,6 +18,7 @@ from einops import einsum
 from torch import Tensor
 
 from .problem import Problem
+from .softmax import NOTHING, log_sum_exp, softmax
 
 name = "reference"
 
@@ -45,7 +46,7 @@ def attend(
     scores = attention_scores(query, key, problem, bias, relative, scale)
     values = windows(value.to(problem.compute_dtype), problem)
     y = einsum(softmax(scores, problem.rank), values, f"b n {out} {cells}, b n {out} {cells} d -> b n {out} d")
-    return y.to(query.dtype), scores.flatten(-problem.rank).logsumexp(-1) if problem.lse else None
+    return y.to(query.dtype), log_sum_exp(scores, problem.rank) if problem.lse else None
 
 
 def attention_scores(
@@ -64,12 +65,7 @@ def attention_scores(
         logits = logits + scale * relative_logits(query, table.to(query.dtype), problem, axis)
     if bias is not None:
         logits = logits + bias_logits(bias.to(query.dtype), problem)
-    return logits.masked_fill(~takes_part(problem, query.device), float("-inf"))
-
-
-def softmax(scores: Tensor, rank: int) -> Tensor:
-    """The weights, (B, N, *out, *kernel_size), zero where a cell takes no part."""
-    return scores.flatten(-rank).softmax(-1).view(scores.shape)
+    return logits.masked_fill(~takes_part(problem, query.device), NOTHING)
 
 
 def windows(tensor: Tensor, problem: Problem) -> Tensor:

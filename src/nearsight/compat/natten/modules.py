@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from torch.nn.init import trunc_normal_
 
+from ...attention.softmax import softmax
 from ...errors import OptionError, ShapeError
 from ...precision import wide_of, without_autocast
 from .context import NattenContext
@@ -163,7 +164,7 @@ class NeighborhoodAttentionGeneric(nn.Module):
         with without_autocast(query.device.type):
             q, k, v = (tensor.to(wide).movedim(-2, 1) for tensor in (query, key, value))
             rpb = None if self.rpb is None else self.rpb.to(wide)
-            weights = qk(q * self.scale, k, **geometry, rpb=rpb).softmax(-1)
+            weights = softmax(qk(q * self.scale, k, **geometry, rpb=rpb))
             return av(self.attn_drop(weights), v, **geometry).movedim(1, -2).to(value.dtype)
 
     def extra_repr(self) -> str:
