@@ -242,3 +242,74 @@ def test_a_pipe_is_not_waited_for(tmp_path):
         open_picture(tmp_path / "pipe.png")
     with pytest.raises(DataError, match="no regular file"):
         read_picture(tmp_path / "pipe.png")
+
+
+# ------------------------------------------------------------------------------------------------- which files are read
+
+
+def put(folder, name, shade=0, form="PNG"):
+    file = folder / name
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(stored(Image.new("L", (4, 4), shade), form))
+
+
+def count(pictures):
+    return sum(len(split) for split in (pictures.train, pictures.validation, pictures.test))
+
+
+def fill(folder):
+    """Twenty pictures of each of two classes with endings of many kinds, and what is none of them."""
+    for name in ("cat", "dog"):
+        for index, (ending, form) in enumerate(
+            [("gif", "GIF"), ("JFIF", "JPEG"), ("PNG", "PNG"), ("TIF", "TIFF"), ("jpe", "JPEG")] * 4
+        ):
+            put(folder, f"{name}/{index}.{ending}", form=form)
+        for other in ("Thumbs.db", "notes.TXT", "README"):
+            (folder / name / other).write_text("no picture")
+        (folder / name / "._1.png").write_text("a Mac's")
+        put(folder, f"{name}/.ipynb_checkpoints/1.png")
+    put(folder, ".ipynb_checkpoints/1.png")
+    (folder / ".DS_Store").write_text("a Mac's")
+
+
+@pytest.mark.parametrize("kind", ["folder", "hf"])
+def test_endings_in_any_case_are_read_and_the_rest_is_counted(tmp_path, kind, capsys, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    pets = tmp_path / ".own" / "pets"  # what is above the folder may be hidden
+    fill(pets)
+    pictures = load_pictures(f"{kind}:{pets}")
+    assert pictures.classes == ("cat", "dog")
+    assert count(pictures) == 40
+    names = [pictures.train.album.name(index) for index in range(len(pictures.train))]  # pyright: ignore[reportAttributeAccessIssue]
+    assert not any("/." in name.partition("/.own/")[2] for name in names)
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("left out")]
+    said, _, kinds = line.partition(": ")
+    assert said == f"left out 6 files of {pets} that are not read as pictures"
+    assert sorted(kinds.split(", ")) == ["2 .db", "2 .txt", "2 without an ending"]
+
+
+def test_pictures_beside_the_class_folders_are_told(tmp_path, capsys):
+    fill(tmp_path)
+    for index in range(3):
+        put(tmp_path, f"{index}.png")
+    assert count(load_pictures(f"folder:{tmp_path}")) == 40
+    assert f"left out 3 images in {tmp_path} that lie in no class's folder\n" in capsys.readouterr().err
+
+
+def test_shards_have_the_same_endings(tmp_path, capsys):
+    import tarfile
+
+    with tarfile.open(tmp_path / "train-0.tar", "w") as tar:
+        for index in range(40):
+            picture = stored(Image.new("L", (4, 4), index), "GIF")
+            files = {f"./{index}.{'JFIF' if index % 2 else 'gif'}": picture, f"./{index}.cls": b"%d" % (index % 2)}
+            files |= {f"./{index}.json": b"{}", f"./._{index}.png": b"a Mac's", f"./.hidden/{index}.png": b""}
+            for name, content in files.items():
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    for _ in range(2):  # by the shard, and by the index that is kept
+        assert count(load_pictures(f"wds:{tmp_path}")) == 40
+        assert capsys.readouterr().err == f"left out 40 files of {tmp_path} that are not read as pictures: 40 .json\n"

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,9 @@ from typing import Any
 import numpy as np
 
 from ...errors import DataError, TrainingError
+from ...picture import is_hidden, is_picture
 from .splits import parts_among, tell_unread
-from .stored import Gather, divided
+from .stored import Gather, divided, ending, tell_left_out
 
 
 class Rows:
@@ -72,9 +74,32 @@ def load_hub(name: str, gather: Gather = divided) -> Any:
             raise DataError(
                 f"all splits of {source} must have the same columns; {split} lacks {missing[0]}, which {parts['train']} has"
             )
+    if folder.is_dir():
+        tables = _only_pictures(tables, image, folder)
     albums = {part: Rows(tables[split], image, label, split) for part, split in parts.items()}
     classes = _classes(source, {part: features[split][label] for part, split in parts.items()}, albums)
     return gather(name, classes, albums)
+
+
+def _only_pictures(tables: Mapping[str, Any], image: str, folder: Path) -> dict[str, Any]:
+    """Where pictures lie in files of their own, those that end as pictures do; the others are counted and told."""
+    from datasets import Image
+
+    kept, read = {}, set()
+    for split, table in tables.items():
+        undecoded = table.cast_column(image, Image(decode=False)) if image in table.column_names else table
+        first = undecoded[0].get(image) if len(table) else None
+        if first is None or first["bytes"] is not None:
+            return dict(tables)
+        paths = [(cell or {}).get("path") for cell in undecoded.select_columns(image)[image]]
+        kept[split] = table.select([row for row, path in enumerate(paths) if path is None or is_picture(path)])
+        read |= {Path(path).resolve() for path in paths if path is not None and is_picture(path)}
+    files = (file for file in folder.rglob("*") if file.is_file() and file.stem != "metadata")
+    unread = (
+        file for file in files if not is_hidden(file.relative_to(folder).as_posix()) and file.resolve() not in read
+    )
+    tell_left_out(folder, Counter(ending(file.name) for file in unread))
+    return kept
 
 
 def _columns(source: str, features: Any) -> tuple[str, str]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import re
 import tarfile
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
@@ -23,13 +24,13 @@ from typing import Any
 import numpy as np
 
 from ...errors import DataError, TrainingError
+from ...picture import ENDINGS, is_hidden, is_picture
 from ..files import write_bytes
-from .stored import Gather, divided
+from .stored import Gather, divided, ending, tell_left_out
 
 INDEX_FILE = "nearsight-index.npz"
 CLASSES_FILE = "classes.txt"
 PARTS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
-IMAGES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "ppm", "tif", "tiff")
 COLUMNS = ("shard", "offset", "size", "label")
 
 
@@ -104,21 +105,24 @@ def _part(file: Path) -> str:
 
 def _index(files: Sequence[Path]) -> dict[str, np.ndarray]:
     """Where every image lies: from the index file beside the shards while that is up to date, else from the shards."""
-    stamps = [_stamp(file) for file in files]
+    stamps = [sorted(ENDINGS), *map(_stamp, files)]
     cache = files[0].parent / INDEX_FILE
     try:
         with np.load(cache, allow_pickle=False) as stored:
             if json.loads(str(stored["files"])) == stamps:
+                tell_left_out(files[0].parent, Counter(json.loads(str(stored["left_out"]))))
                 return {column: stored[column] for column in COLUMNS}
     except Exception:  # none yet, or a damaged one, of which zipfile and NumPy say so in many ways
         pass
 
-    rows = [(shard, *row) for shard, file in enumerate(files) for row in _scan(file)]
+    left_out: Counter[str] = Counter()
+    rows = [(shard, *row) for shard, file in enumerate(files) for row in _scan(file, left_out)]
     if not rows:
         raise DataError(f"there are no samples in {files[0]} ...")
     index: dict[str, np.ndarray] = dict(zip(COLUMNS, np.array(rows, dtype=np.int64).T.copy(), strict=True))
-    content = BytesIO()
-    np.savez(content, files=np.array(json.dumps(stamps)), **index)  # pyright: ignore[reportArgumentType]
+    tell_left_out(files[0].parent, left_out)
+    content, notes = BytesIO(), {"files": stamps, "left_out": left_out}
+    np.savez(content, **{name: np.array(json.dumps(note)) for name, note in notes.items()}, **index)  # pyright: ignore[reportArgumentType]
     with suppress(TrainingError):  # a folder that cannot be written to: the shards are read again next time
         write_bytes(cache, content.getvalue())
     return index
@@ -140,8 +144,8 @@ def _check_whole(file: Path, end: int) -> None:
             raise EOFError("it was cut or damaged, since it does not end as tar files do")
 
 
-def _scan(file: Path) -> list[tuple[int, int, int]]:
-    """Offset, size and label of every sample of a shard, in its order."""
+def _scan(file: Path, left_out: Counter[str]) -> list[tuple[int, int, int]]:
+    """Offset, size and label of every sample of a shard, in its order; counts in ``left_out`` what belongs to none."""
     from webdataset.tariterators import base_plus_ext
 
     images: dict[str, tuple[int, int]] = {}
@@ -150,13 +154,16 @@ def _scan(file: Path) -> list[tuple[int, int, int]]:
         with tarfile.open(file, "r:") as tar:
             for member in tar:
                 key, extension = base_plus_ext(member.name) if member.isfile() else (None, None)
-                if key is None:
+                if key is None or is_hidden(member.name):
                     continue
+                extension = extension.lower()
                 content = tar.extractfile(member) if extension == "cls" else None
-                if extension in IMAGES:
+                if is_picture(f"image.{extension}"):
                     images[key] = (member.offset_data, member.size)
                 elif content is not None:
                     labels[key] = int(content.read())
+                else:
+                    left_out[ending(member.name)] += 1
             _check_whole(file, tar.offset)
     except (tarfile.TarError, OSError, EOFError, ValueError) as error:
         raise DataError(
