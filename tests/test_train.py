@@ -14,13 +14,14 @@ import pytest
 import torch
 import yaml
 
+from nearsight.cli import main
 from nearsight.errors import DataError, OptionError, TrainingError
 from nearsight.training import data, files
 from nearsight.training.data import loader
 from nearsight.training.evaluate import evaluate
 from nearsight.training.recipe import Recipe, read_recipe
 from nearsight.training.task import Classifier
-from nearsight.training.train import Interrupted, default_output, image_size, resume, train
+from nearsight.training.train import Interrupted, _is_same, default_output, image_size, resume, train
 from nearsight.training.weights import RECIPE as RECIPE_KEY
 from nearsight.training.weights import load_model, read_checkpoint
 
@@ -188,6 +189,26 @@ def test_resume_refuses_other_settings_and_a_folder_without_a_checkpoint(run, tm
         resume(run.output, {"epochs": 9})
     with pytest.raises(TrainingError, match=r"there is no checkpoint .*last\.ckpt to resume from"):
         resume(tmp_path)
+
+
+def test_resume_takes_the_runs_own_settings_however_they_are_typed(run, tmp_path, monkeypatch):
+    """The command line reads 32 as a number, a recipe's null leaves a setting open, and a model has several spellings."""
+    seen = []
+    monkeypatch.setattr("nearsight.training.train._run", lambda recipe, *_, **__: seen.append(recipe))
+    noted = read_recipe(run.output / "config.yaml")
+    for given in ({"precision": 32}, {"precision": "32"}, {"epochs": None, "lr": None}, {"lr": 1e-2, "epochs": 3}):
+        resume(run.output, given)
+        assert seen.pop() == noted
+    for flags in (["--precision", "32"], ["--precision=32", "--lr", "1e-2", "--no-compile", "--seed", "0"]):
+        assert main(["train", "--resume", "--output", str(run.output), *flags]) == 0
+        assert seen.pop() == noted
+    (tmp_path / "asked.yaml").write_text("precision: 32\nlr: 1e-2\nopt: null\nbatch_size: 64\ntensorboard: no\n")
+    assert main(["train", "--resume", "--output", str(run.output), "--config", str(tmp_path / "asked.yaml")]) == 0
+    assert seen.pop() == noted
+    with pytest.raises(OptionError, match=r"precision is 32 in .*; received bf16"):
+        resume(run.output, {"precision": "bf16"})
+    assert _is_same("model", "sasa_nano, kernel_size = 5", Recipe(model="sasa_nano,kernel_size=5"))
+    assert not _is_same("model", "sasa_nano,kernel_size=3", Recipe(model="sasa_nano,kernel_size=5"))
 
 
 def test_a_folder_that_holds_a_run_is_not_overwritten(run):

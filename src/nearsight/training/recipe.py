@@ -9,6 +9,8 @@ import re
 from collections.abc import Container, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from difflib import get_close_matches
+from functools import cache
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -259,6 +261,29 @@ def _check_optimiser(name: str) -> None:
 
     known = [str(one) for one in list_optimizers()]
     if name not in known:
-        near = get_close_matches(name, known, n=3)
+        near = get_close_matches(name, [one for one in known if _why_not(one) is None], n=3)
         advice = f"did you mean {', '.join(near)}?" if near else "adamw and sgd are usual"
         raise OptionError(f"opt must be an optimiser of timm; received {name!r}; {advice}")
+    reason = _why_not(name)
+    if reason is not None:
+        raise OptionError(
+            f"opt must be an optimiser that can train here; received {name!r}: {reason}; take adamw or sgd"
+        )
+
+
+@cache
+def _why_not(name: str) -> str | None:
+    """What one of timm's optimisers asks for that a run has not; those for graphics cards say so when they are made."""
+    import torch
+    from timm.optim import create_optimizer_v2, get_optimizer_info
+
+    if get_optimizer_info(name).second_order:
+        return "it needs second gradients, which a run does not compute"
+    try:
+        optimizer = create_optimizer_v2([torch.nn.Parameter(torch.zeros(2, 2))], opt=name, lr=0.1)
+    except Exception as error:  # what its own code asserts or imports
+        return (str(error) or type(error).__name__).splitlines()[0]
+    closure = signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is closure.empty:
+        return "it computes a step's gradient several times"
+    return None

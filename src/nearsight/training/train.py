@@ -25,7 +25,7 @@ from torch import nn
 
 from ..errors import DataError, OptionError, TrainingError
 from ..files import read_text
-from ..models import ELSEWHERE, input_size, stored_spec
+from ..models import ELSEWHERE, input_size, parse_spec, stored_spec
 from .announce import announcement, conclusion
 from .batchnorm import synced_batch_norms
 from .callbacks import Forecast, Journal, StopTogether, WholeFiles
@@ -88,7 +88,7 @@ def resume(output: Path, given: Mapping[str, Any] | None = None) -> Run:
 
     Args:
         output: the run's folder.
-        given: settings asked for again; only data_root and devices may differ from the run's.
+        given: settings asked for again; None leaves one as it is, and only those that say where it runs may differ.
 
     Raises:
         OptionError: a setting that is not the run's, or data whose classes are not those that it began with.
@@ -98,16 +98,18 @@ def resume(output: Path, given: Mapping[str, Any] | None = None) -> Run:
     checkpoint = output / CHECKPOINT_FILE
     if not checkpoint.is_file():
         raise TrainingError(f"there is no checkpoint {checkpoint} to resume from; start the run without --resume")
-    noted = read_recipe(output / CONFIG_FILE, given or {})
+    given = {name: value for name, value in (given or {}).items() if value is not None}  # null leaves it to the run
+    noted = read_recipe(output / CONFIG_FILE, given)
     stored = read_checkpoint(checkpoint)
     begun = read_blueprint(stored, checkpoint)
     kept = noted if noted.size is not None else replace(noted, size=begun.view.size)  # older configs do not name it
-    given = _asked(given or {}, kept)
-    for name, value in given.items():
-        if name not in MOVABLE and not _is_same(name, value, kept):
+    given = _asked(given, kept)
+    asked = replace(kept, **given)  # by the same rules, whether a number or a word was typed
+    for name in given:
+        if name not in MOVABLE and not _is_same(name, getattr(asked, name), kept):
             raise OptionError(
                 f"a resumed run keeps its settings: {name} is {getattr(kept, name)} in {output / CONFIG_FILE}; "
-                f"received {value}"
+                f"received {getattr(asked, name)}"
             )
     _check_unchanged(noted, stored.get(RECIPE, {}), output / CONFIG_FILE)
     # The weights are in the checkpoint: those that the run began with are not fetched again.
@@ -215,7 +217,7 @@ def _is_same(name: str, value: Any, recipe: Recipe) -> bool:
     noted = getattr(recipe, name)
     if name != "model" or value == noted:
         return value == noted
-    return value.startswith(ELSEWHERE) or stored_spec(value) == noted
+    return value.startswith(ELSEWHERE) or parse_spec(stored_spec(value)) == parse_spec(noted)
 
 
 def _trainer(recipe: Recipe, journal: Journal, output: Path) -> L.Trainer:
