@@ -2,14 +2,19 @@
 """What docs/security.md promises of files, folders and pictures that come from elsewhere: a test per promise."""
 
 import base64
+import gzip
 import hashlib
+import io
 import json
 import os
 import re
 import socket
 import stat
+import struct
 import subprocess
 import sys
+import tarfile
+import zlib
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -18,6 +23,7 @@ import pytest
 import timm
 import torch
 import yaml
+from PIL import EpsImagePlugin, Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -25,13 +31,15 @@ import nearsight as ns
 from nearsight import cli
 from nearsight.errors import DataError, OptionError, TrainingError
 from nearsight.files import open_regular, read_yaml, remove_leftovers, write_whole
+from nearsight.inspect.explore import read_picture
 from nearsight.inspect.pages import without_styles
 from nearsight.models import check_stored_spec, stored_spec
 from nearsight.models.spec import own_options
 from nearsight.training import data
 from nearsight.training import train as training
 from nearsight.training.compare import COMMAND
-from nearsight.training.data import View
+from nearsight.training.data import IGNORED, View
+from nearsight.training.data.arrays import _read_idx
 from nearsight.training.files import make_inner_folder
 from nearsight.training.recipe import Recipe, read_recipe
 from nearsight.training.weights import Blueprint, load_model, save_model
@@ -348,6 +356,145 @@ def test_only_regular_files_are_opened(tmp_path, kind):
         open_regular(path)
     with pytest.raises(DataError, match="cannot read"):
         read_recipe(path)
+
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n(owned) print\n%%EOF\n"
+
+
+@pytest.fixture
+def no_ghostscript(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("Ghostscript was to be started")
+
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", refuse)
+
+
+def save_pictures(folder: Path, classes=("cat", "dog"), count=14) -> None:
+    for number, name in enumerate(classes):
+        (folder / name).mkdir(parents=True)
+        for place in range(count):
+            Image.new("RGB", (8, 8), (9 * place, 99 * number, 0)).save(folder / name / f"{place}.png")
+
+
+@pytest.mark.parametrize("kind", ["eps", "pipe", "device", "loop", "bomb"])
+def test_a_picture_is_of_the_kinds_that_were_asked_for_or_is_broken(tmp_path, no_ghostscript, kind):
+    """In the explorer as in a folder to train on, whatever the name of the file."""
+    save_pictures(tmp_path)
+    path = tmp_path / "cat" / "x.jpg"
+    if kind == "eps":
+        path.write_bytes(EPS)
+    elif kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "bomb":
+        chunks = [b"IHDR" + struct.pack(">IIBBBBB", 40000, 40000, 8, 2, 0, 0, 0), b"IDAT" + zlib.compress(b""), b"IEND"]
+        packed = [struct.pack(">I", len(one) - 4) + one + struct.pack(">I", zlib.crc32(one)) for one in chunks]
+        path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(packed))
+    else:
+        path.symlink_to("/dev/zero" if kind == "device" else path.name)
+    with pytest.raises(DataError, match="cannot read the image"):
+        read_picture(path)
+    pictures = data.load_pictures(f"folder:{tmp_path}")
+    parts = [part.seen(BLUEPRINT.view, training=False) for part in (pictures.train, pictures.validation, pictures.test)]
+    read = [int(label) for part in parts for _, label in (part[index] for index in range(len(part)))]
+    assert sorted(read) == [IGNORED, *[0] * 14, *[1] * 14]
+    assert [name for part in parts for name in part.broken()] == [str(path)]
+
+
+def test_pillow_opens_files_in_one_place():
+    """So that none is opened without its kinds being named."""
+    files = [file for file in Path(ns.__file__).parent.rglob("*.py") if "Image.open" in file.read_text()]
+    assert [file.name for file in files] == ["picture.py"]
+
+
+def paths(pictures) -> list[str]:
+    parts = (pictures.train, pictures.validation, pictures.test)
+    return sorted(part.album.name(int(index)) for part in parts for index in part.chosen)
+
+
+def test_links_in_circles_add_nothing(tmp_path):
+    save_pictures(tmp_path / "photos")
+    expected = paths(data.load_pictures(f"folder:{tmp_path / 'photos'}"))
+    cats = tmp_path / "photos" / "cat"
+    for name, target in (("a", "."), ("b", ".."), ("c", "../.."), ("d", "/"), ("e", "e"), ("f", "../cat")):
+        (cats / name).symlink_to(target, target_is_directory=True)
+    (tmp_path / "photos" / "self").symlink_to(".")
+    (cats / "again.png").symlink_to("0.png")
+    os.link(cats / "1.png", cats / "once-more.png")
+    (cats / "more").mkdir()
+    (cats / "more" / "back").symlink_to("..")
+    assert paths(data.load_pictures(f"folder:{tmp_path / 'photos'}")) == expected
+
+
+def test_folders_elsewhere_that_links_lead_to_are_read(tmp_path):
+    save_pictures(tmp_path / "elsewhere")
+    (tmp_path / "photos" / "cat").mkdir(parents=True)
+    (tmp_path / "photos" / "dog").symlink_to(tmp_path / "elsewhere" / "dog")
+    (tmp_path / "photos" / "cat" / "linked").symlink_to(tmp_path / "elsewhere" / "cat")
+    (tmp_path / "elsewhere" / "cat" / "loop").symlink_to(tmp_path / "elsewhere")
+    found = paths(data.load_pictures(f"folder:{tmp_path / 'photos'}"))
+    assert found == sorted(f"{tmp_path}/photos/{place}/{n}.png" for place in ("cat/linked", "dog") for n in range(14))
+
+
+@pytest.mark.parametrize("link", [os.symlink, os.link])
+def test_no_picture_is_in_two_parts_or_classes(tmp_path, link):
+    save_pictures(tmp_path / "a" / "train")
+    save_pictures(tmp_path / "a" / "val")
+    link(tmp_path / "a" / "train" / "cat" / "0.png", tmp_path / "a" / "val" / "cat" / "x.png")
+    with pytest.raises(DataError, match=r"no picture may be in two parts.*train/cat/0\.png and .*val/cat/x\.png"):
+        data.load_pictures(f"folder:{tmp_path / 'a'}")
+    save_pictures(tmp_path / "b")
+    link(tmp_path / "b" / "cat" / "0.png", tmp_path / "b" / "dog" / "x.png")
+    with pytest.raises(DataError, match=r"a picture must be in one class.*cat/0\.png and .*dog/x\.png"):
+        data.load_pictures(f"folder:{tmp_path / 'b'}")
+
+
+def test_a_part_that_is_another_one_is_refused(tmp_path):
+    save_pictures(tmp_path / "train")
+    (tmp_path / "test").symlink_to("train")
+    with pytest.raises(DataError, match="no picture may be in two parts"):
+        data.load_pictures(f"folder:{tmp_path}")
+
+
+def write_shard(file: Path, labels) -> None:
+    with tarfile.open(file, "w") as tar:
+        for place, label in enumerate(labels):
+            for name, content in ((f"{place}.png", b"x"), (f"{place}.cls", label)):
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+
+
+@pytest.mark.parametrize("label", [b"1000000000", b"32768", b"9" * 30, b"1" + b"0" * 5000])
+def test_a_label_is_no_reason_to_count_for_ever(tmp_path, label):
+    write_shard(tmp_path / "train.tar", [b"0", label])
+    with pytest.raises(
+        DataError, match=r"labels of shards without a classes\.txt|a label is|at most|two|Exceeds|labels"
+    ):
+        data.load_pictures(f"wds:{tmp_path}")
+
+
+def test_shards_are_files_and_each_is_one_part(tmp_path):
+    write_shard(tmp_path / "train.tar", [b"0"] * 8 + [b"1"] * 8)
+    os.mkfifo(tmp_path / "nearsight-index.npz")
+    os.mkfifo(tmp_path / "classes.txt")
+    with pytest.raises(DataError, match=r"cannot read .*classes\.txt: it is no regular file"):
+        data.load_pictures(f"wds:{tmp_path}")
+    (tmp_path / "val.tar").symlink_to("train.tar")
+    with pytest.raises(DataError, match="a shard must be named once"):
+        data.load_pictures(f"wds:{tmp_path}")
+    with pytest.raises(DataError, match="at most 1000000 shards"):
+        data.load_pictures("wds:train-{0..99999}-{0..99999}.tar")
+
+
+def test_a_packed_file_unfolds_to_what_it_claims_and_no_further(tmp_path):
+    def idx(shape, content):
+        return b"\0\0\x08" + bytes([len(shape)]) + struct.pack(f">{len(shape)}i", *shape) + content
+
+    bomb = gzip.compress(idx((1, 2, 2), bytes(1 << 24)))
+    for name, content in (("train-images-idx3-ubyte", bomb), ("vast", gzip.compress(idx((1 << 30, 1 << 30), b"")))):
+        (tmp_path / f"{name}.gz").write_bytes(content)
+        with pytest.raises(DataError, match="claims to"):
+            _read_idx(tmp_path, name)
 
 
 # ---------------------------------------------------------------------------------------------------- what is written

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 UNFINISHED = ".part"  # what a temporary file's name ends with
-LARGEST_TEXT = 1 << 20  # bytes of a table that is read whole
+LARGEST_TEXT = 1 << 24  # bytes of a table that is read whole
 LARGEST_YAML = 1 << 16  # characters of settings, which take a second to read
 MOST_LISTS = 500  # in settings: the time that PyYAML takes grows with the square of how deep they lie in each other
 

@@ -149,8 +149,9 @@ def _read(source: str | Path | bytes) -> Iterator[ImageFile]:
     from PIL import Image
 
     with BytesIO(source) if isinstance(source, bytes) else open_regular(source) as file:
+        Image.init()  # an older Pillow knows fewer, and asked for one that it does not know it fails
         with _naming_damage():
-            picture = Image.open(file, formats=[*FORMATS])
+            picture = Image.open(file, formats=[name for name in FORMATS if name in Image.OPEN])
         yield picture
 
 

@@ -38,6 +38,7 @@ from torch import Tensor, nn
 
 from ..bench.timing import race
 from ..errors import DataError, TrainingError
+from ..files import open_regular, read_text
 from ..inspect import equivariance_error
 from ..inspect.table import to_json
 from ..models import count_flops
@@ -135,7 +136,7 @@ def read_measures(run: Path) -> Measures:
     """
     file = run / MEASURES_FILE
     try:
-        values = json.loads(file.read_text())
+        values = json.loads(read_text(file))
         digest = values.pop(DIGEST, None)
         if digest not in (None, _digest(values)):
             raise ValueError("it is not what was written")
@@ -196,7 +197,7 @@ def _of_training(run: Path) -> dict[str, Any]:
 
 def _read_csv(file: Path, columns: Sequence[str]) -> list[dict[str, float]]:
     try:
-        table = csv.DictReader(io.StringIO(file.read_text()), strict=True)
+        table = csv.DictReader(io.StringIO(read_text(file)), strict=True)
         rows = [{name: float(value) for name, value in row.items()} for row in table]
         missing = [name for name in columns if name not in (table.fieldnames or ())]
         if missing or not rows:
@@ -216,7 +217,8 @@ def _digest(values: Mapping[str, Any]) -> str:
 
 def _digest_of_file(file: Path) -> str:
     try:
-        return sha256(file.read_bytes()).hexdigest()
+        with open_regular(file) as content:
+            return sha256(content.read()).hexdigest()
     except OSError as error:
         raise DataError(f"cannot read {file}: {error}; delete the run's folder, and it is trained again") from error
 

@@ -14,8 +14,10 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import DataError
+from ..files import open_regular
 from .files import write_bytes
 
+LARGEST = 1 << 30  # bytes that are read of it, eight for each picture
 TRAINED_FILE = "trained.npz"
 
 
@@ -39,7 +41,9 @@ def read_trained(path: Path) -> np.ndarray | None:
     """
     file = (path if path.is_dir() else path.parent) / TRAINED_FILE
     try:
-        with np.load(file, allow_pickle=False) as stored:
+        with open_regular(file) as content, np.load(content, allow_pickle=False) as stored:
+            if stored.zip.getinfo("pictures.npy").file_size > LARGEST:
+                raise ValueError("it claims more pictures than there can be")
             return stored["pictures"].astype(np.int64, casting="safe")
     except FileNotFoundError:
         return None

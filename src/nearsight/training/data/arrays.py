@@ -18,10 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...errors import DataError
+from ...files import open_regular
 from .pictures import IGNORED, MAX_BROKEN, TEST_SHARE, VALIDATION_SHARE, Pictures, Seen, View, digest, stratified
 
 DIGITS = tuple(str(digit) for digit in range(10))
 TURN_SEED = 0  # of rotated data: whatever the seed of the run, the pictures are the same
+LARGEST_IDX = 1 << 31  # bytes; EMNIST, the largest of the family, has a quarter of them
 USUAL_PLACES = ("data", "~/.cache/nearsight", "/usr/share/datasets", "/usr/share")
 
 
@@ -343,11 +345,17 @@ def _read_idx(folder: Path, file: str) -> np.ndarray:
     if path is None:
         raise DataError(f"{folder} lacks {file} (or {file}.gz)")
     try:
-        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        if content[:3] != b"\0\0\x08":
-            raise ValueError("it does not begin as an IDX file of bytes")
-        rank = content[3]
-        shape = np.frombuffer(content, ">i4", count=rank, offset=4)
-        return np.frombuffer(content, np.uint8, offset=4 + 4 * rank).reshape(shape).copy()
+        with open_regular(path) as packed, gzip.GzipFile(fileobj=packed) if path.suffix == ".gz" else packed as stream:
+            head = stream.read(4)
+            if head[:3] != b"\0\0\x08" or len(head) < 4:
+                raise ValueError("it does not begin as an IDX file of bytes")
+            shape = np.frombuffer(stream.read(4 * head[3]), ">i4", count=head[3])
+            size = math.prod(shape.tolist())
+            if not 0 <= size <= LARGEST_IDX:
+                raise ValueError(f"it claims to hold {size} bytes")
+            content = stream.read(size + 1)  # no more, whatever a packed file unfolds to; one more finds its checksum
+            if len(content) != size:
+                raise ValueError(f"it does not hold the {size} bytes that it claims to")
+            return np.frombuffer(content, np.uint8).reshape(shape).copy()
     except (OSError, EOFError, ValueError, IndexError, zlib.error) as error:
         raise DataError(f"cannot read {path}: {error}; is the file whole? Fetch it anew") from error

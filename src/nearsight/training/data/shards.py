@@ -18,19 +18,26 @@ from functools import partial
 from glob import glob
 from io import BytesIO
 from itertools import takewhile
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
 from ...errors import DataError, TrainingError
+from ...files import open_regular, read_text
 from ...picture import ENDINGS, is_hidden, is_picture
 from ..files import write_bytes
-from .stored import Gather, divided, ending, tell_left_out
+from .folders import ending, tell_left_out
+from .stored import Gather, divided
 
 INDEX_FILE = "nearsight-index.npz"
 CLASSES_FILE = "classes.txt"
 PARTS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+MOST_CLASSES = 1 << 15  # without names; ImageNet has 21,841
+LONGEST_LABEL = 32  # bytes of a .cls file
+LARGEST_INDEX = 1 << 32  # bytes of one of its columns
+MOST_SHARDS = 1_000_000  # that a pattern may name
 COLUMNS = ("shard", "offset", "size", "label")
 
 
@@ -88,11 +95,21 @@ def _shards(pattern: str) -> list[Path]:
     if place.is_dir():
         files = sorted(place.glob("*.tar"))
     else:
+        ranges = re.findall(r"(\d+)\.\.(\d+)", pattern)
+        if prod(abs(int(first) - int(last)) + 1 for first, last in ranges) > MOST_SHARDS:
+            raise DataError(f"wds:PATH takes at most {MOST_SHARDS} shards; received {pattern}")
         found = [sorted(glob(one)) or [one] for one in expand_urls(str(place))]
         files = [Path(file) for files in found for file in files]
     missing = [str(file) for file in files if not file.is_file()]
     if not files or missing:
         raise DataError(f"there is no shard {(missing or [place / '*.tar'])[0]}; wds:PATH needs tar files")
+    known: dict[tuple[int, int], Path] = {}
+    for file in files:  # by any name and link
+        other = known.setdefault((file.stat().st_dev, file.stat().st_ino), file)
+        if other is not file:
+            raise DataError(
+                f"a shard must be named once, or its pictures are seen twice; {other} and {file} are one file"
+            )
     return files
 
 
@@ -108,7 +125,9 @@ def _index(files: Sequence[Path]) -> dict[str, np.ndarray]:
     stamps = [sorted(ENDINGS), *map(_stamp, files)]
     cache = files[0].parent / INDEX_FILE
     try:
-        with np.load(cache, allow_pickle=False) as stored:
+        with open_regular(cache) as file, np.load(file, allow_pickle=False) as stored:
+            if max(part.file_size for part in stored.zip.infolist()) > LARGEST_INDEX:
+                raise ValueError("it claims more samples than there can be")
             if json.loads(str(stored["files"])) == stamps:
                 tell_left_out(files[0].parent, Counter(json.loads(str(stored["left_out"]))))
                 return {column: stored[column] for column in COLUMNS}
@@ -161,7 +180,7 @@ def _scan(file: Path, left_out: Counter[str]) -> list[tuple[int, int, int]]:
                 if is_picture(f"image.{extension}"):
                     images[key] = (member.offset_data, member.size)
                 elif content is not None:
-                    labels[key] = int(content.read())
+                    labels[key] = _label(content)
                 else:
                     left_out[ending(member.name)] += 1
             _check_whole(file, tar.offset)
@@ -175,11 +194,26 @@ def _scan(file: Path, left_out: Counter[str]) -> list[tuple[int, int, int]]:
     return [(*place, labels[key]) for key, place in images.items()]
 
 
+def _label(content: IO[bytes]) -> int:
+    """The number in a .cls file, of which little is read, whatever its size."""
+    label = int(content.read(LONGEST_LABEL))
+    if abs(label) >= 1 << 63:
+        raise ValueError(f"a label is {label}")
+    return label
+
+
 def _classes(file: Path, labels: np.ndarray) -> tuple[str, ...]:
-    if not file.is_file():
-        names = tuple(str(number) for number in range(int(labels.max()) + 1))
+    if file.exists():
+        try:
+            names = tuple(read_text(file).splitlines())
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"cannot read {file}: {getattr(error, 'strerror', None) or error}") from error
     else:
-        names = tuple(file.read_text().splitlines())
+        if labels.max() >= MOST_CLASSES:  # each takes memory in the network, whether or not there is a picture of it
+            raise DataError(
+                f"the labels of shards without a {CLASSES_FILE} must be below {MOST_CLASSES}; received {labels.max()}"
+            )
+        names = tuple(str(number) for number in range(int(labels.max()) + 1))
     if labels.min() < 0 or labels.max() >= len(names):
         raise DataError(
             f"labels must be 0 to {len(names) - 1}; received {labels.min()} to {labels.max()} beside {file}"

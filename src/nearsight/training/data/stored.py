@@ -6,10 +6,9 @@ from __future__ import annotations
 import os
 import random
 import sys
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -18,7 +17,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ...errors import DataError
-from ...picture import ENDINGS, is_hidden, is_picture, open_picture, shorter_side
+from ...picture import open_picture, shorter_side
+from .folders import class_folders, refuse_shared
 from .pictures import (
     IGNORED,
     MAX_BROKEN,
@@ -261,26 +261,6 @@ def warn_of_broken(data: Any, known: set[str] | None = None) -> None:
     known.update(found)
 
 
-def ending(name: str) -> str:
-    """What a file's name ends with, as it is counted and told."""
-    return PurePosixPath(name).suffix.lower() or "without an ending"
-
-
-def tell_left_out(source: object, counts: Counter[str]) -> None:
-    """Tell on standard error how many files are no pictures by their endings, which :mod:`nearsight.picture` lists.
-
-    Args:
-        counts: of each :func:`ending`.
-    """
-    if counts:
-        kinds = ", ".join(f"{count} {ending}" for ending, count in counts.most_common())
-        print(
-            f"left out {counts.total()} files of {source} that are not read as pictures: {kinds}",
-            file=sys.stderr,
-            flush=True,
-        )
-
-
 def seed_all(*numbers: int) -> None:
     """Python's, NumPy's and PyTorch's random numbers from here on follow from these."""
     state = hashed(*numbers)
@@ -320,21 +300,22 @@ def load_folder(name: str, gather: Gather = divided) -> Any:
     parts = parts_among(folders, str(path))
     if not parts:
         _check_not_splits(path, folders)
-        classes, files = _class_folders(path)
-        return gather(name, tuple(classes), {"train": files})
+        found = class_folders(path)
+        return gather(name, tuple(found.classes), {"train": Files(found.samples)})
     beside = [folder for folder in folders if folder not in parts.values()]
     _check_not_classes(path, parts, beside)
-    found = {part: _class_folders(path / folder) for part, folder in parts.items()}
-    classes = found["train"][0]
-    for part, (others, _) in found.items():
-        odd = sorted(set(others) ^ set(classes))
+    found = {part: class_folders(path / folder) for part, folder in parts.items()}
+    classes = found["train"].classes
+    for part, other in found.items():
+        odd = sorted(set(other.classes) ^ set(classes))
         if odd:
             raise DataError(
                 f"{path / parts[part]} must hold the classes that {parts['train']} holds; these are in one only: "
                 f"{', '.join(odd)}"
             )
     tell_unread(beside, parts.values(), str(path))
-    return gather(name, tuple(classes), {part: files for part, (_, files) in found.items()})
+    refuse_shared(found)
+    return gather(name, tuple(classes), {part: Files(one.samples) for part, one in found.items()})
 
 
 def _check_not_classes(path: Path, parts: Mapping[str, str], beside: Sequence[str]) -> None:
@@ -371,30 +352,3 @@ def _holds_pictures(folder: Path) -> bool:
     from torchvision.datasets.folder import IMG_EXTENSIONS
 
     return any(entry.suffix.lower() in IMG_EXTENSIONS for entry in folder.iterdir() if entry.name[0] != ".")
-
-
-def _class_folders(folder: Path) -> tuple[list[str], Files]:
-    from torchvision.datasets.folder import make_dataset
-
-    left_out = Counter()
-
-    def wanted(path: str) -> bool:
-        name = Path(path).relative_to(folder).as_posix()
-        if is_hidden(name):
-            return False
-        if not is_picture(name):
-            left_out[ending(name)] += 1
-        return is_picture(name)
-
-    try:
-        entries = sorted(entry.name for entry in folder.iterdir() if not is_hidden(entry.name))
-        classes = [name for name in entries if (folder / name).is_dir()]
-        samples = make_dataset(str(folder), {name: index for index, name in enumerate(classes)}, is_valid_file=wanted)
-    except (OSError, ValueError) as error:
-        kinds = ", ".join(sorted(ENDINGS))
-        raise DataError(f"{folder} must hold one folder of images per class: {error} Images end in {kinds}") from error
-    tell_left_out(folder, left_out)
-    astray = [name for name in entries if is_picture(name) and name not in classes]
-    if astray:
-        print(f"left out {len(astray)} images in {folder} that lie in no class's folder", file=sys.stderr, flush=True)
-    return classes, Files(samples)
