@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..attention import BACKENDS
 from ..models import count_flops
@@ -37,9 +38,25 @@ def announcement(recipe: Recipe, pictures: Pictures, view: View, model: nn.Modul
             f"lr {recipe.lr:g}, seed {recipe.seed}, {_extras(recipe)}",
             f"device   {device}, {'one process' if recipe.processes == 1 else processes}, "
             f"{torch.get_num_threads()} threads; attention by {used}",
+            *_remarks(recipe, pictures, model),
             f"output   {output}",
         )
     )
+
+
+def _remarks(recipe: Recipe, pictures: Pictures, model: nn.Module) -> list[str]:
+    """What a number that the run leaves is not, though one could think so."""
+    assert recipe.batch_size is not None
+    remarks = []
+    if recipe.mixup or recipe.cutmix:
+        remarks.append("mixed    train_accuracy is of mixed images: how often the class with the larger share is named")
+    if recipe.accumulate > 1 and any(isinstance(module, _BatchNorm) for module in model.modules()):
+        images = min(recipe.batch_size, len(pictures.train)) // recipe.accumulate
+        remarks.append(
+            f"parts    of {images} images: batch norms see one part at a time, so the results are not those of a whole "
+            "step, and worse where parts are small"
+        )
+    return remarks
 
 
 def _scaled(pictures: Pictures, view: View) -> str:

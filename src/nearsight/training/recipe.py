@@ -39,7 +39,7 @@ class Recipe:
     """A run's settings. A value of None stands for the data set's own default, or the common one: see :meth:`filled`.
 
     ``batch_size`` is that of a whole step, over all processes and accumulated parts: more of them change how a step is
-    computed, not what it computes.
+    computed, not what it computes. Batch norms are the exception: their statistics are those of a part.
 
     Raises:
         OptionError: a value outside its range; the message names the rule and the value.
@@ -70,7 +70,9 @@ class Recipe:
     seed: int = _option(0, int, "the same seed gives the same run")
     precision: str = _option("32", int | str, "32, or bf16 for bfloat16 autocast")
     compile: bool = _option(False, bool, "compile the network with torch.compile")
-    accumulate: int = _option(1, int, "parts that a step's images are computed in, to save memory")
+    accumulate: int = _option(
+        1, int, "parts that a step's images are computed in, to save memory; batch norms see a part"
+    )
     devices: int = _option(1, int, "processes to train with, on each host")
     nodes: int = _option(1, int, "hosts to train on; start one process per device on each with torchrun")
     strategy: str = _option("ddp", str, "of several processes: ddp, or fsdp on GPUs to split the weights as well")
@@ -105,6 +107,8 @@ class Recipe:
                 f"batch-size must be a multiple of devices x nodes x accumulate; received {self.batch_size} for "
                 f"{self.devices} x {self.nodes} x {self.accumulate}"
             )
+        if self.batch_size is not None:
+            check_mixed(self, self.batch_size)
         if self.ema_decay and self.strategy == "fsdp" and self.processes > 1:
             raise OptionError(
                 f"ema-decay must be 0 with strategy fsdp, which has no whole weights; received {self.ema_decay:g}"
@@ -242,6 +246,20 @@ def _is_of(kind: tuple[Any, bool], value: Any) -> bool:
     if value is None or isinstance(value, bool):
         return may_be_open if value is None else of is bool
     return isinstance(value, (int, float) if of is float else of)
+
+
+def check_mixed(recipe: Recipe, step: int) -> None:
+    """Mixup and cutmix mix the images that a process has of a part with each other.
+
+    Raises:
+        OptionError: a step of so many images leaves one for each.
+    """
+    parts = recipe.processes * recipe.accumulate
+    if (recipe.mixup or recipe.cutmix) and step // parts < 2:
+        raise OptionError(
+            f"mixup and cutmix need two images or more in each part of a step; received a step of {step} in {parts} "
+            f"part{'s' * (parts > 1)}: take more images (--batch-size), fewer parts (--accumulate), or --mixup 0 --cutmix 0"
+        )
 
 
 def _within(name: str, value: float | None, least: float, below: float = math.inf) -> None:

@@ -68,7 +68,7 @@ def write_report(
         interval=_interval(evaluation),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         rows=rows,
-        curve=_curve(rows),
+        curve=_curve(rows, mixed=bool(recipe.mixup or recipe.cutmix)),
         confusion=_confusion(evaluation, blueprint.classes),
         mistakes=_mistakes(evaluation, blueprint.classes),
         attention=_attention(model, blueprint, evaluation, test),
@@ -84,16 +84,18 @@ def _interval(evaluation: Evaluation) -> tuple[float, float]:
     return interval.low, interval.high
 
 
-def _curve(rows: Sequence[Mapping[str, float]]) -> Picture:
+def _curve(rows: Sequence[Mapping[str, float]], *, mixed: bool) -> Picture:
     first, last = rows[0], rows[-1]
     text = (
         f"Over {len(rows)} epochs the training loss goes from {first['train_loss']:.2f} to {last['train_loss']:.2f} and "
         f"the validation accuracy from {first['val_accuracy']:.1%} to {last['val_accuracy']:.1%}."
     )
+    if mixed:
+        text += " The training accuracy is of mixed images: how often the class with the larger share is named."
     epochs = [row["epoch"] for row in rows]
     charts = []
     for what, name, unit in (("loss", "loss", 1), ("accuracy", "accuracy, %", 100)):
-        parts = (("training", "train"), ("validation", "val"))
+        parts = (("training, mixed" if mixed else "training", "train"), ("validation", "val"))
         series = [plots.Series(label, epochs, [unit * row[f"{part}_{what}"] for row in rows]) for label, part in parts]
         charts.append(plots.Chart("epoch", name, {"": series}))
     return Picture(draw.to_svg(plots.draw(charts), f"Learning curve. {text}"), text, plots.to_csv(charts))

@@ -11,7 +11,7 @@ from typing import Any
 import lightning as L
 import torch
 import torch.nn.functional as F
-from timm.data.mixup import Mixup
+from timm.data.mixup import Mixup, mixup_target
 from timm.data.random_erasing import RandomErasing
 from timm.loss.cross_entropy import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.utils.model_ema import ModelEmaV3
@@ -25,8 +25,16 @@ from .data import IGNORED, Dealer, Pictures, RandomAffine, View, loader
 from .data.pictures import Split, hashed
 from .data.stored import seed_all
 from .optimizer import make_optimizer, make_schedule, state_apart
-from .recipe import Recipe
+from .recipe import Recipe, check_mixed
 from .weights import KEY, PREFIX, RECIPE, Blueprint
+
+
+class Mixed(Mixup):
+    """timm's, for any number of pictures: they are mixed in reverse order, so that the middle one of an odd number stays."""
+
+    def __call__(self, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        share = self._mix_batch(x)
+        return x, mixup_target(target, self.num_classes, share, self.label_smoothing)
 
 
 class Classifier(L.LightningModule):
@@ -34,7 +42,8 @@ class Classifier(L.LightningModule):
 
     Every step's random draws follow from the seed, the step's number and an image's place in the step alone: no state has to
     be kept to resume, and it is the same how a step is dealt out among processes and parts. Mixup, cutmix and the network's
-    own dropout are the exception: they are drawn by each process for the images that it has.
+    own dropout are the exception: they are drawn by each process for the images that it has. So are batch norms, whose
+    statistics are those of a part, over all processes.
     """
 
     def __init__(self, model: nn.Module, augment: nn.Module, blueprint: Blueprint, recipe: Recipe) -> None:
@@ -49,7 +58,7 @@ class Classifier(L.LightningModule):
         self.mix = None
         self.train_loss: nn.Module = LabelSmoothingCrossEntropy(recipe.label_smoothing)
         if recipe.mixup or recipe.cutmix:
-            self.mix = Mixup(
+            self.mix = Mixed(
                 recipe.mixup or 0.0, recipe.cutmix or 0.0, label_smoothing=recipe.label_smoothing, num_classes=classes
             )
             self.train_loss = SoftTargetCrossEntropy()
@@ -76,9 +85,8 @@ class Classifier(L.LightningModule):
         seed_all(self.recipe.seed, self.global_step, part * self.trainer.world_size + self.global_rank)
         targets = labels
         if self.mix is not None:
-            even = len(images) // 2 * 2
-            labels = labels[:even]
-            images, targets = self.mix(images[:even], labels)
+            images, targets = self.mix(images, labels)
+            labels = targets.argmax(1)  # of the picture that has the larger share
         logits = self.answer(images)
         loss = self.train_loss(logits, targets)
         self._check_finite(loss, logits, f"step {index + 1}")
@@ -181,6 +189,7 @@ class Batches(L.LightningDataModule):
         step = min(self.recipe.batch_size, len(self.pictures.train) // self.parts * self.parts)
         if step == 0:
             raise DataError(f"{len(self.pictures.train)} training images cannot be dealt out in {self.parts} parts")
+        check_mixed(self.recipe, step)
         return step
 
     @property
