@@ -10,6 +10,7 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 import argparse
 import ctypes
+import io
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from .errors import DataError, NearsightError, OptionError, TrainingError
+from .inspect.names import readable
 
 TRAIN_EXTRA = ("lightning", "torchmetrics", "jsonargparse", "sklearn", "scipy", "matplotlib", "jinja2", "PIL", "rich")
 
@@ -133,6 +135,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _open_closed_streams()
     _keep_freed_memory()
     given = list(sys.argv[1:] if arguments is None else arguments)
+    for stream in (sys.stdout, sys.stderr):  # a name may hold what a terminal's encoding has no bytes for
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         code = _code_of(given)
     except SystemExit:  # after --help
@@ -183,7 +188,7 @@ def _flushed() -> int:
 
 def _complain(message: str) -> None:
     with suppress(OSError):  # where that cannot be written either, the exit code tells
-        print(f"nearsight: {' '.join(message.split())}", file=sys.stderr)
+        print(f"nearsight: {readable(' '.join(message.split()))}", file=sys.stderr)
 
 
 def _open_closed_streams() -> None:

@@ -41,8 +41,8 @@ def open_regular(path: str | Path) -> BinaryIO:
     return os.fdopen(handle, "rb")
 
 
-def read_text(path: str | Path, most: int = LARGEST_TEXT) -> str:
-    """A small text file, in UTF-8.
+def read_text(path: str | Path, most: int = LARGEST_TEXT, errors: str = "strict") -> str:
+    """A small text file, in UTF-8; ``errors`` as in ``bytes.decode``.
 
     Raises:
         OSError: what :func:`open_regular` raises, or a file of more than ``most`` bytes.
@@ -52,7 +52,7 @@ def read_text(path: str | Path, most: int = LARGEST_TEXT) -> str:
         content = file.read(most + 1)
     if len(content) > most:
         raise OSError(errno.EFBIG, f"it has more than {most} bytes", str(path))
-    return content.decode()
+    return content.decode(errors=errors)
 
 
 def read_yaml(text: str) -> Any:

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import wraps
 from typing import TYPE_CHECKING, Any, ParamSpec, Protocol
 
 import numpy as np
 
+from .names import readable, short
 from .pages import without_styles
 from .table import write_csv
 
@@ -27,6 +30,7 @@ INK = "#0b0c0d"  # stands for the page's text colour until the picture becomes S
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text: sharp, selectable, in the page's font
     "svg.hashsalt": "nearsight",  # the same picture gives the same file
+    "text.parse_math": False,  # a class may be called $5_to_$10
     "font.size": 9,
     "text.color": INK,
     "axes.edgecolor": INK,
@@ -79,8 +83,9 @@ def confusion_matrix(counts: np.ndarray, classes: Sequence[str]) -> Figure:
     axes.spines[:].set_visible(False)
     if n > 20:  # names and numbers would be too small to read
         return figure
-    axes.set_xticks(range(n), classes, rotation=0 if max(map(len, classes)) < 3 else 60)
-    axes.set_yticks(range(n), classes)
+    names = [short(name) for name in classes]
+    axes.set_xticks(range(n), names, rotation=0 if max(map(len, names)) < 3 else 60)
+    axes.set_yticks(range(n), names)
     axes.tick_params(length=0)
     for true, predicted in np.argwhere(counts):
         strong = "white" if true == predicted else "#111111"  # on a deep blue, on a deep orange
@@ -161,13 +166,21 @@ def to_svg(figure: Figure, alt: str) -> str:
     from matplotlib import rc_context
 
     buffer = io.StringIO()
-    with rc_context(STYLE):
+    with rc_context(STYLE), without_glyph_warnings():
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = buffer.getvalue()
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
     svg = re.sub(r' (width|height)="[\d.]+pt"', "", svg, count=2).replace(INK, "currentColor")
-    label = escape(alt, quote=True)
+    label = escape(readable(alt), quote=True)
     return without_styles(svg).replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
+
+
+@contextmanager
+def without_glyph_warnings() -> Iterator[None]:
+    """Matplotlib's font has not the letters of every script; an SVG takes the reader's fonts, a PNG shows boxes."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*(Glyph|Matplotlib currently does not support)")
+        yield
 
 
 def _figure(width: float, height: float) -> Figure:

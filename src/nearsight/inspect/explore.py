@@ -24,6 +24,7 @@ from ..picture import BACKGROUND, open_picture
 from .equivariance import decisive, equivariance_by_layer
 from .finite import why_not_finite
 from .maps import AttentionMap, attention_layers, attention_maps
+from .names import readable
 from .pages import render
 from .rollout import attention_rollout
 from .statistics import attention_statistics
@@ -60,7 +61,7 @@ class Exploration:
         """
         path = Path(path)
         try:
-            write_whole(path, self.html.encode())
+            write_whole(path, self.html.encode(errors="backslashreplace"))
         except OSError as error:
             raise DataError(f"cannot write {path}: {error.strerror or error}") from error
         return path
@@ -455,7 +456,7 @@ def _prediction(output: Any, classes: Sequence[str] | None) -> list[dict[str, An
     best = probabilities.topk(min(SHOWN_CLASSES, len(probabilities)))
     names = classes if classes is not None and len(classes) == len(probabilities) else None
     return [
-        {"name": str(names[index]) if names else f"class {index}", "probability": value}
+        {"name": readable(str(names[index])) if names else f"class {index}", "probability": value}
         for value, index in zip(best.values.tolist(), best.indices.tolist(), strict=True)
     ]
 

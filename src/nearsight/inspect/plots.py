@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .draw import BLUE, GREEN, INK, ORANGE, PINK, RED, SKY, STYLE, _figure, _in_style
+from .draw import BLUE, GREEN, INK, ORANGE, PINK, RED, SKY, STYLE, _figure, _in_style, without_glyph_warnings
 from .table import write_csv
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ def _saved(figure: Figure, format: str, **options: Any) -> bytes:
 
     buffer = io.BytesIO()
     nothing = {"Date": None, "Creator": None} if format == "svg" else {"Software": None}
-    with rc_context(STYLE):
+    with rc_context(STYLE), without_glyph_warnings():
         figure.savefig(buffer, format=format, facecolor="white", metadata=nothing, **options)
     return buffer.getvalue()
 

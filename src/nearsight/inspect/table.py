@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from .names import readable
+
 
 def to_csv(rows: Sequence[Any]) -> str:
     """Dataclasses of one kind, their fields as columns; None is empty, sizes are written 14x14.
@@ -26,11 +28,18 @@ def to_csv(rows: Sequence[Any]) -> str:
     return write_csv(names, ([_cell(getattr(row, name)) for name in names] for row in rows))
 
 
+RUN_BY_SPREADSHEETS = ("=", "+", "-", "@")  # a text that begins so is taken for a formula
+
+
 def write_csv(header: Sequence[str], lines: Iterable[Sequence[Any]]) -> str:
-    """Lines under a header; a float32 is written with the six digits that it holds, a number that is not finite is empty."""
+    """Lines under a header; a float32 is written with the six digits that it holds, a number that is not finite is empty.
+
+    A text that a spreadsheet would run as a formula, be it the name of a class, has an apostrophe before it; tabs and line
+    breaks in it are written out.
+    """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(header)
+    writer.writerow(map(_written, header))
     writer.writerows([_written(one) for one in line] for line in lines)
     return text.getvalue()
 
@@ -60,4 +69,7 @@ def _cell(value: Any) -> Any:
 
 def _written(value: Any) -> Any:
     value = finite(value)
+    if isinstance(value, str):
+        value = readable(value)
+        return f"'{value}" if value.startswith(RUN_BY_SPREADSHEETS) else value
     return f"{value:.6g}" if type(value) is np.float32 else value

@@ -64,10 +64,10 @@ def _scaled(pictures: Pictures, view: View) -> str:
     return "" if pictures.size in (None, view.size) else f" (scaled from {pictures.size}x{pictures.size})"
 
 
-def conclusion(evaluation: Evaluation, report: Path, seconds: float) -> str:
-    """The accuracy, and where to read more."""
+def conclusion(evaluation: Evaluation, seconds: float) -> str:
+    """The accuracy, and how long it took."""
     score = f"{evaluation.accuracy:.2%} ({evaluation.correct} of {evaluation.count})"
-    return f"test     accuracy {score} after {seconds:.0f} s\nreport   {report}"
+    return f"test     accuracy {score} after {seconds:.0f} s"
 
 
 def backends_used(model: nn.Module, images: torch.Tensor) -> list[str]:

@@ -26,7 +26,7 @@ from .files import make_inner_folder, write_plot, write_text
 from .intervals import Interval, paired, wilson
 from .measures import Measures
 from .recipe import Recipe
-from .report import Picture
+from .report import Picture, is_drawn
 
 TABLE_FILE, RUNS_FILE, PAGE_FILE, PLOTS = "table.csv", "runs.csv", "compare.html", "plots"
 
@@ -240,9 +240,16 @@ def _difference(measures: Mapping[Key, Measures], model: str, other: str, seed: 
 
 
 def write_comparison(output: Path, table: Table, recipe: Recipe, pictures: Pictures) -> None:
-    """Write the table, the plots and the page, and show the table."""
+    """Write and show the table, then the plots and the page; a line tells if these cannot be drawn."""
     write_text(output / TABLE_FILE, table.to_csv())
     write_text(output / RUNS_FILE, table.runs_to_csv())
+    _show(table)
+    print(f"table    {output / TABLE_FILE}", flush=True)
+    if is_drawn(output / PAGE_FILE, lambda: _draw(output, table, recipe, pictures)):
+        print(f"page     {output / PAGE_FILE}")
+
+
+def _draw(output: Path, table: Table, recipe: Recipe, pictures: Pictures) -> None:
     make_inner_folder(output / PLOTS)
     shown = []
     for name, (chart, caption) in charts(table).items():
@@ -250,8 +257,6 @@ def write_comparison(output: Path, table: Table, recipe: Recipe, pictures: Pictu
         write_plot(output / PLOTS / name, figure, chart.to_csv())
         shown.append(Picture(draw.to_svg(figure, _described(chart, caption)), caption, chart.to_csv()))
     write_text(output / PAGE_FILE, _page(table, shown, recipe, pictures))
-    _show(table)
-    print(f"table    {output / TABLE_FILE}\npage     {output / PAGE_FILE}")
 
 
 def columns(table: Table) -> dict[str, Callable[[Row], str]]:

@@ -31,8 +31,8 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_text(path: Path, content: str) -> None:
-    """:func:`write_bytes` for text, in UTF-8."""
-    write_bytes(path, content.encode())
+    """:func:`write_bytes` for text, in UTF-8; bytes of a file's name that are none are written ``\\udc80`` and so on."""
+    write_bytes(path, content.encode(errors="backslashreplace"))
 
 
 def make_folder(path: Path) -> None:

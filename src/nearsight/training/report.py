@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -14,8 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from ..errors import NearsightError
 from ..inspect import draw, plots
 from ..inspect.maps import AttentionMap, attention_maps
+from ..inspect.names import readable
 from ..inspect.pages import render
 from ..inspect.table import write_csv
 from ..layers import SelfAttention
@@ -39,6 +42,26 @@ class Picture:
     svg: str
     caption: str
     numbers: str
+
+
+def write_result(path: Path, recipe: Recipe, evaluation: Evaluation) -> None:
+    """The accuracy alone as a page, which stands where the report will: nothing that fails in drawing it takes that away."""
+    values = {"version": version("nearsight"), "recipe": recipe, "evaluation": evaluation, "folder": path.parent}
+    write_text(path, render("nearsight.training", "result.html.jinja", **values))
+
+
+def is_drawn(path: Path, draw: Callable[[], None]) -> bool:
+    """Draw a page. One that cannot be drawn is a line on standard error: what was trained and measured is kept."""
+    try:
+        draw()
+    except NearsightError:
+        raise
+    except Exception as error:  # of what draws, as many kinds as there are names, numbers and versions of Matplotlib
+        reason = readable(" ".join((str(error) or type(error).__name__).split()))
+        message = f"nearsight: warning: cannot draw {path}: {reason:.200}; the results are kept"
+        print(message, file=sys.stderr, flush=True)
+        return False
+    return True
 
 
 def write_report(

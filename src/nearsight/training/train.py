@@ -34,7 +34,7 @@ from .evaluate import Evaluation, evaluate
 from .files import make_folder, make_inner_folder, remove_leftovers, write_text
 from .matching import check_same_classes
 from .recipe import BEGAN, CONFIG_FILE, OWN_SIZE, Recipe, read_recipe
-from .report import REPORT_FILE, write_report
+from .report import REPORT_FILE, is_drawn, write_report, write_result
 from .task import Batches, Classifier
 from .trained import TRAINED_FILE, told_overlap
 from .weights import CHECKPOINT_FILE, RECIPE, WEIGHTS_FILE, Blueprint, read_blueprint, read_checkpoint, save_model
@@ -201,8 +201,11 @@ def _run(
     evaluation = evaluate(best, loader(test, recipe.batch_size, pictures.test.workers))
     if _is_main_process():
         save_model(output / WEIGHTS_FILE, best, blueprint)
-        write_report(output / REPORT_FILE, recipe, blueprint, best, journal.rows, evaluation, test)
-        print(conclusion(evaluation, output / REPORT_FILE, seconds), flush=True)
+        print(conclusion(evaluation, seconds), flush=True)
+        report = output / REPORT_FILE
+        if is_drawn(report, lambda: write_result(report, recipe, evaluation)):
+            is_drawn(report, lambda: write_report(report, recipe, blueprint, best, journal.rows, evaluation, test))
+        print(f"report   {report}", flush=True)
         print(told_overlap(output, test.digests(evaluation.places).numpy()), end="", flush=True)
     return Run(recipe, output, best, evaluation)
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from ..convert import convert
 from ..errors import DataError, NearsightError, OptionError
+from ..inspect.names import readable
 from ..models import check_stored_spec, create_model, is_plain, made_for_size, parse_spec, pretrained_value, stored_spec
 from ..models.modes import evaluating
 from ..picture import opaque
@@ -55,6 +56,9 @@ class Blueprint:
     def of(cls, model: str, classes: tuple[str, ...], view: View, data: str) -> Blueprint:
         """Of a network that is to be trained: it is made for the size that it will see."""
         return cls(model, classes, view, data, img_size=view.size if made_for_size(model) else None)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "classes", tuple(map(readable, self.classes)))
 
     def build(self, drop_path: float = 0.0) -> nn.Module:
         """The network, freshly initialised.

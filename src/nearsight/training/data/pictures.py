@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ...errors import DataError
+from ...inspect.names import readable
 from ...picture import BACKGROUND
 
 if TYPE_CHECKING:
@@ -112,6 +113,9 @@ class Pictures:
     augment: nn.Module = field(
         default_factory=nn.Identity
     )  # of whole batches, for splits that do not change their pictures
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "classes", tuple(map(readable, self.classes)))
 
     def view(self, size: int) -> View:
         """How a model that takes them at this size sees these pictures."""

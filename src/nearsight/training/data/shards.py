@@ -205,9 +205,11 @@ def _label(content: IO[bytes]) -> int:
 def _classes(file: Path, labels: np.ndarray) -> tuple[str, ...]:
     if file.exists():
         try:
-            names = tuple(read_text(file).splitlines())
-        except (OSError, UnicodeDecodeError) as error:
+            text = read_text(file, errors="surrogateescape").removeprefix("\ufeff").removesuffix("\n")
+        except OSError as error:
             raise DataError(f"cannot read {file}: {getattr(error, 'strerror', None) or error}") from error
+        # Lines end in \n alone: a name may hold one of the other characters that str.splitlines parts lines at.
+        names = tuple(line.removesuffix("\r") for line in text.split("\n"))
     else:
         if labels.max() >= MOST_CLASSES:  # each takes memory in the network, whether or not there is a picture of it
             raise DataError(

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ...errors import DataError
+from ...inspect.names import readable
 from ...picture import open_picture, shorter_side
 from .folders import class_folders, refuse_shared
 from .pictures import (
@@ -77,7 +78,11 @@ Gather = Callable[
 
 def whole(name: str, classes: tuple[str, ...], albums: Mapping[str, Album]) -> Whole:
     """All pictures of a data set: a few new ones can be measured, though they are too few to be split."""
-    return Whole(name, classes, tuple(StoredSplit(album, np.arange(len(album.labels))) for album in albums.values()))
+    return Whole(
+        name,
+        tuple(map(readable, classes)),
+        tuple(StoredSplit(album, np.arange(len(album.labels))) for album in albums.values()),
+    )
 
 
 def divided(name: str, classes: tuple[str, ...], albums: Mapping[str, Album]) -> Pictures:
@@ -203,7 +208,7 @@ class SeenPictures(Seen):
         ), IGNORED
 
     def name(self, index: int) -> str:
-        return self.split.album.name(int(self.split.chosen[index]))
+        return readable(self.split.album.name(int(self.split.chosen[index])))
 
     def broken(self) -> list[str]:
         """The names of the pictures that could not be read so far."""
