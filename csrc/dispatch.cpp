@@ -79,12 +79,32 @@ int resolve_isa(int isa) {
 constexpr int64_t kLargest = (int64_t)1 << 31;       // any size
 constexpr int64_t kMostBytes = (int64_t)1 << 62;     // any tensor
 constexpr int64_t kMostScratch = (int64_t)1 << 31;   // bytes of one thread
-constexpr int64_t kMostEntries = (int64_t)1 << 24;   // table entries, and cells x entries of an axis
+constexpr int64_t kMostEntries = (int64_t)1 << 24;   // table entries, and channels x entries of an axis
 
 // a * b, or false when it is larger than `most`.
 bool multiply(int64_t a, int64_t b, int64_t most, int64_t* product) {
     return !__builtin_mul_overflow(a, b, product) && *product <= most;
 }
+
+struct Shape {
+    int64_t sizes[6];  // batch, head, axes, channel
+    int dimensions;
+    bool empty() const {
+        for (int i = 0; i < dimensions; ++i)
+            if (sizes[i] == 0) return true;
+        return false;
+    }
+};
+
+Shape shape_of(const nearsight_problem& p, bool output, int64_t channels) {
+    Shape shape = {{p.batch, p.heads}, p.rank + 3};
+    for (int i = 0; i < p.rank; ++i)
+        shape.sizes[2 + i] = output && p.size[i] > 0 ? (p.size[i] - 1) / p.stride[i] + 1 : p.size[i];
+    shape.sizes[p.rank + 2] = channels;
+    return shape;
+}
+
+bool has_work(const nearsight_problem& p) { return !shape_of(p, false, p.head_dim).empty(); }
 
 int check_axis(const nearsight_problem& p, int axis) {
     if (p.causal[axis] != 0 && p.causal[axis] != 1) return NEARSIGHT_ERROR_ENUM;
@@ -125,30 +145,11 @@ int check_problem(const nearsight_problem* p) {
     int64_t entries = 1, unused;
     for (const Axis& axis : geometry.axes) {
         if (!multiply(entries, axis.entries(), kMostEntries, &entries)) return NEARSIGHT_ERROR_UNSUPPORTED;
-        if (!multiply(axis.entries(), axis.cells, kMostEntries, &unused)) return NEARSIGHT_ERROR_UNSUPPORTED;
-        if (!multiply(axis.entries(), axis.dilation, kMostEntries, &unused)) return NEARSIGHT_ERROR_UNSUPPORTED;
         if (!multiply(axis.entries(), channels, kMostEntries, &unused)) return NEARSIGHT_ERROR_UNSUPPORTED;
     }
     if (!multiply(entries, std::max<int64_t>(p->heads, 1), kMostBytes / 8, &unused)) return NEARSIGHT_ERROR_OVERFLOW;
+    if (has_work(*p) && !can_be_listed(geometry)) return NEARSIGHT_ERROR_UNSUPPORTED;
     return NEARSIGHT_OK;
-}
-
-struct Shape {
-    int64_t sizes[6];  // batch, head, axes, channel
-    int dimensions;
-    bool empty() const {
-        for (int i = 0; i < dimensions; ++i)
-            if (sizes[i] == 0) return true;
-        return false;
-    }
-};
-
-Shape shape_of(const nearsight_problem& p, bool output, int64_t channels) {
-    Shape shape = {{p.batch, p.heads}, p.rank + 3};
-    for (int i = 0; i < p.rank; ++i)
-        shape.sizes[2 + i] = output && p.size[i] > 0 ? (p.size[i] - 1) / p.stride[i] + 1 : p.size[i];
-    shape.sizes[p.rank + 2] = channels;
-    return shape;
 }
 
 int check_tensor(const nearsight_tensor* tensor, const Shape& shape, bool written) {
@@ -181,10 +182,19 @@ int check_inputs(const nearsight_problem& p, const nearsight_inputs* inputs) {
 std::atomic<bool> in_child_of_fork{false};
 const int fork_handler = pthread_atfork(nullptr, nullptr, [] { in_child_of_fork = true; });
 
-// A thread keeps its scratch memory from call to call: fresh pages cost more than the work of a small map.
+constexpr size_t kKeptScratch = (size_t)32 << 20;  // bytes
+
+// A thread keeps its scratch memory from call to call: fresh pages cost more than the work of a small map. What is too
+// large for that goes back to the system after the call; to fill it takes longer than to get it.
 class Scratch {
   public:
     ~Scratch() { free(data_); }
+    void give_back() {
+        if (size_ <= kKeptScratch) return;
+        free(data_);
+        data_ = nullptr;
+        size_ = 0;
+    }
     char* reserve(size_t bytes) {
         if (bytes > size_) {
             free(data_);
@@ -230,13 +240,18 @@ int run(const Plan& plan, size_t bytes, Work work, int num_threads) {
 #if defined(_OPENMP)
     if (num_threads > 1 && count > 1 && !in_child_of_fork) {
         const int heads = heads_at_a_time(plan, num_threads);
-#pragma omp parallel for schedule(dynamic, heads) num_threads(num_threads)
-        for (int64_t i = 0; i < count; ++i) one(i);
+#pragma omp parallel num_threads(num_threads)
+        {
+#pragma omp for schedule(dynamic, heads)
+            for (int64_t i = 0; i < count; ++i) one(i);
+            scratch.give_back();
+        }
         return failed ? NEARSIGHT_ERROR_MEMORY : NEARSIGHT_OK;
     }
 #endif
     (void)num_threads;
     for (int64_t i = 0; i < count; ++i) one(i);
+    scratch.give_back();
     return failed ? NEARSIGHT_ERROR_MEMORY : NEARSIGHT_OK;
 }
 
@@ -293,7 +308,9 @@ Call::Call(const nearsight_problem& p, const nearsight_inputs& inputs, const Ker
     plan.heads = p.heads;
     plan.head_dim = p.head_dim;
     plan.value_dim = p.value_dim;
-    plan.batch_group = choose_batch_group(geometry.axes[2], p.batch, p.heads, lanes);
+    const bool planar = inputs.key.strides[p.rank + 2] != 1;
+    const Row row = choose_row(geometry, p, planar, lanes, backward);
+    plan.batch_group = row.images;
     plan.scale = (float)p.scale;
     plan.query_multiplier = (float)(p.scale * kLog2E);
     plan.bias_entries = 1;
@@ -307,20 +324,19 @@ Call::Call(const nearsight_problem& p, const nearsight_inputs& inputs, const Ker
     plan.value = place(p, inputs.value);
 
     plan.key_planes = geometry.axes[0].cells;
-    const auto choose = backward ? choose_backward_tile_cells : choose_tile_cells;
-    int64_t tile = choose(geometry, p.head_dim + p.value_dim, lanes);
-    if (plan.batch_group > 1) tile = lanes * ((plan.batch_group * geometry.axes[2].cells + lanes - 1) / lanes);
-    const int group = plan.batch_group;
-    query_lists = std::make_unique<PassLists>(geometry, Home::queries, lanes, group, tile, backward);
+    query_lists = std::make_unique<PassLists>(geometry, Home::queries, lanes, row, backward);
     const RowAxis &z = query_lists->pass().z, &y = query_lists->pass().y;
+    int64_t table = inputs.bias ? plan.bias_entries : 0;
+    for (int i = 0; i < p.rank; ++i)
+        if (inputs.relative[i]) table += plan.entries[3 - p.rank + i] * p.head_dim;
     if (backward) {
-        key_lists = std::make_unique<PassLists>(geometry, Home::keys, lanes, group, tile);
+        key_lists = std::make_unique<PassLists>(geometry, Home::keys, lanes, row);
         PassLists::join(geometry, *query_lists, *key_lists);
         plan.key_pass = key_lists->pass();
-        query_lists->deal(p.batch, p.heads, plan.key_pass.y.group_count, geometry.axes[1].cells * plan.out[0]);
+        query_lists->deal(p.batch, p.heads, plan.key_pass.y.group_count, geometry.axes[1].cells * plan.out[0], table);
     } else {
         const int64_t groups = (int64_t)z.group_count * y.group_count;
-        query_lists->deal(p.batch, p.heads, groups, groups * kGroupRows);
+        query_lists->deal(p.batch, p.heads, groups, groups * kGroupRows, 0);
     }
     plan.query_pass = query_lists->pass();
 
@@ -340,8 +356,6 @@ Call::Call(const nearsight_problem& p, const nearsight_inputs& inputs, const Ker
         plan.nonzero[axis] = nonzero[axis].data();
     }
 }
-
-bool has_work(const nearsight_problem& p) { return !shape_of(p, false, p.head_dim).empty(); }
 
 int check_scratch(size_t bytes) { return bytes > (size_t)kMostScratch ? NEARSIGHT_ERROR_SCRATCH : NEARSIGHT_OK; }
 

@@ -3,6 +3,7 @@
 #include "geometry.h"
 
 #include <algorithm>
+#include <numeric>
 #include <unordered_map>
 
 namespace nearsight {
@@ -16,14 +17,6 @@ int64_t round_up(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
 // A pitch of whole vectors. An odd number of them keeps the channels of a row from falling on the same cache sets.
 int32_t odd_vectors(int64_t count, int lanes) { return (int32_t)(round_up(count, lanes) / lanes | 1) * lanes; }
 
-// The index of a query or key at a cell that may lie outside of the map, or -1.
-int64_t tensor_index(const Axis& axis, bool queries, int64_t cell) {
-    if (axis.border == NEARSIGHT_BORDER_WRAP) cell = wrap(cell, axis.cells);
-    if (cell < 0 || cell >= axis.cells) return -1;
-    if (!queries) return cell;
-    return cell % axis.stride == 0 ? cell / axis.stride : -1;
-}
-
 // Steps beyond the map are all alike, and on a torus only their remainder counts.
 int64_t at_most_cells(int64_t step, int64_t cells, bool torus) {
     if (cells == 0) return 1;
@@ -34,22 +27,67 @@ int64_t at_most_cells(int64_t step, int64_t cells, bool torus) {
 }  // namespace
 
 int64_t Axis::first_offset() const {
-    if (border == NEARSIGHT_BORDER_SHIFT || causal) return -(kernel - 1) * dilation;
-    return -(kernel / 2) * dilation;
+    if (border == NEARSIGHT_BORDER_SHIFT || causal) return -(kernel - 1);
+    return -(kernel / 2);
 }
 
-bool Axis::sees(int64_t query_cell, int64_t entry) const {
-    const int64_t cell = query_cell + first_offset() + entry * dilation;
-    if (border == NEARSIGHT_BORDER_ZEROS || border == NEARSIGHT_BORDER_WRAP) return true;
-    if (cell < 0 || cell >= cells) return false;
-    if (border == NEARSIGHT_BORDER_MASK) return true;
-    const int64_t phase = query_cell % dilation;
-    const int64_t on_phase = (cells - phase + dilation - 1) / dilation;
-    const int64_t query = query_cell / dilation, key = cell / dilation;
-    if (causal) return key > query - kernel && key <= query;
-    const int64_t seen = std::min(kernel, on_phase);
-    const int64_t start = std::max<int64_t>(0, std::min(query - kernel / 2, on_phase - seen));
-    return key >= start && key < start + seen;
+int64_t Axis::phases() const { return torus() ? std::gcd(dilation, cells) : std::min(dilation, cells); }
+
+int64_t Axis::steps(int64_t phase) const {
+    return torus() ? cells / phases() : (cells - phase + dilation - 1) / dilation;
+}
+
+int64_t Axis::cell(int64_t phase, int64_t step) const {
+    if (torus()) return (phase + wrap(step, steps(phase)) * dilation) % cells;
+    const int64_t cell = phase + step * dilation;
+    return cell < cells && step >= 0 ? cell : -1;
+}
+
+Range Axis::seen(int64_t phase, int64_t step) const {
+    if (beyond()) return {0, entries()};
+    const int64_t on_phase = steps(phase), zero = step + first_offset();
+    if (border == NEARSIGHT_BORDER_MASK || causal)
+        return {std::max<int64_t>(0, -zero), std::min(kernel, on_phase - zero)};
+    const int64_t most = std::min(kernel, on_phase);
+    const int64_t start = std::max<int64_t>(0, std::min(step - kernel / 2, on_phase - most));
+    return {start - zero, start + most - zero};
+}
+
+Range Axis::seeing(int64_t phase, int64_t step) const {
+    if (beyond()) return {0, entries()};
+    const int64_t on_phase = steps(phase), zero = step - first_offset();  // the query whose entry 0 it is
+    if (border == NEARSIGHT_BORDER_MASK || causal)
+        return {std::max<int64_t>(0, zero - on_phase + 1), std::min(kernel, zero + 1)};
+    const int64_t most = std::min(kernel, on_phase), before = step - most + 1;
+    const int64_t first = before <= 0 ? 0 : before + kernel / 2;
+    const int64_t last = step >= on_phase - most ? on_phase - 1 : step + kernel / 2;
+    return {zero - last, zero - first + 1};
+}
+
+int64_t Row::pitch(const Axis& x) const {
+    if (!apart) return x.cells;
+    return x.longest() + (x.beyond() ? x.kernel - 1 : 0);
+}
+
+int64_t Row::lanes(const Axis& x) const {
+    if (!apart) return images * x.cells;
+    return images * x.phases() * pitch(x) - (pitch(x) - x.longest());
+}
+
+Row::Place Row::place(const Axis& x, bool queries, int64_t lane) const {
+    if (!apart) {
+        const int64_t image = images > 1 ? floor_divide(lane, x.cells) : 0;
+        const int64_t cell = lane - image * x.cells;
+        const bool inside = cell >= 0 && cell < x.cells && image >= 0 && image < images;
+        if (x.torus()) return {image, 0, 0, wrap(cell, x.cells), inside};
+        return {image, cell % x.dilation, cell / x.dilation, inside ? cell : -1, inside};
+    }
+    const int64_t left = -x.first_offset(), right = x.kernel - 1 - left;
+    const int64_t before = x.beyond() ? (queries ? right : left) : 0;
+    const int64_t segment = floor_divide(lane + before, pitch(x)), step = lane - segment * pitch(x);
+    if (segment < 0 || segment >= images * x.phases()) return {0, 0, 0, -1, false};
+    const int64_t image = segment / x.phases(), phase = segment % x.phases();
+    return {image, phase, step, x.cell(phase, step), step >= 0 && step < x.steps(phase)};
 }
 
 Geometry::Geometry(const nearsight_problem& p) {
@@ -64,17 +102,13 @@ Geometry::Geometry(const nearsight_problem& p) {
     }
 }
 
-PassLists::PassLists(const Geometry& geometry, Home home, int lanes, int batch_group, int64_t tile_cells, bool margin)
-    : home_(home),
-      lanes_(lanes),
-      batch_group_(batch_group),
-      tile_cells_(tile_cells),
-      row_(batch_group * geometry.axes[2].cells) {
+PassLists::PassLists(const Geometry& geometry, Home home, int lanes, const Row& row, bool margin)
+    : home_(home), lanes_(lanes), row_(row), lanes_of_row_(row.lanes(geometry.axes[2])) {
     const Axis& x = geometry.axes[2];
     pass_.z = build_rows(geometry.axes[0], 1, false, z_);
     pass_.y = build_rows(geometry.axes[1], kGroupRows, margin, y_);
-    for (int64_t first = 0; first < row_; first += tile_cells)
-        add_tile(x, {first, std::min(first + tile_cells, row_)}, margin);
+    for (int64_t first = 0; first < lanes_of_row_; first += row.tile)
+        add_tile(x, {first, std::min(first + row.tile, lanes_of_row_)}, margin);
 
     pass_.z.groups = z_.groups.data();
     pass_.z.visits = z_.visits.data();
@@ -83,10 +117,10 @@ PassLists::PassLists(const Geometry& geometry, Home home, int lanes, int batch_g
     pass_.tiles = tiles_.data();
     pass_.vectors = vectors_.data();
     pass_.runs = runs_.data();
-    pass_.masks = masks_.data();
+    pass_.lane_lists = lane_lists_.data();
     pass_.tile_count = (int32_t)tiles_.size();
-    pass_.offset = away_offset(x, 0);
-    pass_.step = home_ == Home::queries ? x.dilation : -x.dilation;
+    pass_.offset = away_lane(x, 0);
+    pass_.step = queries() ? row.step(x) : -row.step(x);
     for (const LaneVector& vector : vectors_) pass_.max_entries = std::max(pass_.max_entries, vector.entries);
     for (const LaneTile& tile : tiles_) {
         pass_.max_away_pitch = std::max(pass_.max_away_pitch, tile.away_pitch);
@@ -94,18 +128,19 @@ PassLists::PassLists(const Geometry& geometry, Home home, int lanes, int batch_g
     }
 }
 
-void PassLists::deal(int64_t batch, int64_t heads, int64_t groups, int64_t rows) {
+void PassLists::deal(int64_t batch, int64_t heads, int64_t groups, int64_t rows, int64_t table) {
     // Enough parts for a machine's threads; small enough that the next head finds in the cache what it shares lines of
     // memory with; none so small that packing the rows around it dominates. These numbers must not depend on the number
     // of threads: the partial sums of the tables' gradients follow them.
-    constexpr int64_t kParts = 32, kCells = 8192, kFewestGroups = 8;
-    const int64_t batch_groups = (batch + batch_group_ - 1) / batch_group_;
+    constexpr int64_t kParts = 32, kCells = 8192, kFewestGroups = 8, kPartialSums = (int64_t)1 << 24;
+    const int64_t batch_groups = (batch + row_.images - 1) / row_.images;
     const int64_t maps = std::max<int64_t>(1, batch_groups * heads * pass_.tile_count);
-    const int64_t cells = rows * std::min(tile_cells_, row_);
+    const int64_t cells = rows * std::min(row_.tile, lanes_of_row_);
     const int64_t wanted = std::max((kParts + maps - 1) / maps, cells / kCells);
     pass_.chunks = (int32_t)std::max<int64_t>(1, std::min(groups / kFewestGroups, wanted));
     pass_.items = (int32_t)(batch_groups * pass_.chunks * pass_.tile_count);
-    pass_.jobs = std::min(pass_.items, 64);
+    const int64_t jobs = kPartialSums / std::max<int64_t>(1, heads * table);  // partial sums of 64 MB
+    pass_.jobs = (int32_t)std::max<int64_t>(1, std::min<int64_t>({pass_.items, 64, jobs}));
 }
 
 void PassLists::join(const Geometry& geometry, PassLists& queries, PassLists& keys) {
@@ -115,36 +150,44 @@ void PassLists::join(const Geometry& geometry, PassLists& queries, PassLists& ke
 
 // Groups of keys come in the order of the groups of queries that they need, and a group of queries is made when the
 // first of them asks for it. So the ring has to span from the first row that a group of keys sees to the last that was
-// made.
+// made; where every group sees all rows of its phase, it holds these.
 void PassLists::join_rows(const Axis& axis, PassLists& queries, PassLists& keys) {
     std::unordered_map<int64_t, int32_t> group_of;
     Rows& made = queries.y_;
     for (size_t q = 0; q < made.groups.size(); ++q)
         for (int r = 0; r < made.groups[q].rows; ++r) group_of[made.cells[q * kGroupRows + (size_t)r]] = (int32_t)q;
 
-    int64_t slots = 1;
+    int64_t slots = axis.whole() ? axis.longest() : 1;
     int32_t last = 0;
     for (Group& group : keys.y_.groups) {
         group.first_away = group.last_away = last;
         if (group.visits == 0) continue;
         const Visit* visits = keys.y_.visits.data() + group.first_visit;
-        group.first_away = group_of.at(visits[0].cell);
-        last = group.last_away = group_of.at(visits[group.visits - 1].cell) + 1;
+        const int32_t ends[2] = {group_of.at(visits[0].cell), group_of.at(visits[group.visits - 1].cell)};
+        group.first_away = ends[0];
+        last = group.last_away = ends[1] + 1;
+        if (axis.whole()) {  // the visits go around the torus once or more
+            for (int32_t i = 0; i < std::min<int64_t>(group.visits, axis.longest()); ++i) {
+                const int32_t one = group_of.at(visits[i].cell);
+                group.first_away = std::min(group.first_away, one);
+                last = group.last_away = std::max(group.last_away, one + 1);
+            }
+            continue;
+        }
         const size_t latest = (size_t)last - 1;
         const int64_t newest = made.cells[latest * kGroupRows + (size_t)made.groups[latest].rows - 1];
-        slots = std::max(slots, (newest - visits[0].cell) / axis.dilation + 1);
+        slots = std::max(slots, newest - visits[0].cell + 1);
     }
-    const auto slot = [&](int64_t cell) { return (int32_t)wrap(floor_divide(cell, axis.dilation), slots); };
-    for (Visit& visit : keys.y_.visits) visit.slot = slot(visit.cell);
+    for (Visit& visit : keys.y_.visits) visit.slot = (int32_t)(visit.cell % slots);
     for (size_t q = 0; q < made.groups.size(); ++q)
         for (int r = 0; r < made.groups[q].rows; ++r)
-            made.groups[q].slot[r] = slot(made.cells[q * kGroupRows + (size_t)r]);
+            made.groups[q].slot[r] = (int32_t)(made.cells[q * kGroupRows + (size_t)r] % slots);
     keys.pass_.y.slots = (int32_t)slots;
 }
 
 // Home lane 0 of the queries lies in the ring where vectors are aligned, that of the keys wherever their first cell is.
 void PassLists::join_tiles(const Axis& axis, PassLists& queries, PassLists& keys) {
-    const int64_t edges[2] = {keys.away_offset(axis, 0), keys.away_offset(axis, axis.entries() - 1)};
+    const int64_t edges[2] = {keys.away_lane(axis, 0), keys.away_lane(axis, axis.entries() - 1)};
     const int64_t ring_lane = round_up(std::max<int64_t>(0, -std::min(edges[0], edges[1])), keys.lanes_);
     for (size_t i = 0; i < keys.tiles_.size(); ++i) {
         LaneTile &tile = keys.tiles_[i], &made = queries.tiles_[i];
@@ -159,83 +202,86 @@ void PassLists::join_tiles(const Axis& axis, PassLists& queries, PassLists& keys
     }
 }
 
-int64_t PassLists::away_offset(const Axis& axis, int64_t entry) const {
-    const int64_t offset = axis.first_offset() + entry * axis.dilation;
-    return home_ == Home::queries ? offset : -offset;
+// From a home lane to the away lane that it meets under an entry.
+int64_t PassLists::away_lane(const Axis& axis, int64_t entry) const {
+    const int64_t offset = (axis.first_offset() + entry) * row_.step(axis);
+    return queries() ? offset : -offset;
 }
 
-bool PassLists::sees(const Axis& axis, int64_t home, int64_t entry) const {
-    const int64_t query = tensor_index(axis, true, home_ == Home::queries ? home : home + away_offset(axis, entry));
-    return query >= 0 && axis.sees(query * axis.stride, entry);
+namespace {
+
+// Names a row by its phase and step, which may lie beyond the edge; no two rows have the same name, and those of
+// neighbouring steps follow each other.
+int64_t row_name(const Axis& axis, int64_t phase, int64_t step) {
+    const int64_t margin = axis.kernel;
+    return phase * (axis.longest() + 2 * margin) + margin + (axis.whole() ? wrap(step, axis.longest()) : step);
 }
 
-// The first entry that the query sees of the pair that this home cell makes with an entry.
-int64_t PassLists::lowest_entry(const Axis& axis, int64_t home, int64_t entry) const {
-    const int64_t query = tensor_index(axis, true, home_ == Home::queries ? home : home + away_offset(axis, entry));
-    int64_t lowest = 0;
-    while (!axis.sees(query * axis.stride, lowest)) ++lowest;
-    return lowest;
-}
+}  // namespace
 
 // Rows on the same phase of the dilation share the rows that they see, so groups are made phase by phase. No group lies
 // across the edge of the map.
 RowAxis PassLists::build_rows(const Axis& axis, int rows_per_group, bool margin, Rows& rows) const {
+    const int64_t left = -axis.first_offset(), right = axis.kernel - 1 - left;
+    const bool beyond = margin && axis.torus() && !axis.whole();
     std::vector<int64_t> homes;
-    const auto close_group = [&] {
-        if (!homes.empty()) add_group(axis, homes, rows);
-        homes.clear();
-    };
-    const bool beyond = margin && axis.border == NEARSIGHT_BORDER_WRAP;
-    const int64_t reach = beyond ? axis.kernel * axis.dilation : 0;
-    for (int64_t phase = 0; phase < std::min(axis.dilation, axis.cells); ++phase) {
-        for (int64_t cell = phase - reach; cell < axis.cells + reach; cell += axis.dilation) {
-            if (cell == phase || (cell >= axis.cells && cell - axis.dilation < axis.cells)) close_group();
-            if (home_ == Home::queries && tensor_index(axis, true, cell) < 0) continue;
-            homes.push_back(cell);
+    for (int64_t phase = 0; phase < axis.phases(); ++phase) {
+        const auto close_group = [&] {
+            if (!homes.empty()) add_group(axis, phase, homes, rows);
+            homes.clear();
+        };
+        const int64_t steps = axis.steps(phase);
+        for (int64_t step = beyond ? -right : 0; step < steps + (beyond ? left : 0); ++step) {
+            if (step == 0 || step == steps) close_group();
+            if (axis.index(queries(), axis.cell(phase, step)) < 0) continue;
+            homes.push_back(step);
             if ((int)homes.size() == rows_per_group) close_group();
         }
         close_group();
     }
     RowAxis list = {};
     list.group_count = (int32_t)rows.groups.size();
+    list.slots = axis.whole() ? (int32_t)axis.longest() : 1;
     for (const Group& group : rows.groups) {
         list.max_visits = std::max(list.max_visits, group.visits);
         for (int r = 0; r < group.rows; ++r) list.max_count = std::max(list.max_count, group.count[r]);
-        if (group.visits == 0) continue;
+        if (group.visits == 0 || axis.whole()) continue;
         const Visit* visits = rows.visits.data() + group.first_visit;
-        const int64_t span = (visits[group.visits - 1].cell - visits[0].cell) / axis.dilation + 1;
-        list.slots = std::max(list.slots, (int32_t)span);
+        list.slots = std::max(list.slots, (int32_t)(visits[group.visits - 1].cell - visits[0].cell + 1));
     }
-    list.slots = std::max(list.slots, 1);
-    for (Visit& visit : rows.visits) visit.slot = (int32_t)wrap(floor_divide(visit.cell, axis.dilation), list.slots);
+    for (Visit& visit : rows.visits) visit.slot = (int32_t)(visit.cell % list.slots);
     return list;
 }
 
-void PassLists::add_group(const Axis& axis, const std::vector<int64_t>& homes, Rows& rows) const {
-    const int64_t entries = axis.entries();
-    const int64_t edges[2] = {away_offset(axis, 0), away_offset(axis, entries - 1)};
-    const int64_t lowest = homes.front() + std::min(edges[0], edges[1]);
-    const int64_t highest = homes.back() + std::max(edges[0], edges[1]);
-
+void PassLists::add_group(const Axis& axis, int64_t phase, const std::vector<int64_t>& homes, Rows& rows) const {
     Group group = {};
     group.rows = (int32_t)homes.size();
-    group.repeated = homes.front() < 0 || homes.front() >= axis.cells;
+    group.repeated = homes.front() < 0 || homes.front() >= axis.steps(phase);
     group.first_visit = (int32_t)rows.visits.size();
-    group.first_entry = (int32_t)entries;
-    for (int r = 0; r < group.rows; ++r) group.home[r] = (int32_t)tensor_index(axis, home_ == Home::queries, homes[r]);
-    for (int64_t cell = lowest; cell <= highest; cell += axis.dilation) {
+    group.first_entry = (int32_t)axis.entries();
+    const int64_t offset = axis.first_offset();
+    Range entries[kGroupRows], away = {INT64_MAX, INT64_MIN};
+    for (int r = 0; r < group.rows; ++r) {
+        group.home[r] = (int32_t)axis.index(queries(), axis.cell(phase, homes[r]));
+        entries[r] = queries() ? axis.seen(phase, homes[r]) : axis.seeing(phase, homes[r]);
+        const int64_t zero = queries() ? homes[r] + offset : homes[r] - offset;
+        away.first = std::min(away.first, queries() ? zero + entries[r].first : zero - entries[r].last + 1);
+        away.last = std::max(away.last, queries() ? zero + entries[r].last : zero - entries[r].first + 1);
+    }
+    for (int64_t step = away.first; step < away.last; ++step) {
         Visit visit = {};
-        visit.cell = cell;
-        visit.index = tensor_index(axis, home_ == Home::keys, cell);
+        visit.cell = row_name(axis, phase, step);
+        visit.index = axis.index(!queries(), axis.cell(phase, step));
+        if (visit.index < 0 && !queries()) continue;  // no query there; a key would vote as a zero
         visit.first = group.rows;
+        const int64_t lowest = queries() ? 0 : axis.seen(phase, step).first;
         for (int r = 0; r < group.rows; ++r) {
-            const int64_t distance = (cell - homes[r] - edges[0]) / axis.dilation;
-            const int64_t entry = home_ == Home::queries ? distance : -distance;
-            if (entry < 0 || entry >= entries || !sees(axis, homes[r], entry)) continue;
+            const int64_t entry = (queries() ? step - homes[r] : homes[r] - step) - offset;
+            if (!entries[r].holds(entry)) continue;
             visit.first = std::min(visit.first, r);
             visit.last = r + 1;
             visit.entry[r] = (int32_t)entry;
-            visit.order[r] = (int32_t)(entry - lowest_entry(axis, homes[r], entry));
+            visit.order[r] = (int32_t)(entry - (queries() ? entries[r].first : lowest));
             ++group.count[r];
             group.first_entry = std::min(group.first_entry, (int32_t)entry);
             group.last_entry = std::max(group.last_entry, (int32_t)entry + 1);
@@ -244,43 +290,41 @@ void PassLists::add_group(const Axis& axis, const std::vector<int64_t>& homes, R
     }
     group.visits = (int32_t)rows.visits.size() - group.first_visit;
     rows.groups.push_back(group);
-    for (size_t r = 0; r < kGroupRows; ++r) rows.cells.push_back(r < homes.size() ? homes[r] : 0);
+    for (size_t r = 0; r < kGroupRows; ++r)
+        rows.cells.push_back(r < homes.size() ? row_name(axis, phase, homes[r]) : 0);
 }
 
 void PassLists::add_tile(const Axis& axis, Range own, bool margin) {
     Range home = own;
     if (margin) {  // queries that see a key at the edge
-        const int64_t edges[2] = {-away_offset(axis, 0), -away_offset(axis, axis.entries() - 1)};
+        const int64_t edges[2] = {-away_lane(axis, 0), -away_lane(axis, axis.entries() - 1)};
         home.first += std::min(edges[0], edges[1]);
         home.last += std::max(edges[0], edges[1]);
-        if (axis.border != NEARSIGHT_BORDER_WRAP) home = {std::max<int64_t>(0, home.first), std::min(row_, home.last)};
+        if (!axis.torus()) home = {std::max<int64_t>(0, home.first), std::min(row_.lanes(axis), home.last)};
     }
     LaneTile tile = {};
     tile.vectors = (int32_t)((home.last - home.first + lanes_ - 1) / lanes_);
     tile.first_vector = (int32_t)vectors_.size();
     int64_t lowest = 0, highest = 0;
     for (int32_t v = 0; v < tile.vectors; ++v) {
-        const int64_t lane = home.first + (int64_t)v * lanes_;
-        LaneVector vector = add_vector(axis, lane, home.last);
-        const auto within = [&](int64_t cell) {
-            return (int32_t)std::max<int64_t>(0, std::min<int64_t>(lanes_, cell));
-        };
-        vector.first_own = within(own.first - lane);
-        vector.last_own = own.last == home.last ? lanes_ : within(own.last - lane);
+        const int64_t first = home.first + (int64_t)v * lanes_;
+        const Range lanes = {first, std::min(first + lanes_, home.last)};
+        LaneVector vector = add_vector(axis, lanes, own, margin);
+        vector.home_first_run = (int32_t)runs_.size();
+        vector.home_runs = add_runs(axis, queries(), lanes, home.first, margin);
+        vector.own_first_run = (int32_t)runs_.size();
+        vector.own_runs = add_runs(axis, queries(), {std::max(lanes.first, own.first), std::min(lanes.last, own.last)},
+                                   home.first, false);
         vectors_.push_back(vector);
         for (int32_t entry : {vector.first_entry, vector.first_entry + vector.entries - 1}) {
-            lowest = std::min(lowest, away_offset(axis, entry));
-            highest = std::max(highest, away_offset(axis, entry));
+            lowest = std::min(lowest, away_lane(axis, entry));
+            highest = std::max(highest, away_lane(axis, entry));
         }
     }
     tile.left = (int32_t)round_up(-lowest, lanes_);
-    tile.home_first_run = (int32_t)runs_.size();
-    tile.home_runs = add_runs(axis, home_ == Home::queries, home, home.first);
-    tile.own_first_run = (int32_t)runs_.size();
-    tile.own_runs = add_runs(axis, home_ == Home::queries, own, home.first);
     tile.away_first_run = (int32_t)runs_.size();
     tile.away_runs =
-        add_runs(axis, home_ == Home::keys, {home.first + lowest, home.last + highest}, home.first - tile.left);
+        add_runs(axis, !queries(), {home.first + lowest, home.last + highest}, home.first - tile.left, true);
     tile.away_pitch = away_pitch(tile, tile.left + tile.vectors * lanes_ + highest);
     tiles_.push_back(tile);
     homes_.push_back(home);
@@ -297,111 +341,175 @@ int32_t PassLists::away_pitch(const LaneTile& tile, int64_t read) const {
     return odd_vectors(std::max(packed, read - margin), lanes_);
 }
 
-// Cells are positions of a row in which the batches of a group follow each other.
-int32_t PassLists::add_runs(const Axis& axis, bool queries, Range cells, int64_t lane_zero) {
-    const size_t before = runs_.size();
-    for (int64_t position = cells.first; position < cells.last; ++position) {
-        const int64_t batch = batch_group_ > 1 ? floor_divide(position, axis.cells) : 0;
-        if (batch < 0 || batch >= batch_group_) continue;
-        const int64_t index = tensor_index(axis, queries, position - batch * axis.cells);
-        if (index < 0) continue;
-        const int32_t lane = (int32_t)(position - lane_zero);
-        Run* run = runs_.size() > before ? &runs_.back() : nullptr;
-        if (run && run->group == batch && index == run->index + run->count) {
-            if (run->count == 1) run->step = lane - run->lane;
-            if (lane == run->lane + run->count * run->step) {
-                ++run->count;
-                continue;
-            }
-            if (run->count == 1) run->step = 1;
-        }
-        runs_.push_back({lane, 1, 1, (int32_t)batch, index});
+int32_t PassLists::add_runs(const Axis& axis, bool queries, Range lanes, int64_t lane_zero, bool beyond) {
+    struct Found {
+        int64_t lane, step, index, image;
+    };
+    std::vector<Found> found;
+    for (int64_t lane = lanes.first; lane < lanes.last; ++lane) {
+        const Row::Place place = row_.place(axis, queries, lane);
+        const int64_t index = axis.index(queries, place.cell);
+        if (index >= 0 && (beyond || place.inside)) found.push_back({lane - lane_zero, place.step, index, place.image});
     }
-    return (int32_t)(runs_.size() - before);
+    const auto before = [](const Found& a, const Found& b) {
+        return a.image != b.image ? a.image < b.image : a.step < b.step;
+    };
+    if (row_.across) std::stable_sort(found.begin(), found.end(), before);
+
+    const size_t first = runs_.size();
+    for (const Found& one : found) {
+        Run* run = runs_.size() > first ? &runs_.back() : nullptr;
+        if (run && run->group == one.image && run->count == 1 && one.index > run->index && one.lane > run->lane) {
+            run->step = (int32_t)one.lane - run->lane;
+            run->index_step = one.index - run->index;
+        }
+        if (run && run->group == one.image && one.index == run->index + run->count * run->index_step &&
+            one.lane == run->lane + run->count * run->step)
+            ++run->count;
+        else
+            runs_.push_back({(int32_t)one.lane, 1, 1, (int32_t)one.image, one.index, 1});
+    }
+    return (int32_t)(runs_.size() - first);
 }
 
-LaneVector PassLists::add_vector(const Axis& axis, int64_t first, int64_t last) {
-    const int64_t entries = axis.entries();
-    const int64_t reach = axis.kernel * axis.dilation;  // farther from the edges than that, all lanes see the same
-    if (batch_group_ == 1 && axis.stride == 1 && first >= reach && first + lanes_ + reach <= last) {
-        int64_t first_entry = 0, last_entry = entries;
-        while (!sees(axis, first, first_entry)) ++first_entry;
-        while (!sees(axis, first, last_entry - 1)) --last_entry;
-        return {(int32_t)first_entry, (int32_t)(last_entry - first_entry), 0, 0, 0, lanes_, -1};
+LaneVector PassLists::add_vector(const Axis& axis, Range lanes, Range own, bool margin) {
+    std::vector<Range> seen((size_t)lanes_, Range{0, 0});
+    std::vector<int32_t> owned((size_t)lanes_, -1);
+    Range all = {axis.entries(), 0};
+    LaneVector vector = {};
+    for (int64_t lane = 0; lane < lanes_; ++lane) {
+        const Row::Place place = row_.place(axis, queries(), lanes.first + lane);
+        const bool cell = axis.index(queries(), place.cell) >= 0 && (margin || place.inside);
+        const bool found = cell && lanes.holds(lanes.first + lane);
+        vector.gaps |= !found;
+        if (!found) continue;
+        if (!place.inside || !own.holds(lanes.first + lane)) owned[(size_t)lane] = 0;
+        Range& entries = seen[(size_t)lane];
+        entries = queries() ? axis.seen(place.phase, place.step) : axis.seeing(place.phase, place.step);
+        all = {std::min(all.first, entries.first), std::max(all.last, entries.last)};
     }
-    std::vector<int32_t> seen((size_t)(entries * lanes_), 0);
-    int64_t first_entry = entries, last_entry = 0;
-    bool gaps = first + lanes_ > last;
-    for (int64_t lane = 0; lane < lanes_ && first + lane < last; ++lane) {
-        const int64_t cell = batch_group_ > 1 ? (first + lane) % axis.cells : first + lane;
-        gaps |= tensor_index(axis, home_ == Home::queries, cell) < 0;
-        for (int64_t entry = 0; entry < entries; ++entry) {
-            if (!sees(axis, cell, entry)) continue;
-            seen[(size_t)(entry * lanes_ + lane)] = -1;
-            first_entry = std::min(first_entry, entry);
-            last_entry = std::max(last_entry, entry + 1);
-        }
+    if (all.last == 0) all = {0, 1};  // no lane sees anything: keep one masked entry
+    vector.first_entry = (int32_t)all.first;
+    vector.entries = (int32_t)(all.last - all.first);
+    // Where cells beyond the edge have a part there is room for them between phases, and images are not side by side.
+    vector.hides_cells =
+        !axis.beyond() && (row_.images > 1 || row_.apart || axis.border == NEARSIGHT_BORDER_SHIFT);
+    vector.seen = vector.own = -1;
+    if (std::any_of(seen.begin(), seen.end(), [&](const Range& one) { return !(one == all); })) {
+        vector.seen = (int64_t)lane_lists_.size();
+        for (const Range& one : seen) lane_lists_.push_back((int32_t)(one.first - all.first));
+        for (const Range& one : seen) lane_lists_.push_back((int32_t)(one.last - all.first));
     }
-    if (last_entry == 0) first_entry = 0, last_entry = 1;  // no lane sees anything: keep one masked entry
-    const auto begin = seen.begin() + first_entry * lanes_, end = seen.begin() + last_entry * lanes_;
-    LaneVector vector = {(int32_t)first_entry, (int32_t)(last_entry - first_entry), 0, gaps, 0, lanes_, -1};
-    vector.hides_cells = batch_group_ > 1 || axis.border == NEARSIGHT_BORDER_SHIFT;
-    if (std::find(begin, end, 0) != end) {
-        vector.mask = (int64_t)masks_.size();
-        masks_.insert(masks_.end(), begin, end);
+    if (std::find(owned.begin(), owned.end(), 0) != owned.end()) {
+        vector.own = (int64_t)lane_lists_.size();
+        lane_lists_.insert(lane_lists_.end(), owned.begin(), owned.end());
     }
     return vector;
 }
 
-int choose_batch_group(const Axis& x, int64_t batch, int64_t heads, int lanes) {
+namespace {
+
+// How many images to lay side by side so that a narrow row fills vectors of `lanes`.
+int choose_images(int64_t row, int64_t batch, int64_t heads, int lanes) {
     // Lanes that hold a cell, of all that are worked on; the last group may lack some of its images.
     const auto used = [&](int64_t group) {
         const int64_t groups = (batch + group - 1) / group;
-        return (double)(batch * x.cells) / (double)(groups * round_up(group * x.cells, lanes));
+        return (double)(batch * row) / (double)(groups * round_up(group * row, lanes));
     };
-    if (x.border == NEARSIGHT_BORDER_ZEROS || x.border == NEARSIGHT_BORDER_WRAP) return 1;  // they have cells beyond
-    if (x.cells == 0) return 1;
     int best = 1;
-    for (int group = 2; group <= 4 && group * x.cells <= 128; ++group) {
+    for (int group = 2; group <= 4 && group * row <= 128; ++group) {
         if (batch / group * heads < 8) break;  // leave work for other threads; chunks of a map make more of it
         if (used(group) > 1.1 * used(best)) best = group;
     }
     return best;
 }
 
-namespace {
+// What it takes to work on a row of the map, about, in multiply-adds per channel and vector of lanes. Measured were:
+// how rows beyond the cache slow a forward and a backward down, masks where phases meet, and packing a cell.
+struct RowCost {
+    double pairs, channels, rows, slowed, cache;
+    int lanes;
+    bool backward, hides;
 
-// Tiles of about this many cells that share a row evenly. They are not so small that their halo, worked on in vain,
-// dominates.
-int64_t even_tiles(const Axis& x, int64_t fits, int64_t halo, int lanes) {
-    const int64_t width = round_up(std::max<int64_t>(x.cells, 1), lanes);
-    if (fits >= width) return width;
-    const int64_t smallest = std::max<int64_t>(4 * lanes, round_up(halo, lanes));
-    const int64_t tiles = (width + std::max(fits, smallest) - 1) / std::max(fits, smallest);
-    return round_up((width + tiles - 1) / tiles, lanes);
+    RowCost(const Geometry& geometry, int64_t channels, int lanes, bool backward)
+        : pairs(1),
+          channels((double)channels),
+          rows((double)std::min(geometry.axes[1].kernel, geometry.axes[1].longest()) + kGroupRows - 1),
+          slowed(backward ? 1.4 : 1.2),
+          cache(backward ? 96 * 1024 : 128 * 1024),  // floats, half of a second cache level of 1 MB or less
+          lanes(lanes),
+          backward(backward),
+          hides(!geometry.axes[2].beyond()) {
+        for (const Axis& axis : geometry.axes) pairs *= (double)std::min(axis.kernel, axis.longest());
+    }
+
+    double vectors(int64_t count) const { return (double)((count + lanes - 1) / lanes); }
+
+    // Of one tile, with so many lanes around it in which queries are worked on, and keys packed.
+    double tile(const Row& row, int64_t own, int64_t around, int64_t halo) const {
+        constexpr double kMostFloats = (double)((int64_t)1 << 27);  // 512 MB: other threads want some too
+        const double masked = !row.apart ? 1 : hides ? 1.3 : 1.1, packing = row.across ? 12 : 4;
+        const double kept = channels + (backward ? channels + 2 * pairs : 0);
+        const double floats = rows * kept * (double)(own + halo);
+        // Of the five products of a backward three are made for every query around the tile.
+        const double products = backward ? 3 * vectors(own + around) + 2 * vectors(own) : 2 * vectors(own);
+        const double packed = vectors(own + halo) + (backward ? vectors(own + around) : 0);
+        const double waiting = floats <= cache ? 1 : floats <= kMostFloats ? slowed : 1000;
+        return (products * pairs * masked + packed * packing) * waiting;
+    }
+
+    double of(const Row& row, const Axis& x) const {
+        const int64_t all = row.lanes(x), halo = (x.kernel - 1) * row.step(x), whole = (all - 1) / row.tile;
+        // Beyond the edge of a map there is nothing to work on; beyond that of a torus there is.
+        const int64_t around = backward && (whole > 0 || x.torus()) ? halo : 0;
+        return (double)whole * tile(row, row.tile, around, halo) + tile(row, all - whole * row.tile, around, halo);
+    }
+};
+
+// The best way to cut a row into tiles that share it evenly.
+Row with_tiles(const Axis& x, Row row, const RowCost& cost) {
+    const int64_t all = row.lanes(x), around = cost.backward ? (x.kernel - 1) * row.step(x) : 0;
+    const int64_t smallest = 4 * cost.lanes;  // with those around
+    row.tile = round_up(all, cost.lanes);
+    Row best = row;
+    for (int64_t tiles = 2; tiles <= all; tiles += 1 + tiles / 8) {
+        // The queries around a tile are worked on as well: together they fill whole vectors.
+        const int64_t filled = round_up((all + tiles - 1) / tiles + around, cost.lanes);
+        if (filled < smallest) break;
+        row.tile = filled - around;
+        if (cost.of(row, x) < cost.of(best, x)) best = row;
+    }
+    return best;
 }
-
-int64_t halo_of(const Axis& x) { return std::min((x.kernel - 1) * x.dilation, x.cells); }
-int64_t rows_seen(const Axis& y) { return std::min(y.kernel, y.cells) + kGroupRows - 1; }
 
 }  // namespace
 
-int64_t choose_tile_cells(const Geometry& geometry, int64_t channels, int lanes) {
-    constexpr int64_t kCacheFloats = 128 * 1024;  // half of a second cache level of 1 MB
+Row choose_row(const Geometry& geometry, const nearsight_problem& p, bool planar, int lanes, bool backward) {
     const Axis& x = geometry.axes[2];
-    const int64_t fits = kCacheFloats / std::max<int64_t>(1, rows_seen(geometry.axes[1]) * channels) - halo_of(x);
-    return even_tiles(x, fits, halo_of(x), lanes);
+    Row row;
+    // On a row that keeps cells beyond the edge there is no room for those of several images.
+    if (!x.beyond()) row.images = choose_images(x.cells, p.batch, p.heads, lanes);
+    row.tile = round_up(row.lanes(x), lanes);
+    if (row.images > 1) return row;
+    const RowCost cost(geometry, p.head_dim + p.value_dim, lanes, backward);
+    const Row in_order = with_tiles(x, row, cost);
+    if (x.dilation == 1) return in_order;
+    row.apart = true;
+    row.across = planar;
+    const Row apart = with_tiles(x, row, cost);
+    return cost.of(apart, x) < cost.of(in_order, x) ? apart : in_order;
 }
 
-int64_t choose_backward_tile_cells(const Geometry& geometry, int64_t channels, int lanes) {
-    constexpr int64_t kCacheFloats = 96 * 1024;
-    const Axis &z = geometry.axes[0], &y = geometry.axes[1], &x = geometry.axes[2];
-    const int64_t pairs = std::min(z.kernel, z.cells) * std::min(y.kernel, y.cells) * x.entries();
-    const int64_t floats = rows_seen(y) * (2 * channels + 2 * pairs);
-    const int64_t halo = halo_of(x);
-    const int64_t tile = even_tiles(x, kCacheFloats / std::max<int64_t>(1, floats) - halo, halo, lanes);
-    // The queries around a tile are worked on as well: together they fill whole vectors.
-    return tile >= x.cells ? tile : std::max<int64_t>(tile - halo, lanes);
+bool can_be_listed(const Geometry& geometry) {
+    constexpr int64_t kMostVisits = (int64_t)1 << 24, kMostLanes = (int64_t)1 << 28;
+    for (const Axis& axis : {geometry.axes[0], geometry.axes[1]}) {
+        const int64_t margin = axis.torus() && !axis.whole() ? axis.kernel : 0;
+        const int64_t groups = (axis.longest() + margin) / kGroupRows + 3;
+        const int64_t visits = (axis.beyond() ? axis.kernel : std::min(axis.kernel, axis.longest())) + kGroupRows;
+        if (groups * visits > kMostVisits / std::max<int64_t>(1, axis.phases())) return false;
+    }
+    const Axis& x = geometry.axes[2];
+    return x.cells + x.phases() * (x.kernel - 1) <= kMostLanes;
 }
 
 }  // namespace nearsight

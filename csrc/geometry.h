@@ -12,7 +12,16 @@
 
 namespace nearsight {
 
-// One axis of the map. A window's entry e is the cell query + first_offset + e * dilation.
+// Cells, steps, entries or lanes from `first` to `last` - 1.
+struct Range {
+    int64_t first, last;
+    bool operator==(const Range& other) const { return first == other.first && last == other.last; }
+    bool holds(int64_t i) const { return i >= first && i < last; }
+};
+
+// One axis of the map, taken apart into the phases of its dilation: a phase is a smaller map under undilated windows.
+// Step t of phase f is the cell f + t * dilation, around the torus if it is one, where a phase goes on until it meets
+// itself. A window's entry e is the step query + first_offset + e.
 struct Axis {
     int64_t cells = 1, kernel = 1, stride = 1, dilation = 1;
     int32_t border = NEARSIGHT_BORDER_MASK;
@@ -21,7 +30,24 @@ struct Axis {
     int64_t queries() const { return (cells + stride - 1) / stride; }
     int64_t entries() const { return border == NEARSIGHT_BORDER_SHIFT ? 2 * kernel - 1 : kernel; }
     int64_t first_offset() const;
-    bool sees(int64_t query_cell, int64_t entry) const;
+    bool torus() const { return border == NEARSIGHT_BORDER_WRAP; }
+    // Whether what lies beyond the edge has a part in the softmax.
+    bool beyond() const { return torus() || border == NEARSIGHT_BORDER_ZEROS; }
+    int64_t phases() const;
+    int64_t steps(int64_t phase) const;
+    int64_t longest() const { return steps(0); }
+    // The cell of any step, -1 beyond the edge.
+    int64_t cell(int64_t phase, int64_t step) const;
+    // The entries that a query sees. Where it sees beyond the edge, all.
+    Range seen(int64_t phase, int64_t step) const;
+    // The entries under which a key is seen, as if every cell had its query.
+    Range seeing(int64_t phase, int64_t step) const;
+    // The tensor's index of the query at a cell, or of the key; -1 where there is none.
+    int64_t index(bool queries, int64_t cell) const {
+        return !queries || cell < 0 ? cell : cell % stride == 0 ? cell / stride : -1;
+    }
+    // Whether rows that share keys are better kept all at once: a window that goes around the torus sees every one.
+    bool whole() const { return torus() && kernel >= longest(); }
 };
 
 // Axes of rank 1 and 2 get leading axes of one cell: every problem has z, y and x.
@@ -32,22 +58,47 @@ struct Geometry {
 
 enum class Home { queries, keys };
 
-// Cells from `first` to `last` - 1.
-struct Range {
-    int64_t first, last;
+// How the cells of x lie in the lanes: image after image where maps are narrow, and either in their order or, with
+// `apart`, phase after phase. Then a window's cells are neighbours, however far apart they lie on the map. Where cells
+// beyond the edge have a part in the softmax, phases keep room for them between each other.
+struct Row {
+    int32_t images = 1;
+    bool apart = false;
+    bool across = false;  // runs go from phase to phase, whose cells are neighbours in planar memory
+    int64_t tile = 1;  // lanes to work on at a time
+
+    struct Place {
+        int64_t image, phase, step;
+        int64_t cell;  // -1: none
+        bool inside;   // not beyond the edge
+    };
+    int64_t step(const Axis& x) const { return apart ? 1 : x.dilation; }
+    int64_t pitch(const Axis& x) const;  // of an image's phases, or of images
+    int64_t lanes(const Axis& x) const;
+    // Beyond the edge a lane may hold a query or a key, which are cut off at different distances.
+    Place place(const Axis& x, bool queries, int64_t lane) const;
 };
+
+// How to lay out a row so that what a group sees, and in a backward the ring, stays in the second cache level, and as
+// few lanes as can be are worked on in vain.
+// `planar`: neighbouring cells are neighbours in memory.
+Row choose_row(const Geometry& geometry, const nearsight_problem& problem, bool planar, int lanes, bool backward);
+
+// Whether the lists of a plan are small enough to be made.
+bool can_be_listed(const Geometry& geometry);
 
 // The lists behind a Pass. `lanes` is the width of a vector. With a margin the queries of a tile are all that see its
 // keys, and the rows those that see any row, even from beyond the edge of a torus.
 class PassLists {
   public:
-    PassLists(const Geometry& geometry, Home home, int lanes, int batch_group, int64_t tile_cells, bool margin = false);
+    PassLists(const Geometry& geometry, Home home, int lanes, const Row& row, bool margin = false);
     PassLists(const PassLists&) = delete;
     PassLists& operator=(const PassLists&) = delete;
     const Pass& pass() const { return pass_; }
 
-    // Cuts `groups` of `rows` rows in all into chunks, and these into jobs.
-    void deal(int64_t batch, int64_t heads, int64_t groups, int64_t rows);
+    // Cuts `groups` of `rows` rows in all into chunks, and these into jobs, each of which sums up the gradients of
+    // tables of `table` numbers for every head.
+    void deal(int64_t batch, int64_t heads, int64_t groups, int64_t rows, int64_t table);
     // Makes two passes one backward: lays out the ring, and finds the groups of queries that each group of keys needs.
     static void join(const Geometry& geometry, PassLists& queries, PassLists& keys);
 
@@ -58,38 +109,29 @@ class PassLists {
         std::vector<int64_t> cells;  // kGroupRows of every group
     };
 
+    bool queries() const { return home_ == Home::queries; }
     RowAxis build_rows(const Axis& axis, int rows_per_group, bool margin, Rows& rows) const;
-    void add_group(const Axis& axis, const std::vector<int64_t>& homes, Rows& rows) const;
+    void add_group(const Axis& axis, int64_t phase, const std::vector<int64_t>& homes, Rows& rows) const;
     void add_tile(const Axis& axis, Range own, bool margin);
     int32_t away_pitch(const LaneTile& tile, int64_t read) const;
-    int32_t add_runs(const Axis& axis, bool queries, Range cells, int64_t lane_zero);
-    LaneVector add_vector(const Axis& axis, int64_t first, int64_t last);
-    bool sees(const Axis& axis, int64_t home, int64_t entry) const;
-    int64_t away_offset(const Axis& axis, int64_t entry) const;
-    int64_t lowest_entry(const Axis& axis, int64_t home, int64_t entry) const;
+    int32_t add_runs(const Axis& axis, bool queries, Range lanes, int64_t lane_zero, bool beyond);
+    LaneVector add_vector(const Axis& axis, Range lanes, Range own, bool margin);
+    int64_t away_lane(const Axis& axis, int64_t entry) const;
     static void join_rows(const Axis& axis, PassLists& queries, PassLists& keys);
     static void join_tiles(const Axis& axis, PassLists& queries, PassLists& keys);
 
     const Home home_;
-    const int lanes_, batch_group_;
-    const int64_t tile_cells_, row_;
+    const int lanes_;
+    const Row row_;
+    const int64_t lanes_of_row_;
     Rows z_, y_;
     std::vector<LaneTile> tiles_;
-    std::vector<Range> homes_;  // cells of every tile's home lanes
+    std::vector<Range> homes_;  // every tile's home lanes
     std::vector<LaneVector> vectors_;
     std::vector<Run> runs_;
-    std::vector<int32_t> masks_;
+    std::vector<int32_t> lane_lists_;
     Pass pass_ = {};
 };
-
-// How many batches to lay side by side so that a narrow map fills vectors of `lanes`.
-int choose_batch_group(const Axis& x, int64_t batch, int64_t heads, int lanes);
-
-// Cells of x to work on at a time so that the packed rows that a group sees stay in the second cache level.
-int64_t choose_tile_cells(const Geometry& geometry, int64_t channels, int lanes);
-
-// The same for a backward, which keeps the ring there as well.
-int64_t choose_backward_tile_cells(const Geometry& geometry, int64_t channels, int lanes);
 
 }  // namespace nearsight
 

@@ -100,14 +100,14 @@ template <Terms kTerms>
 struct LogitPart {
     const QueryTerms<kTerms>* terms;
     float* target[kGroupRows];
-    const int32_t* mask;
+    const int32_t* seen;
     Vector* greatest;  // of the first row
     Vector start(int r, int e) const { return terms->at(r, e); }
     template <int kEntries>
     void finish(int r, int entry, Vector* logits) {
-        if (mask)
+        if (seen)
             for (int e = 0; e < kEntries; ++e)
-                logits[e] = choose(load_mask(mask + (entry + e) * kLanes), logits[e], splat(-__builtin_inff()));
+                logits[e] = choose(within(seen, entry + e), logits[e], splat(-__builtin_inff()));
         Vector most = greatest[r];
         for (int e = 0; e < kEntries; ++e) {
             most = maximum(most, logits[e]);
@@ -124,7 +124,7 @@ void logits(const Spot& s, Vector* greatest) {
         const Visit& visit = *source.visit;
         s.w->prefetches->issue();
         const QueryTerms<kTerms> terms(s, source);
-        LogitPart<kTerms> part = {&terms, {}, s.mask, greatest + visit.first};
+        LogitPart<kTerms> part = {&terms, {}, s.seen, greatest + visit.first};
         for (int r = visit.first; r < visit.last; ++r)
             part.target[r - visit.first] = s.scores_of(source, r);
         dot_apart(dot_operands(s, source, 0, 0, s.plan->head_dim), visit.last - visit.first, s.entries, part);
@@ -260,15 +260,15 @@ struct WeightPart {
     Vector minus_lse[kGroupRows];
     float* target[kGroupRows];
     ptrdiff_t target_entry;
-    const int32_t* mask;
+    const int32_t* seen;
     Vector start(int r, int e) const { return terms->at(r, e) + minus_lse[r]; }
     template <int kEntries>
     void finish(int r, int entry, const Vector* logits) {
         Vector weights[kEntries];
         // No weight is above one: what is, came of rounding logits of many digits.
         for (int e = 0; e < kEntries; ++e) weights[e] = exp2(minimum(splat(0.0f), logits[e]));
-        if (mask)
-            for (int e = 0; e < kEntries; ++e) weights[e] = keep(load_mask(mask + (entry + e) * kLanes), weights[e]);
+        if (seen)
+            for (int e = 0; e < kEntries; ++e) weights[e] = keep(within(seen, entry + e), weights[e]);
         for (int e = 0; e < kEntries; ++e) store(target[r] + (entry + e) * target_entry, weights[e]);
     }
 };
@@ -278,15 +278,15 @@ struct LogitGradientPart {
     Vector minus_delta[kGroupRows];
     float* weights[kGroupRows];
     ptrdiff_t target_entry, target;  // target: from a weight to its gradient
-    const int32_t* mask;
+    const int32_t* seen;
     Vector start(int r, int) const { return minus_delta[r]; }
     template <int kEntries>
     void finish(int r, int entry, const Vector* sums) {
         Vector gradients[kEntries];
         for (int e = 0; e < kEntries; ++e) gradients[e] = sums[e] * load(weights[r] + (entry + e) * target_entry);
-        if (mask)
+        if (seen)
             for (int e = 0; e < kEntries; ++e)
-                gradients[e] = keep(load_mask(mask + (entry + e) * kLanes), gradients[e]);
+                gradients[e] = keep(within(seen, entry + e), gradients[e]);
         for (int e = 0; e < kEntries; ++e) store(weights[r] + (entry + e) * target_entry + target, gradients[e]);
     }
 };
@@ -303,7 +303,7 @@ void logit_gradients(const Spot& s) {
         WeightPart<kTerms> weights;
         LogitGradientPart gradients;
         weights.terms = &terms;
-        weights.mask = gradients.mask = s.mask;
+        weights.seen = gradients.seen = s.seen;
         weights.target_entry = gradients.target_entry = s.tile.entry;
         gradients.target = s.gradients;
         for (int r = visit.first; r < visit.last; ++r) {
@@ -356,16 +356,7 @@ void sum_over_axes(const Spot& s) {
         for (int entry = 0; entry < s.entries; entry += kBlock) sum_entries<kBlock>(s, r, entry, s.entries - entry);
 }
 
-// The lanes that belong to the tile, or NULL for all: what another tile counts must not be counted twice.
-const int32_t* own_mask(const LaneVector& lanes, int32_t* mask) {
-    if (lanes.first_own == 0 && lanes.last_own == kLanes) return nullptr;
-    for (int lane = 0; lane < kLanes; ++lane) mask[lane] = lane >= lanes.first_own && lane < lanes.last_own ? -1 : 0;
-    return mask;
-}
-
 void add_bias_gradient(const Spot& s) {
-    int32_t lanes[kLanes];
-    const int32_t* own = own_mask(*s.lanes, lanes);
     for (int i = 0; i < s.source_count; ++i) {
         const Source& source = s.w->sources[i];
         for (int r = source.visit->first; r < source.visit->last; ++r) {
@@ -373,18 +364,16 @@ void add_bias_gradient(const Spot& s) {
             float* target = s.w->bias_gradient + bias_entry(*s.plan, source, r, s.lanes->first_entry) * kLanes;
             for (int e = 0; e < s.entries; ++e) {
                 const Vector gradient = load(row + e * s.tile.entry);
-                add_to(target + e * kLanes, own ? keep(load_mask(own), gradient) : gradient);
+                add_to(target + e * kLanes, s.own ? keep(load_mask(s.own), gradient) : gradient);
             }
         }
     }
 }
 
-// Lanes of other tiles are dropped from the sums of entries first to last - 1.
+// Lanes of other tiles are dropped from the sums of entries first to last - 1: nothing must be counted twice.
 void keep_own(const Spot& s, float* sums, int first, int last) {
-    int32_t lanes[kLanes];
-    const int32_t* own = own_mask(*s.lanes, lanes);
-    for (int i = first * kGroupRows; own && i < last * kGroupRows; ++i)
-        store(sums + i * kLanes, keep(load_mask(own), load(sums + i * kLanes)));
+    for (int i = first * kGroupRows; s.own && i < last * kGroupRows; ++i)
+        store(sums + i * kLanes, keep(load_mask(s.own), load(sums + i * kLanes)));
 }
 
 void relative_gradients(const Spot& s, float* result, ptrdiff_t result_row) {

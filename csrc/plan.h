@@ -31,10 +31,11 @@ struct Tensor {
     int64_t batch, head, z, y, x, channel;  // strides in elements
 };
 
-// Lanes `lane + i * step` hold the cells `index + i` of the tensor's x axis, of batch `group` of a batch group.
+// Lanes `lane + i * step` hold the cells `index + i * index_step` of the tensor's x axis, of batch `group` of a batch
+// group.
 struct Run {
     int32_t lane, step, count, group;
-    int64_t index;
+    int64_t index, index_step;
 };
 
 // One vector of home lanes: which entries of x any of its lanes sees, and which lanes see which.
@@ -42,14 +43,17 @@ struct LaneVector {
     int32_t first_entry, entries;
     int32_t hides_cells;  // whether a lane may find a cell of the map where it must not look
     int32_t gaps;         // whether a lane holds no home cell
-    int32_t first_own, last_own;  // the lanes that belong to the tile; the others are another tile's as well
-    int64_t mask;         // into Pass::masks, entries * lanes of 0 or -1; negative when all lanes see all entries
+    int32_t home_first_run, home_runs;
+    int32_t own_first_run, own_runs;  // of the home lanes that belong to the tile
+    // Into Pass::lane_lists, negative when all lanes are alike. Of each lane the first of these entries that it sees,
+    // then of each lane the last and one more; and a mask of the lanes that are the tile's own, where others are
+    // another tile's as well or repeat a lane from beyond the edge.
+    int64_t seen, own;
 };
 
 struct LaneTile {
     int32_t vectors, first_vector;
-    int32_t home_first_run, home_runs, away_first_run, away_runs;
-    int32_t own_first_run, own_runs;  // of the home lanes that belong to the tile
+    int32_t away_first_run, away_runs;
     int32_t left;        // away lane of home lane 0
     int32_t away_pitch;
     int32_t ring_lane;   // queries at home: lane of home lane 0 in the ring
@@ -86,7 +90,7 @@ struct Pass {
     const LaneTile* tiles;
     const LaneVector* vectors;
     const Run* runs;
-    const int32_t* masks;
+    const int32_t* lane_lists;
     int32_t tile_count, max_entries, max_away_pitch, max_vectors;
     int64_t step;    // away lanes per entry: dilation, negated when queries are away
     int64_t offset;  // away lane of entry 0, relative to the home lane

@@ -104,7 +104,11 @@ template <class T>
 void pack_run(const T* source, ptrdiff_t stride, ptrdiff_t channel_stride, int64_t channels, const Run& run,
               float multiplier, float* row, ptrdiff_t pitch) {
     float* lanes = row + run.lane;
-    if (run.step != 1) {
+    if (stride == 1 && channel_stride != 1) {
+        for (int64_t c = 0; c < channels; ++c)
+            for (int i = 0; i < run.count; ++i)
+                lanes[c * pitch + i * run.step] = load_one(source + c * channel_stride + i) * multiplier;
+    } else if (run.step != 1) {
         for (int i = 0; i < run.count; ++i)
             pack_lane(source + i * stride, channel_stride, channels, multiplier, lanes + i * run.step, pitch);
     } else if (channel_stride == 1 && channels > 1) {
@@ -148,7 +152,8 @@ Run clip(const Run& run, const Runs& window) {
     const int lane = run.lane + skipped * run.step;
     const int room = lane < window.last_lane ? (window.last_lane - lane + run.step - 1) / run.step : 0;
     const int left = run.count - skipped;
-    return {lane - window.first_lane, run.step, room < left ? room : left, run.group, run.index + skipped};
+    return {lane - window.first_lane, run.step, room < left ? room : left, run.group,
+            run.index + skipped * run.index_step, run.index_step};
 }
 
 int64_t row_offset(const Tensor& t, const RowAddress& at, const Run& run) {
@@ -160,11 +165,12 @@ void pack_row(const Plan& plan, const Tensor& t, int64_t channels, const RowAddr
     for (int i = 0; i < runs.count; ++i) {
         const Run run = clip(runs.runs[i], runs);
         if (run.count <= 0 || at.first_batch + run.group >= plan.batch) continue;
-        const int64_t offset = row_offset(t, at, run);
+        const int64_t offset = row_offset(t, at, run), stride = run.index_step * t.x;
         if (plan.bfloat16)
-            pack_run((const Bfloat16*)t.data + offset, t.x, t.channel, channels, run, multiplier, row.data, row.pitch);
+            pack_run((const Bfloat16*)t.data + offset, stride, t.channel, channels, run, multiplier, row.data,
+                     row.pitch);
         else
-            pack_run((const float*)t.data + offset, t.x, t.channel, channels, run, multiplier, row.data, row.pitch);
+            pack_run((const float*)t.data + offset, stride, t.channel, channels, run, multiplier, row.data, row.pitch);
     }
 }
 
@@ -173,11 +179,11 @@ void unpack_row(const Plan& plan, const Tensor& t, int64_t channels, const RowAd
     for (int i = 0; i < runs.count; ++i) {
         const Run run = clip(runs.runs[i], runs);
         if (run.count <= 0 || at.first_batch + run.group >= plan.batch) continue;
-        const int64_t offset = row_offset(t, at, run);
+        const int64_t offset = row_offset(t, at, run), stride = run.index_step * t.x;
         if (plan.bfloat16)
-            unpack_run((Bfloat16*)t.data + offset, t.x, t.channel, channels, run, multiplier, row.data, row.pitch);
+            unpack_run((Bfloat16*)t.data + offset, stride, t.channel, channels, run, multiplier, row.data, row.pitch);
         else
-            unpack_run((float*)t.data + offset, t.x, t.channel, channels, run, multiplier, row.data, row.pitch);
+            unpack_run((float*)t.data + offset, stride, t.channel, channels, run, multiplier, row.data, row.pitch);
     }
 }
 
@@ -192,7 +198,7 @@ void pack_scalars(const Plan& plan, const float* source, const RowAddress& at, c
     for (int i = 0; i < runs.count; ++i) {
         const Run run = clip(runs.runs[i], runs);
         if (run.count <= 0 || at.first_batch + run.group >= plan.batch) continue;
-        pack_run(source + scalar_offset(plan, at, run), 1, 1, 1, run, multiplier, row, 0);
+        pack_run(source + scalar_offset(plan, at, run), run.index_step, 1, 1, run, multiplier, row, 0);
     }
 }
 
@@ -201,7 +207,7 @@ void unpack_scalars(const Plan& plan, float* target, const RowAddress& at, const
     for (int i = 0; i < runs.count; ++i) {
         const Run run = clip(runs.runs[i], runs);
         if (run.count <= 0 || at.first_batch + run.group >= plan.batch) continue;
-        unpack_run(target + scalar_offset(plan, at, run), 1, 1, 1, run, multiplier, row, 0);
+        unpack_run(target + scalar_offset(plan, at, run), run.index_step, 1, 1, run, multiplier, row, 0);
     }
 }
 
@@ -264,8 +270,8 @@ void list_run(const Plan& plan, const Stream& stream, const RowAddress& at, cons
     const int64_t size = plan.bfloat16 ? 2 : 4;
     const bool interleaved = t.channel == 1;
     const int64_t pieces = interleaved ? run.count : stream.channels;
-    const uintptr_t stride = (uintptr_t)((interleaved ? t.x : t.channel) * size);
-    const uintptr_t bytes = (uintptr_t)((interleaved ? stream.channels : run.count) * size);
+    const uintptr_t stride = (uintptr_t)((interleaved ? t.x * run.index_step : t.channel) * size);
+    const uintptr_t bytes = (uintptr_t)((interleaved ? stream.channels : (run.count - 1) * run.index_step + 1) * size);
     const uintptr_t first = (uintptr_t)(t.data + row_offset(t, at, run) * size);
     if (pieces > Prefetches::kMostLines) return;
     for (uintptr_t byte = 0; byte < bytes; byte += kLine) list.add({first + byte, stride, (int32_t)pieces, write});
@@ -273,6 +279,7 @@ void list_run(const Plan& plan, const Stream& stream, const RowAddress& at, cons
 
 void list_row(const Plan& plan, const Stream* streams, int count, const RowAddress& at, const Runs& runs, bool write,
               Prefetches& list) {
+    if (runs.count > Prefetches::kMostStrips) return;  // to look through them for each vector would take longer
     for (int i = 0; i < runs.count; ++i) {
         const Run run = clip(runs.runs[i], runs);
         if (run.count <= 0 || at.first_batch + run.group >= plan.batch || run.step != 1) continue;

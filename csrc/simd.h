@@ -69,6 +69,11 @@ NEARSIGHT_INLINE To convert(From v) {
 
 NEARSIGHT_INLINE Vector load(const float* p) { return *(const UnalignedVector*)p; }
 NEARSIGHT_INLINE IntVector load_mask(const int32_t* p) { return *(const UnalignedIntVector*)p; }
+// Whether `number` lies in each lane's range: so many firsts, and as many lasts, which lie behind the range.
+NEARSIGHT_INLINE IntVector within(const int32_t* ranges, int32_t number) {
+    const IntVector numbers = number - IntVector{};
+    return (numbers >= load_mask(ranges)) & (numbers < load_mask(ranges + kLanes));
+}
 NEARSIGHT_INLINE void store(float* p, Vector v) { *(UnalignedVector*)p = v; }
 NEARSIGHT_INLINE void add_to(float* target, Vector v) { store(target, load(target) + v); }
 NEARSIGHT_INLINE Vector splat(float x) { return x - Vector{}; }

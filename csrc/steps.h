@@ -101,7 +101,7 @@ struct MixOperands {
     ptrdiff_t away_weights;  // keys at home: from Source::away
     const int32_t* orders;   // visits of each home row along y
     int entries;
-    const int32_t* mask;  // entries x lanes, or NULL
+    const int32_t* seen;  // each lane's range of entries, or NULL
     ptrdiff_t away_lane;  // from Source::away to the lane of entry 0
     ptrdiff_t away_pitch, step;
     Prefetches* prefetches;
@@ -123,10 +123,11 @@ NEARSIGHT_INLINE void mix_source(const MixOperands& o, const Source& s, int64_t 
         Vector w[kGroupRows];
 #pragma GCC unroll 3
         for (int r = kFirst; r < kLast; ++r) w[r] = load(weights[r] + e * o.weights.entry);
+        const IntVector seen = kMasked ? within(o.seen, e) : IntVector{};
 #pragma GCC unroll 8
         for (int c = 0; c < kChannels; ++c) {
             Vector a = load(away + c * o.away_pitch);
-            if (kMasked) a = keep(load_mask(o.mask + e * kLanes), a);
+            if (kMasked) a = keep(seen, a);
             pin(a);
 #pragma GCC unroll 3
             for (int r = kFirst; r < kLast; ++r) sums[r][c] += w[r] * a;
@@ -165,7 +166,7 @@ void mix(const MixOperands& o, int64_t channel, float* result, ptrdiff_t result_
 template <int kChannels>
 int64_t mix_blocks(const MixOperands& o, int64_t channel, int64_t channels, float* result, ptrdiff_t result_row) {
     for (; channel + kChannels <= channels; channel += kChannels) {
-        if (o.mask)
+        if (o.seen)
             mix<kChannels, true>(o, channel, result, result_row);
         else
             mix<kChannels, false>(o, channel, result, result_row);

@@ -148,8 +148,9 @@ struct Spot {
     const Plan* plan;
     Workspace* w;
     const LaneVector* lanes;
-    const int32_t* mask;
+    const int32_t* seen;     // each lane's range of entries, or NULL
     const Group *z, *y;
+    const int32_t* own;      // mask of the lanes that belong to the tile, or NULL
     int64_t head;
     Tile tile;               // logits, then weights
     ptrdiff_t gradients;     // from a weight to the gradient of its logit
@@ -161,12 +162,15 @@ struct Spot {
     }
 };
 
+const int32_t* lane_list(const Pass& pass, int64_t at) { return at < 0 ? nullptr : pass.lane_lists + at; }
+
 Spot spot_of(const Plan& plan, const Pass& pass, const LaneTile& tile, int64_t head, int vector, Workspace& w) {
     Spot s = {};
     s.plan = &plan;
     s.w = &w;
     s.lanes = pass.vectors + tile.first_vector + vector;
-    s.mask = s.lanes->mask < 0 ? nullptr : pass.masks + s.lanes->mask;
+    s.seen = lane_list(pass, s.lanes->seen);
+    s.own = lane_list(pass, s.lanes->own);
     s.head = head;
     s.entries = s.lanes->entries;
     s.step = pass.step;
@@ -193,7 +197,7 @@ MixOperands mix_operands(const Spot& s, int64_t away_channel, ptrdiff_t weights)
     o.orders = s.orders;
     o.entries = s.entries;
     // Unless it holds a cell, an away lane holds zeros: lanes that see nothing there cannot be spoilt.
-    o.mask = s.lanes->hides_cells ? s.mask : nullptr;
+    o.seen = s.lanes->hides_cells ? s.seen : nullptr;
     o.away_lane = s.away_lane + away_channel * s.away_pitch;
     o.away_pitch = s.away_pitch;
     o.step = s.step;
@@ -221,10 +225,12 @@ struct Walk {
     RowAddress address(int64_t z, int64_t y) const { return {item.first_batch, item.head, z, y}; }
     float* home_row(int r) const { return w.home + r * w.home_channels * kLanes; }
     Runs home_runs(int vector) const {
-        return {pass.runs + tile.home_first_run, tile.home_runs, vector * kLanes, (vector + 1) * kLanes};
+        const LaneVector& lanes = pass.vectors[tile.first_vector + vector];
+        return {pass.runs + lanes.home_first_run, lanes.home_runs, vector * kLanes, (vector + 1) * kLanes};
     }
     Runs own_runs(int vector) const {
-        return {pass.runs + tile.own_first_run, tile.own_runs, vector * kLanes, (vector + 1) * kLanes};
+        const LaneVector& lanes = pass.vectors[tile.first_vector + vector];
+        return {pass.runs + lanes.own_first_run, lanes.own_runs, vector * kLanes, (vector + 1) * kLanes};
     }
     Runs away_runs(int first_lane, int last_lane) const {
         return {pass.runs + tile.away_first_run, tile.away_runs, first_lane, last_lane};

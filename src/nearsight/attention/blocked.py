@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from math import gcd, prod
+from math import gcd, isqrt, prod
 from typing import Any, NamedTuple
 
 import torch
@@ -95,20 +95,27 @@ def _block_size(problem: Problem) -> int:
     softmax, a gathered cell a few reads and writes of head_dim numbers.
     """
     depth = problem.head_dim
+    phases = [min(_groups(axis), queries) for axis, queries in zip(problem.axes, problem.out_size, strict=True)]
+    longest = [-(-queries // parts) for queries, parts in zip(problem.out_size, phases, strict=True)]
 
     def cost(block: int) -> int:
         pairs, cells = 1, 1
-        for axis, queries, n in zip(problem.axes, problem.out_size, problem.in_size, strict=True):
-            phases = min(axis.dilation // gcd(axis.stride, axis.dilation), queries)
-            longest = -(-queries // phases)
-            blocks = -(-longest // block)
-            size = -(-longest // blocks)
+        for axis, parts, most, n in zip(problem.axes, phases, longest, problem.in_size, strict=True):
+            blocks = -(-most // block)
+            size = -(-most // blocks)
             span = (size - 1) * axis.stride + axis.kernel_size
-            cells *= phases * blocks * (min(span, n) if axis.border in ("mask", "shift") else span)
+            cells *= parts * blocks * (min(span, n) if axis.border in ("mask", "shift") else span)
             pairs *= size
         return cells * (pairs * (depth + 25) + 50 * depth)
 
-    return min(range(1, max(problem.out_size) + 1), key=cost)
+    return min(sorted(set().union(*map(_even_sizes, longest))), key=cost)
+
+
+def _even_sizes(queries: int) -> set[int]:
+    """The sizes of even blocks that so many queries can be cut into: about 2 sqrt(queries), where most numbers give no other
+    blocks than a smaller one."""
+    root = isqrt(queries)
+    return {*range(1, root + 1), *(-(-queries // blocks) for blocks in range(1, root + 2))}
 
 
 class AxisBlocks(NamedTuple):
