@@ -2,6 +2,7 @@
 """Splits and classes as people store them: read right, or refused in one line that names what is wrong."""
 
 import io
+import tarfile
 
 import datasets
 import numpy as np
@@ -213,3 +214,141 @@ def test_a_row_without_a_picture_is_named(tmp_path):
     with pytest.raises(DataError, match=r"cannot read the image row 1 of train"):
         whole.splits[0].seen(view, training=False, max_broken=0)[1]
     assert np.array_equal(whole.splits[0].labels, [0, 1] * 10)
+
+
+# ------------------------------------------------------------------------------------------------------------ shards
+
+
+def shard(file, *members):
+    """A tar file of members, each a name and its content; None is a picture."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(file, "w") as tar:
+        for place, (name, content) in enumerate(members):
+            content = picture(place) if content is None else content
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            tar.addfile(entry, io.BytesIO(content))
+    return file
+
+
+def samples(labels, first=0):
+    return [
+        member
+        for number, label in enumerate(labels, start=first)
+        for member in ((f"{number:03}.png", None), (f"{number:03}.cls", str(label).encode()))
+    ]
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        ("train-0.tar", "val-0.tar", "test-0.tar"),
+        ("Training_0.tar", "DEV_0.tar", "pets.Testing.tar"),
+        ("train/0.tar", "valid/0.tar", "test/0.tar"),
+        ("TRAIN/train-0.tar", "Validation/validation-0.tar", "test/x.TAR"),
+        ("train/0.tar", "val-0.tar", "test-0.tar"),
+    ],
+)
+def test_shards_are_of_the_split_that_their_name_or_folder_tells(tmp_path, files):
+    for file, count in zip(files, (7, 2, 3), strict=True):
+        shard(tmp_path / "dev" / file, *samples([0, 1] * count))
+    shard(tmp_path / "dev" / "._train-0.tar", *samples([0]))
+    assert sizes(f"wds:{tmp_path / 'dev'}") == [14, 4, 6]
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (("train-0.tar", "training-1.tar"), r"one train split; .* has train and training"),
+        (("val-0.tar", "test-0.tar"), r"a split named train; it has test, val"),
+        (("train-test-0.tar",), r"one split; the name of .*train-test-0\.tar holds test and train"),
+        (("test/train-0.tar",), r"one split; the name of .*train-0\.tar holds test and train"),
+        (("0.tar",), r"of a shard or of its folder must hold the word train, val or test; received .*0\.tar"),
+    ],
+)
+def test_shards_whose_names_contradict_are_refused(tmp_path, files, message):
+    for file in files:
+        shard(tmp_path / "s" / file, *samples([0, 1]))
+    with pytest.raises(DataError, match=message):
+        load_whole(f"wds:{tmp_path / 's'}")
+
+
+def test_a_folder_of_shards_that_is_not_read_is_a_line(tmp_path, capsys):
+    for file in ("train/0.tar", "test/0.tar", "extra/0.tar"):
+        shard(tmp_path / file, *samples([0, 1] * 10))
+    assert sizes(f"wds:{tmp_path}") == [18, 2, 20]
+    assert capsys.readouterr().err == f"not read: extra in {tmp_path}, beside the splits test, train\n"
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ([*samples([0, 1]), ("000.png", None), ("000.cls", b"1")], "000 in .* has two, .png and .png"),
+        ([("a.jpg", None), ("a.png", None), ("a.cls", b"1")], "a in .* has two, .jpg and .png"),
+        ([("a.png", None), ("a.cls", b"1"), ("a.CLS", b"0")], "one label; a in .* has two"),
+        ([*samples([0]), ("b.png", None)], "b in .* has no label"),
+        ([*samples([0]), ("b.cls", b"1")], "b in .* has no image"),
+        ([*samples([0]), ("b.v2.png", None)], r"b\.v2 in .* has no label"),
+        ([*samples([0, "cat"])], r"all numbers or all names.* received 'cat' in .*001\.png"),
+        ([*samples([0, ""])], r"received '' for the sample 001 in"),
+        ([*samples([0, -1])], r"whole numbers from 0; received '-1' in .*001\.png"),
+        ([*samples([0]), ("b.png", None), ("b.cls", b"\xff\xfe1\0")], "the sample b in .* is neither"),
+    ],
+)
+def test_samples_that_are_not_sure_are_refused_by_name(tmp_path, members, message):
+    file = shard(tmp_path / "train-0.tar", *members)
+    with pytest.raises(DataError, match=message) as error:
+        load_whole(f"wds:{tmp_path}")
+    assert str(file) in str(error.value)
+
+
+def test_keys_with_dots_capitals_and_further_fields_are_read(tmp_path):
+    members = [("./a/1.5.PNG", None), ("a/1.5.cls", b"0"), ("a/1.6.png", None), ("a/1.6.Cls", b" 1\n")]
+    members += [("b.jpeg", None), ("b.mask.png", None), ("b.cls", "\ufeff0".encode()), ("b.coarse.cls", b"7")]
+    shard(tmp_path / "train-0.tar", *members, ("._b.png", b"a Mac's"), ("b.json", b"{}"))
+    whole = load_whole(f"wds:{tmp_path}")
+    assert named_labels(f"wds:{tmp_path}") == [["0", "1", "0"]]
+    assert [whole.splits[0].album.fetch(place) for place in range(3)] == [picture(0), picture(2), picture(4)]
+
+
+@pytest.mark.parametrize("names", [None, "dog\ncat\n", "\ufeffdog\r\ncat \r\n\r\n"])
+def test_labels_that_are_words_are_classes(tmp_path, names):
+    shard(tmp_path / "train-0.tar", *samples(["dog", "cat"]))
+    shard(tmp_path / "test-0.tar", *samples(["cat", "cat", "dog"]))
+    if names is not None:
+        (tmp_path / "classes.txt").write_bytes(names.encode())
+    for _ in range(2):  # from the shards, then from the index
+        assert load_whole(f"wds:{tmp_path}").classes == (("cat", "dog") if names is None else ("dog", "cat"))
+        assert sorted(named_labels(f"wds:{tmp_path}")) == [["cat", "cat", "dog"], ["dog", "cat"]]
+
+
+def test_numbers_of_shards_begin_where_they_do(tmp_path):
+    shard(tmp_path / "train-0.tar", *samples([1, 3, 2, 10]))
+    assert load_whole(f"wds:{tmp_path}").classes == ("1", "2", "3", "10")
+    assert named_labels(f"wds:{tmp_path}") == [["1", "3", "2", "10"]]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"ant\n\nbee\n", r"classes\.txt must name a class on every line; line 2 is empty"),
+        (b"\n", r"line 1 is empty"),
+        ("ant\nbee\n".encode("utf-16"), r"cannot read .*classes\.txt"),
+        (b"ant\nbee\n", r"0 to 1 or one of the names in .*classes\.txt; received '2' in .*train-0\.tar/002\.png"),
+    ],
+)
+def test_names_of_classes_that_are_not_sure_are_refused(tmp_path, content, message):
+    shard(tmp_path / "train-0.tar", *samples([0, 1, 2]))
+    (tmp_path / "classes.txt").write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        load_whole(f"wds:{tmp_path}")
+
+
+def test_the_classes_of_folders_of_shards_are_the_same(tmp_path):
+    for part in ("train", "test"):
+        shard(tmp_path / part / "0.tar", *samples([0, 1]))
+        (tmp_path / part / "classes.txt").write_text("ant\nbee")
+    assert load_whole(f"wds:{tmp_path}").classes == ("ant", "bee")
+    (tmp_path / "test" / "classes.txt").write_text("bee\nant")
+    with pytest.raises(DataError, match=r"the same classes; .*classes\.txt and .*classes\.txt differ"):
+        load_whole(f"wds:{tmp_path}")

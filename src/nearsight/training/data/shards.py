@@ -12,15 +12,15 @@ import json
 import re
 import tarfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence, Set
 from contextlib import suppress
 from functools import partial
 from glob import glob
 from io import BytesIO
 from itertools import takewhile
 from math import prod
-from pathlib import Path
-from typing import IO, Any
+from pathlib import Path, PurePosixPath
+from typing import IO, Any, NoReturn
 
 import numpy as np
 
@@ -29,13 +29,13 @@ from ...files import open_regular, read_text
 from ...picture import ENDINGS, is_hidden, is_picture
 from ..files import write_bytes
 from .folders import ending, tell_left_out
+from .splits import PARTS, part_of, parts_among, tell_unread
 from .stored import Gather, divided
 
 INDEX_FILE = "nearsight-index.npz"
 CLASSES_FILE = "classes.txt"
-PARTS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 MOST_CLASSES = 1 << 15  # without names; ImageNet has 21,841
-LONGEST_LABEL = 32  # bytes of a .cls file
+LONGEST_LABEL = 256  # bytes of a .cls file
 LARGEST_INDEX = 1 << 32  # bytes of one of its columns
 MOST_SHARDS = 1_000_000  # that a pattern may name
 COLUMNS = ("shard", "offset", "size", "label")
@@ -49,11 +49,14 @@ class Shards:
         self.labels, self.blocks = index["label"], index["shard"]
 
     def name(self, index: int) -> str:
-        with self._file(index).open("rb") as file:
-            file.seek(int(self.index["offset"][index]) - tarfile.BLOCKSIZE)
-            header = file.read(tarfile.BLOCKSIZE)
-        member = header[:100].rstrip(b"\0").decode(errors="replace")
-        return f"{self._file(index)}/{member}"
+        file, offset = self._file(index), int(self.index["offset"][index])
+        try:
+            with file.open("rb") as content:
+                content.seek(offset - tarfile.BLOCKSIZE)
+                header = content.read(tarfile.BLOCKSIZE)
+        except OSError:  # the shard is gone, of which the message tells
+            return f"{file}, at byte {offset}"
+        return f"{file}/{header[:100].rstrip(bytes(1)).decode(errors='replace')}"
 
     def fetch(self, index: int) -> bytes:
         with self._file(index).open("rb") as file:
@@ -67,20 +70,24 @@ class Shards:
 def load_shards(name: str, gather: Gather = divided) -> Any:
     """``wds:PATH``: a folder of shards, or a pattern with braces or stars, as ``data/{train,val}-{000..127}.tar``.
 
-    The words train, val (or validation) and test in a shard's name tell its split. A sample is an image and its label in a
-    ``.cls`` file; the names of the classes stand in ``classes.txt`` beside the shards, one a line, or they are numbers.
+    A word of a shard's name tells its split, or else the name of its folder, by any of their ``SPELLINGS``. A sample is an
+    image and its label in a ``.cls`` file, a number or a name. The names of the classes stand in ``classes.txt`` beside the
+    shards, one a line; else they are the labels.
     """
-    files = _shards(name.partition(":")[2])
-    parts = [_part(file) for file in files]
-    if "train" not in parts:
-        raise DataError(f"{name} must match shards with the word train in their names; it matches {files[0].name} ...")
-    index = _index(files)
-    part_of_shard = np.array(parts)
+    pattern = name.partition(":")[2]
+    files = _shards(pattern)
+    spelled = [_spelling(file, Path(pattern).expanduser()) for file in files]
+    parts_among(set(spelled), name)
+    index, labels = _index(files)
+    shards = Shards(files, index)
+    names, classes = _classes(shards, labels, Path(pattern).expanduser())
+    index["label"] = classes[index["label"]]
+    part_of_shard = np.array([PARTS[word] for word in spelled])
     albums = {}
-    for part in dict.fromkeys(parts):
+    for part in dict.fromkeys(part_of_shard.tolist()):
         chosen = part_of_shard[index["shard"]] == part
         albums[part] = Shards(files, {column: values[chosen] for column, values in index.items()})
-    return gather(name, _classes(files[0].parent / CLASSES_FILE, index["label"]), albums)
+    return gather(name, names, albums)
 
 
 def _shards(pattern: str) -> list[Path]:
@@ -93,7 +100,7 @@ def _shards(pattern: str) -> list[Path]:
         raise DataError(f"wds:PATH reads shards at random, so they must be files: mount what {pattern} names")
     place = Path(pattern).expanduser()
     if place.is_dir():
-        files = sorted(place.glob("*.tar"))
+        files = _shards_in(place)
     else:
         ranges = re.findall(r"(\d+)\.\.(\d+)", pattern)
         if prod(abs(int(first) - int(last)) + 1 for first, last in ranges) > MOST_SHARDS:
@@ -113,15 +120,39 @@ def _shards(pattern: str) -> list[Path]:
     return files
 
 
-def _part(file: Path) -> str:
-    for word in re.split(r"[^a-z]+", file.name.lower()):
-        if word in PARTS:
-            return PARTS[word]
-    raise DataError(f"the name of a shard must hold the word train, val or test; received {file}")
+def _shards_in(folder: Path) -> list[Path]:
+    """Those in a folder, and in folders in it that are named as splits."""
+    folders = sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    found = {inner.name: sorted(_visible(inner)) for inner in folders}
+    splits = [inner for inner in found if part_of(inner)]
+    tell_unread((inner for inner, shards in found.items() if shards and inner not in splits), splits, str(folder))
+    return [*sorted(_visible(folder)), *(file for inner in splits for file in found[inner])]
 
 
-def _index(files: Sequence[Path]) -> dict[str, np.ndarray]:
-    """Where every image lies: from the index file beside the shards while that is up to date, else from the shards."""
+def _visible(folder: Path) -> Iterator[Path]:
+    """The shards in a folder; a Mac leaves files of its own whose names begin with a dot."""
+    return (file for file in folder.iterdir() if file.suffix.lower() == ".tar" and not file.name.startswith("."))
+
+
+def _spelling(file: Path, place: Path) -> str:
+    """The word that tells the split of a shard, in its name or else that of its folder."""
+    words = {word for word in re.split(r"[^a-z]+", file.name.lower()) if word in PARTS}
+    outer = file.parent.name.lower()
+    if outer in PARTS and (not words or (file.parent != place and place.is_dir())):
+        words.add(outer)
+    parts = {PARTS[word] for word in words}
+    if len(parts) > 1:
+        raise DataError(f"a shard must be of one split; the name of {file} holds {' and '.join(sorted(words))}")
+    if not words:
+        raise DataError(f"the name of a shard or of its folder must hold the word train, val or test; received {file}")
+    return min(words)
+
+
+def _index(files: Sequence[Path]) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Where every image lies, and the labels as they are written, of which the column ``label`` holds the places.
+
+    They come from the index file beside the shards while that is up to date, else from the shards.
+    """
     stamps = [sorted(ENDINGS), *map(_stamp, files)]
     cache = files[0].parent / INDEX_FILE
     try:
@@ -130,21 +161,24 @@ def _index(files: Sequence[Path]) -> dict[str, np.ndarray]:
                 raise ValueError("it claims more samples than there can be")
             if json.loads(str(stored["files"])) == stamps:
                 tell_left_out(files[0].parent, Counter(json.loads(str(stored["left_out"]))))
-                return {column: stored[column] for column in COLUMNS}
+                return {column: stored[column] for column in COLUMNS}, json.loads(str(stored["labels"]))
     except Exception:  # none yet, or a damaged one, of which zipfile and NumPy say so in many ways
         pass
 
     left_out: Counter[str] = Counter()
-    rows = [(shard, *row) for shard, file in enumerate(files) for row in _scan(file, left_out)]
-    if not rows:
+    samples = [(shard, *sample) for shard, file in enumerate(files) for sample in _scan(file, left_out)]
+    if not samples:
         raise DataError(f"there are no samples in {files[0]} ...")
-    index: dict[str, np.ndarray] = dict(zip(COLUMNS, np.array(rows, dtype=np.int64).T.copy(), strict=True))
+    labels = sorted({label for *_, label in samples})
+    places = {label: place for place, label in enumerate(labels)}
+    rows = np.array([(*where, places[label]) for *where, label in samples], dtype=np.int64)
+    index: dict[str, np.ndarray] = dict(zip(COLUMNS, rows.T.copy(), strict=True))
     tell_left_out(files[0].parent, left_out)
-    content, notes = BytesIO(), {"files": stamps, "left_out": left_out}
+    content, notes = BytesIO(), {"files": stamps, "labels": labels, "left_out": left_out}
     np.savez(content, **{name: np.array(json.dumps(note)) for name, note in notes.items()}, **index)  # pyright: ignore[reportArgumentType]
     with suppress(TrainingError):  # a folder that cannot be written to: the shards are read again next time
         write_bytes(cache, content.getvalue())
-    return index
+    return index, labels
 
 
 def _stamp(file: Path) -> list[str | int]:
@@ -163,24 +197,36 @@ def _check_whole(file: Path, end: int) -> None:
             raise EOFError("it was cut or damaged, since it does not end as tar files do")
 
 
-def _scan(file: Path, left_out: Counter[str]) -> list[tuple[int, int, int]]:
-    """Offset, size and label of every sample of a shard, in its order; counts in ``left_out`` what belongs to none."""
-    from webdataset.tariterators import base_plus_ext
+def _scan(file: Path, left_out: Counter[str]) -> list[tuple[int, int, str]]:
+    """Offset, size and label of every sample of a shard, in its order; counts in ``left_out`` what belongs to none.
 
+    A sample's key is the name without the ending, so that it may hold dots. What hangs on the key of a sample by a dot, as
+    ``0001.mask.png`` beside ``0001.png`` and ``0001.cls``, is another field of that sample, which is not read.
+    """
     images: dict[str, tuple[int, int]] = {}
-    labels: dict[str, int] = {}
+    labels: dict[str, str] = {}
+    endings: dict[str, str] = {}
     try:
         with tarfile.open(file, "r:") as tar:
             for member in tar:
-                key, extension = base_plus_ext(member.name) if member.isfile() else (None, None)
-                if key is None or is_hidden(member.name):
+                name = PurePosixPath(member.name)
+                if not member.isfile() or is_hidden(member.name):
                     continue
-                extension = extension.lower()
-                content = tar.extractfile(member) if extension == "cls" else None
-                if is_picture(f"image.{extension}"):
-                    images[key] = (member.offset_data, member.size)
+                key = str(name.with_suffix(""))
+                content = tar.extractfile(member) if name.suffix.lower() == ".cls" else None
+                if is_picture(name.name):
+                    if key in images:
+                        raise DataError(
+                            f"a sample must have one image; {key} in {file} has two, {endings[key]} and {name.suffix}: give "
+                            "each sample a key of its own"
+                        )
+                    images[key], endings[key] = (member.offset_data, member.size), name.suffix
                 elif content is not None:
-                    labels[key] = _label(content)
+                    if key in labels:
+                        raise DataError(
+                            f"a sample must have one label; {key} in {file} has two: give each sample a key of its own"
+                        )
+                    labels[key] = _label(content, f"{key} in {file}")
                 else:
                     left_out[ending(member.name)] += 1
             _check_whole(file, tar.offset)
@@ -188,36 +234,94 @@ def _scan(file: Path, left_out: Counter[str]) -> list[tuple[int, int, int]]:
         raise DataError(
             f"cannot read the shard {file}: {error}; is it a whole tar file, not a packed one? Fetch it anew"
         ) from error
-    odd = sorted(images.keys() ^ labels.keys())
+    samples = images.keys() & labels.keys()
+    odd = sorted(key for key in images.keys() ^ labels.keys() if not _is_field(key, samples))
     if odd:
-        raise DataError(f"a sample must be an image and a .cls file with its label; {odd[0]} in {file} has only one")
-    return [(*place, labels[key]) for key, place in images.items()]
-
-
-def _label(content: IO[bytes]) -> int:
-    """The number in a .cls file, of which little is read, whatever its size."""
-    label = int(content.read(LONGEST_LABEL))
-    if abs(label) >= 1 << 63:
-        raise ValueError(f"a label is {label}")
-    return label
-
-
-def _classes(file: Path, labels: np.ndarray) -> tuple[str, ...]:
-    if file.exists():
-        try:
-            text = read_text(file, errors="surrogateescape").removeprefix("\ufeff").removesuffix("\n")
-        except OSError as error:
-            raise DataError(f"cannot read {file}: {getattr(error, 'strerror', None) or error}") from error
-        # Lines end in \n alone: a name may hold one of the other characters that str.splitlines parts lines at.
-        names = tuple(line.removesuffix("\r") for line in text.split("\n"))
-    else:
-        if labels.max() >= MOST_CLASSES:  # each takes memory in the network, whether or not there is a picture of it
-            raise DataError(
-                f"the labels of shards without a {CLASSES_FILE} must be below {MOST_CLASSES}; received {labels.max()}"
-            )
-        names = tuple(str(number) for number in range(int(labels.max()) + 1))
-    if labels.min() < 0 or labels.max() >= len(names):
+        has = "no label" if odd[0] in images else "no image"
         raise DataError(
-            f"labels must be 0 to {len(names) - 1}; received {labels.min()} to {labels.max()} beside {file}"
+            f"a sample must be an image and a .cls file with its label; {odd[0]} in {file} has {has}, and so "
+            f"{len(odd)} in all"
+        )
+    left_out.update(endings[key].lower() for key in images if key not in samples)
+    return [(*place, labels[key]) for key, place in images.items() if key in samples]
+
+
+def _is_field(key: str, samples: Set[str]) -> bool:
+    """Whether a key is that of a sample and more, behind a dot."""
+    inner = PurePosixPath(key)
+    while inner.suffix:
+        inner = inner.with_suffix("")
+        if str(inner) in samples:
+            return True
+    return False
+
+
+def _label(content: IO[bytes], sample: str) -> str:
+    """What a .cls file says; little of it is read, whatever its size."""
+    written = content.read(LONGEST_LABEL + 1)
+    if len(written) > LONGEST_LABEL:
+        raise DataError(f"a label must have at most {LONGEST_LABEL} bytes; that of the sample {sample} has more")
+    try:
+        label = written.decode("utf-8-sig").strip()
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"a label must be a number or a name in UTF-8; that of the sample {sample} is neither"
+        ) from error
+    if not label or "\n" in label:
+        raise DataError(f"a label must be one number or one name; received {label!r} for the sample {sample}")
+    return str(int(label)) if re.fullmatch(r"[+-]?[0-9]+", label) else label
+
+
+def _classes(shards: Shards, labels: Sequence[str], place: Path) -> tuple[tuple[str, ...], np.ndarray]:
+    """The names of the classes, and the class of each label as it is written."""
+    numbers = [re.fullmatch("-?[0-9]+", label) is not None for label in labels]
+    file, names = _named_classes(shards.files, place)
+
+    def refuse(label: str, rule: str) -> NoReturn:
+        sample = shards.name(int((shards.labels == labels.index(label)).argmax()))
+        raise DataError(f"labels must be {rule}; received {label!r} in {sample}")
+
+    if names is None:
+        if any(numbers) and not all(numbers):
+            refuse(labels[numbers.index(False)], f"all numbers or all names, as {labels[numbers.index(True)]!r} is not")
+        ordered = sorted(labels, key=int) if all(numbers) else list(labels)
+        if all(numbers) and int(ordered[0]) < 0:
+            refuse(ordered[0], "names or whole numbers from 0")
+        if all(numbers) and int(ordered[-1]) >= MOST_CLASSES:  # such are no numbers of classes
+            refuse(ordered[-1], f"below {MOST_CLASSES} without a {CLASSES_FILE}")
+        names, known = tuple(ordered), {label: number for number, label in enumerate(ordered)}
+    else:
+        times = Counter(names)
+        by_name = {name: number for number, name in enumerate(names) if times[name] == 1}
+        known = by_name | {str(number): number for number in range(len(names))}
+        for label in labels:
+            if label not in known:
+                refuse(label, f"0 to {len(names) - 1} or one of the names in {file}")
+    return names, np.array([known[label] for label in labels], dtype=np.int64)
+
+
+def _named_classes(files: Sequence[Path], place: Path) -> tuple[Path | None, tuple[str, ...] | None]:
+    """The file that names the classes, and what it says; beside the shards, or in the folder above that was asked for."""
+    folders = dict.fromkeys([*([place] if place.is_dir() else []), *(file.parent for file in files)])
+    lists = [folder / CLASSES_FILE for folder in folders]
+    found = {file: _read_names(file) for file in lists if file.exists()}
+    if len(set(found.values())) > 1:
+        raise DataError(f"all shards must have the same classes; {' and '.join(map(str, found))} differ")
+    return next(iter(found.items()), (None, None))
+
+
+def _read_names(file: Path) -> tuple[str, ...]:
+    try:
+        text = read_text(file, errors="surrogateescape").removeprefix("\ufeff")
+    except OSError as error:
+        raise DataError(f"cannot read {file}: {getattr(error, 'strerror', None) or error}") from error
+    if "\0" in text:
+        raise DataError(f"cannot read {file}: it must name a class a line, in UTF-8")
+    # Lines end in \n alone: a name may hold one of the other characters that str.splitlines parts lines at.
+    names = tuple(line.strip(" \t\r") for line in text.rstrip(" \t\r\n").split("\n"))
+    if "" in names:
+        raise DataError(
+            f"{file} must name a class on every line; line {names.index('') + 1} is empty: the numbers of the classes "
+            "behind it are not sure"
         )
     return names
