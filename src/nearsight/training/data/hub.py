@@ -40,8 +40,11 @@ class Rows:
         return f"row {index} of {self.part}" + (f" ({path})" if path else "")
 
     def fetch(self, index: int) -> str | bytes:
-        image = self.table[index][self.image]
-        return image["path"] if image["bytes"] is None else image["bytes"]
+        image = self.table[index][self.image] or {}
+        source = image.get("path") if image.get("bytes") is None else image["bytes"]
+        if source is None:
+            raise DataError("there is no image in it")
+        return source
 
 
 def load_hub(name: str, gather: Gather = divided) -> Any:
