@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..attention import BACKENDS
 from ..models import count_flops
 from ..models.modes import evaluating, keeping_modes
-from .data import Pictures, View
+from .data import Pictures, View, told
 from .evaluate import Evaluation
 from .recipe import Recipe
 
@@ -36,6 +36,7 @@ def announcement(recipe: Recipe, pictures: Pictures, view: View, model: nn.Modul
             f"{len(pictures.classes)} classes",
             f"recipe   {recipe.epochs} epochs of {steps} steps, batch {recipe.batch_size}, {recipe.opt}, "
             f"lr {recipe.lr:g}, seed {recipe.seed}, {_extras(recipe)}",
+            f"augment  {told(pictures)}",
             f"device   {device}, {'one process' if recipe.processes == 1 else processes}, "
             f"{torch.get_num_threads()} threads; attention by {used}",
             *_remarks(recipe, pictures, model),

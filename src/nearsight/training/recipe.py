@@ -18,6 +18,7 @@ from ..errors import DataError, NearsightError, OptionError
 from ..files import read_text, read_yaml
 from ..models import check_stored_spec, parse_spec, refuse_ignored, stored_spec
 from ..picture import BACKGROUND, opaque
+from .data.pictures import AUGMENTS
 
 CONFIG_FILE = "config.yaml"  # in a run's folder
 OWN_SIZE = "own"  # the value of size that stands for what each model is made for
@@ -67,6 +68,12 @@ class Recipe:
     random_erasing: float | None = _open(float, "chance that a rectangle of an image is erased", 0.0)
     drop_path: float | None = _open(float, "chance that the last block is skipped, rising from 0 in the first", 0.0)
     ema_decay: float | None = _open(float, "of the mean weights, which are then validated and saved; 0: off", 0.0)
+    augment: str | None = _open(
+        str,
+        "how training varies images: none, light (crops to 80 to 100 % of the area) or full (8 to 100 %, mirrors)",
+    )
+    mirror: bool | None = _open(bool, "mirror half of the training images; goes before --augment")
+    crop: float | None = _open(float, "least share of an image's area that training crops to; goes before --augment")
     seed: int = _option(0, int, "the same seed gives the same run")
     precision: str = _option("32", int | str, "32, or bf16 for bfloat16 autocast")
     compile: bool = _option(False, bool, "compile the network with torch.compile")
@@ -92,6 +99,10 @@ class Recipe:
             if self.size is not None and type(self.size) is not int:
                 raise OptionError(f"size must be a whole number of pixels or {OWN_SIZE}; received {self.size!r}")
             _within("size", self.size, 1)
+        if self.augment is not None:
+            _among("augment", self.augment, tuple(AUGMENTS))
+        if self.crop is not None and not 0 < self.crop <= 1:
+            raise OptionError(f"crop must be a share of the area, above 0 and at most 1; received {self.crop}")
         _among("precision", self.precision, ("32", "bf16"))
         _among("strategy", self.strategy, ("ddp", "fsdp"))
         opaque(self.background)

@@ -72,6 +72,7 @@ def write_report(
     rows: Sequence[Mapping[str, float]],
     evaluation: Evaluation,
     test: Dataset,
+    augmentation: str = "",
 ) -> None:
     """Draw a run and write it as one HTML page.
 
@@ -79,6 +80,7 @@ def write_report(
         rows: of ``metrics.csv``.
         evaluation: of the test split.
         test: the split itself, as the model sees it, for the pictures of what it attended to.
+        augmentation: what training did to its pictures, in a few words.
     """
     page = render(
         "nearsight.training",
@@ -88,6 +90,7 @@ def write_report(
         config=recipe.to_yaml(blueprint.model),
         size=blueprint.view.size,
         evaluation=evaluation,
+        augmentation=augmentation,
         interval=_interval(evaluation),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         rows=rows,

@@ -29,7 +29,7 @@ from ..models import ELSEWHERE, input_size, parse_spec, stored_spec
 from .announce import announcement, conclusion
 from .batchnorm import synced_batch_norms
 from .callbacks import Forecast, Journal, StopTogether, WholeFiles
-from .data import Pictures, load_pictures, loader
+from .data import STORED, Pictures, augmented, load_pictures, loader, told
 from .evaluate import Evaluation, evaluate
 from .files import make_folder, make_inner_folder, remove_leftovers, write_text
 from .matching import check_same_classes
@@ -103,6 +103,8 @@ def resume(output: Path, given: Mapping[str, Any] | None = None) -> Run:
     stored = read_checkpoint(checkpoint)
     begun = read_blueprint(stored, checkpoint)
     kept = noted if noted.size is not None else replace(noted, size=begun.view.size)  # older configs do not name it
+    if "augment" not in stored.get(RECIPE, {}) and kept.data.partition(":")[0] in STORED:
+        kept = replace(kept, augment="full")  # as all did before there was a choice
     given = _asked(given, kept)
     asked = replace(kept, **given)  # by the same rules, whether a number or a word was typed
     for name in given:
@@ -163,6 +165,7 @@ def _run(
     download: bool = False,
 ) -> Run:
     pictures = load_pictures(recipe.data, recipe.data_root, download)
+    pictures = augmented(pictures, recipe.augment, recipe.mirror, recipe.crop)
     size = image_size(recipe, pictures)
     recipe = replace(recipe.filled(pictures.defaults), size=size)
     assert recipe.batch_size is not None
@@ -204,7 +207,8 @@ def _run(
         print(conclusion(evaluation, seconds), flush=True)
         report = output / REPORT_FILE
         if is_drawn(report, lambda: write_result(report, recipe, evaluation)):
-            is_drawn(report, lambda: write_report(report, recipe, blueprint, best, journal.rows, evaluation, test))
+            facts = (recipe, blueprint, best, journal.rows, evaluation, test, told(pictures))
+            is_drawn(report, lambda: write_report(report, *facts))
         print(f"report   {report}", flush=True)
         print(told_overlap(output, test.digests(evaluation.places).numpy()), end="", flush=True)
     return Run(recipe, output, best, evaluation)

@@ -19,12 +19,14 @@ arrays.py     those that fit in memory
 stored.py     those that are decoded when needed; folder:PATH
 hub.py        hf:NAME
 shards.py     wds:PATH
+augment.py    how training varies them
 """
 
 from __future__ import annotations
 
 from ...errors import OptionError
 from .arrays import SOURCES, ArraySplit, RandomAffine
+from .augment import augmented, told
 from .hub import load_hub
 from .pictures import IGNORED, Dealer, Pictures, Seen, Split, View, loader
 from .shards import load_shards
@@ -43,9 +45,11 @@ __all__ = [
     "StoredSplit",
     "View",
     "Whole",
+    "augmented",
     "load_pictures",
     "load_whole",
     "loader",
+    "told",
     "warn_of_broken",
 ]
 

@@ -19,7 +19,18 @@ from torch import Tensor, nn
 
 from ...errors import DataError
 from ...files import open_regular
-from .pictures import IGNORED, MAX_BROKEN, TEST_SHARE, VALIDATION_SHARE, Pictures, Seen, View, digest, stratified
+from .pictures import (
+    IGNORED,
+    MAX_BROKEN,
+    TEST_SHARE,
+    VALIDATION_SHARE,
+    Changes,
+    Pictures,
+    Seen,
+    View,
+    digest,
+    stratified,
+)
 
 DIGITS = tuple(str(digit) for digit in range(10))
 TURN_SEED = 0  # of rotated data: whatever the seed of the run, the pictures are the same
@@ -105,13 +116,35 @@ class RandomAffine(nn.Module):
         scale: largest relative change of size.
         mirror: whether half of the pictures are mirrored.
         side: None counts the shift in pixels of the pictures that come.
+        crop: least share of the area that is cut out and enlarged, of sides up to 4 to 3; 1 cuts nothing out.
     """
 
     def __init__(
-        self, shift: float, degrees: float = 0.0, scale: float = 0.0, mirror: bool = False, side: int | None = None
+        self,
+        shift: float,
+        degrees: float = 0.0,
+        scale: float = 0.0,
+        mirror: bool = False,
+        side: int | None = None,
+        crop: float = 1.0,
     ) -> None:
         super().__init__()
         self.shift, self.degrees, self.scale, self.mirror, self.side = shift, degrees, scale, mirror, side
+        self.crop = crop
+
+    def but(self, mirror: bool | None, crop: float | None) -> RandomAffine:
+        """The same with what is not None."""
+        mirror, crop = self.mirror if mirror is None else mirror, self.crop if crop is None else crop
+        return RandomAffine(self.shift, self.degrees, self.scale, mirror, self.side, crop)
+
+    def told(self) -> str:
+        """In a few words."""
+        parts = (
+            (self.shift, f"shifts by up to {self.shift:g} pixels"),
+            (self.degrees, f"turns by up to {self.degrees:g} degrees"),
+            (self.scale, f"scales by up to {100 * self.scale:g} %"),
+        )
+        return ", ".join([said for on, said in parts if on] + [Changes(self.crop, self.mirror).told()])
 
     def forward(self, images: Tensor, rows: Tensor | None = None, total: int | None = None) -> Tensor:
         """Change ``images`` as the ``rows`` of a batch of ``total`` would be, however that is dealt out; (B, C, H, W)."""
@@ -124,6 +157,8 @@ class RandomAffine(nn.Module):
         down = _uniform(n, 2 * self.shift / (self.side or height), device)
         cos, sin = size * angle.cos(), size * angle.sin()
         matrices = torch.stack([torch.stack([flip * cos, -sin, right]), torch.stack([flip * sin, cos, down])])
+        if self.crop < 1:
+            matrices = _cropped(matrices, self.crop)
         matrices = matrices.permute(2, 0, 1)
         if rows is not None:
             matrices = matrices[rows]
@@ -133,6 +168,17 @@ class RandomAffine(nn.Module):
         grid = F.affine_grid(matrices.to(wide), list(images.shape), align_corners=False)
         changed = F.grid_sample(images.to(wide), grid, mode="bilinear", padding_mode="border", align_corners=False)
         return changed.to(images.dtype)
+
+
+def _cropped(matrices: Tensor, least: float) -> Tensor:
+    """To all of each picture from a random rectangle in it, and then by ``matrices``; (2, 3, n)."""
+    n, device = matrices.shape[2], matrices.device
+    area = 1 - (1 - least) * torch.rand(n, dtype=torch.float32, device=device)
+    ratio = _uniform(n, math.log(4 / 3), device).exp().clamp(area, 1 / area)  # no side is longer than the picture's
+    sides = torch.stack([(area * ratio).sqrt(), (area / ratio).sqrt()])
+    place = (1 - sides) * torch.stack([_uniform(n, 1, device), _uniform(n, 1, device)])
+    moved = (matrices[:, :2] * place).sum(1) + matrices[:, 2]
+    return torch.cat([matrices[:, :2] * sides, moved[:, None]], 1)
 
 
 def _uniform(n: int, bound: float, device: torch.device) -> Tensor:

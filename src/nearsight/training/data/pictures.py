@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any, Protocol
@@ -39,6 +39,38 @@ class View:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     background: str = BACKGROUND
+
+
+@dataclass(frozen=True)
+class Changes:
+    """How training varies a picture.
+
+    Attributes:
+        crop: the least share of a picture's area that is cut out and brought to the size; 1 cuts nothing out.
+        mirror: whether half of them are mirrored, left to right.
+        jitter: how far brightness, contrast and saturation of coloured ones vary, as torchvision's ``ColorJitter`` has it.
+    """
+
+    crop: float = 1.0
+    mirror: bool = False
+    jitter: float = 0.0
+
+    def but(self, mirror: bool | None, crop: float | None) -> Changes:
+        """The same with what is not None."""
+        mirror, crop = self.mirror if mirror is None else mirror, self.crop if crop is None else crop
+        return replace(self, mirror=mirror, crop=crop)
+
+    def told(self) -> str:
+        """In a few words."""
+        crop = "no crop" if self.crop == 1 else f"crops to {100 * self.crop:g} to 100 % of the area"
+        return f"{crop}, {'mirrors half' if self.mirror else 'no mirror'}" + (", varies colours" if self.jitter else "")
+
+
+AUGMENTS = {
+    "none": Changes(),
+    "light": Changes(crop=0.8, jitter=0.4),
+    "full": Changes(crop=0.08, mirror=True, jitter=0.4),
+}
 
 
 class Seen(Dataset[tuple[Tensor, Tensor]]):

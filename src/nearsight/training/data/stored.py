@@ -21,10 +21,12 @@ from ...inspect.names import readable
 from ...picture import open_picture, shorter_side
 from .folders import class_folders, refuse_shared
 from .pictures import (
+    AUGMENTS,
     IGNORED,
     MAX_BROKEN,
     TEST_SHARE,
     VALIDATION_SHARE,
+    Changes,
     Pictures,
     Seen,
     Split,
@@ -112,7 +114,7 @@ def divided(name: str, classes: tuple[str, ...], albums: Mapping[str, Album]) ->
         size=None,
         mean=IMAGENET_DEFAULT_MEAN,
         std=IMAGENET_DEFAULT_STD,
-        defaults={"epochs": 30, "batch_size": 64, "lr": 3e-3},
+        defaults={"epochs": 30, "batch_size": 64, "lr": 3e-3, "augment": "light"},
     )
 
 
@@ -122,6 +124,7 @@ class StoredSplit:
 
     album: Album
     chosen: np.ndarray
+    changes: Changes = AUGMENTS["light"]
     workers: int = min(8, os.cpu_count() or 1)
 
     def __len__(self) -> int:
@@ -166,7 +169,7 @@ class StoredSplit:
 
 
 class SeenPictures(Seen):
-    """The pictures of a split, decoded and, in training, changed at random by timm's transforms.
+    """The pictures of a split, decoded and, in training, changed at random as the split says.
 
     One that cannot be read is skipped: in training the next one takes its place, otherwise it does not count. More than
     ``max_broken`` of them are an error. All processes that load for this object share the list of them, and the digests of
@@ -174,20 +177,10 @@ class SeenPictures(Seen):
     """
 
     def __init__(self, split: StoredSplit, view: View, training: bool, seed: int, max_broken: int) -> None:
-        from timm.data.transforms_factory import create_transform
-
         self.split, self.view, self.training, self.seed, self.max_broken = split, view, training, seed, max_broken
         self.unreadable = torch.zeros(len(split), dtype=torch.bool, device="cpu").share_memory_()
         self.read = torch.zeros(len(split), dtype=torch.int64, device="cpu").share_memory_()
-        self.transform: Any = create_transform(
-            (view.channels, view.size, view.size),
-            is_training=training,
-            mean=view.mean,
-            std=view.std,
-            interpolation="bilinear",
-            crop_pct=1.0,
-            color_jitter=0.0 if view.channels == 1 else 0.4,
-        )
+        self.transform = _transform(view, split.changes if training else Changes())
 
     def __len__(self) -> int:
         return len(self.split)
@@ -245,6 +238,30 @@ class SeenPictures(Seen):
                     f"more with --max-broken"
                 ) from error
             return None
+
+
+def _transform(view: View, changes: Changes) -> Callable[[Any], Tensor]:
+    """From a picture of Pillow's to what a model with that view wants; without changes it is only resized."""
+    from timm.data.transforms_factory import create_transform
+    from torchvision.transforms import ColorJitter, Compose, RandomHorizontalFlip
+
+    crops = changes.crop < 1
+    jitter = 0.0 if view.channels == 1 else changes.jitter
+    mirror = 0.5 if changes.mirror else 0.0
+    fit: Any = create_transform(
+        (view.channels, view.size, view.size),
+        is_training=crops,
+        mean=view.mean,
+        std=view.std,
+        interpolation="bilinear",
+        crop_pct=1.0,
+        scale=(changes.crop, 1.0),
+        hflip=mirror,
+        color_jitter=jitter,
+    )
+    if crops:
+        return fit
+    return Compose([RandomHorizontalFlip(mirror)] * (mirror > 0) + [ColorJitter(*[jitter] * 3)] * (jitter > 0) + [fit])
 
 
 class _Opened(Dataset):
