@@ -11,8 +11,10 @@ import multiprocessing
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from bisect import bisect_right
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -273,6 +275,35 @@ def test_fork_after_use():
     fresh.kill()
     assert not hung
     assert fresh.exitcode == 0
+
+
+@needs_library
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+@pytest.mark.filterwarnings("ignore:This process")  # that forks with threads may hang, which is the point
+def test_a_library_that_is_loaded_after_the_fork(tmp_path):
+    """PyTorch alone had used its threads before: a copy of the library, which no fork has seen, stands for one not loaded."""
+    shutil.copy(native._loaded()._name, tmp_path)
+    maps, window = [torch.randn(2, 2, 17, 19, 8) for _ in range(3)], ns.Window(5)
+    expected = local(*maps, window)
+    with threads(2):
+        (torch.ones(1 << 20) * 2).exp().sum()
+        child = os.fork()
+        if child == 0:
+            failed = 1
+            try:
+                with installed_in(tmp_path), torch.no_grad():
+                    failed = int(not torch.equal(local(*maps, window), expected))
+            finally:
+                os._exit(failed)
+    ended, deadline = 0, time.monotonic() + 20
+    while not ended and time.monotonic() < deadline:
+        time.sleep(0.02)
+        ended, status = os.waitpid(child, os.WNOHANG)
+    if not ended:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        pytest.fail("the child hangs")
+    assert os.waitstatus_to_exitcode(status) == 0
 
 
 def fork_after_use():

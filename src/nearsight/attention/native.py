@@ -280,6 +280,24 @@ def _why_not_built() -> str:
     return f"when nearsight was installed, {kept.splitlines()[0]}{log}"
 
 
+# The threads of the OpenMP runtime, which PyTorch may have used, do not survive a fork, and waiting for them would hang. The
+# library sees the forks that happen after it was loaded, which may be in the child.
+_forked = False
+
+
+def _note_fork() -> None:
+    global _forked
+    _forked = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_note_fork)
+
+
+def _num_threads() -> int:
+    return 1 if _forked else torch.get_num_threads()
+
+
 def _loaded() -> ctypes.CDLL:
     library = _library()
     if isinstance(library, str):
@@ -415,7 +433,7 @@ def _contiguous(bias: Tensor | None, relative: Sequence[Tensor]) -> tuple[Tensor
 def _describe(query, key, value, kernel_size, stride, dilation, causal, border, scale, isa) -> CProblem:
     batch, heads, *size, head_dim = key.shape
     geometry = (tuple(size), tuple(kernel_size), tuple(stride), tuple(dilation), tuple(causal), border, scale, isa)
-    return _c_problem(query.dtype, batch, heads, head_dim, value.shape[-1], *geometry, torch.get_num_threads())
+    return _c_problem(query.dtype, batch, heads, head_dim, value.shape[-1], *geometry, _num_threads())
 
 
 def _outputs(query, key, value, *_) -> tuple[Tensor, Tensor]:
