@@ -33,7 +33,7 @@ import nearsight as ns
 from nearsight import attention
 from nearsight.attention import native
 from nearsight.attention.problem import describe
-from nearsight.errors import BackendError
+from nearsight.errors import BackendError, DtypeError, OptionError, ShapeError
 
 ROOT = Path(__file__).parents[1]
 needs_library = pytest.mark.skipif(native.unavailable() is not None, reason=str(native.unavailable()))
@@ -281,7 +281,7 @@ def test_fork_after_use():
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
 @pytest.mark.filterwarnings("ignore:This process")  # that forks with threads may hang, which is the point
 def test_a_library_that_is_loaded_after_the_fork(tmp_path):
-    """PyTorch alone had used its threads before: a copy of the library, which no fork has seen, stands for one not loaded."""
+    """PyTorch alone had used its threads: a copy of the library, which no fork has seen, stands for one not loaded."""
     shutil.copy(native._loaded()._name, tmp_path)
     maps, window = [torch.randn(2, 2, 17, 19, 8) for _ in range(3)], ns.Window(5)
     expected = local(*maps, window)
@@ -375,6 +375,105 @@ def test_operators(name):
         torch.ops.nearsight.attend_backward.default,
         (torch.randn_like(out), *arguments[:5], out, lse, wanted, *arguments[5:]),
     )
+
+
+def meddled(place: int, change):
+    """Arguments of attend_backward with one of them changed; those of attend lie among them."""
+    arguments = list(sample(grad=False))
+    out, lse = torch.ops.nearsight.attend.default(*arguments)
+    whole = [torch.randn_like(out), *arguments[:5], out, lse, [True] * 5, *arguments[5:]]
+    whole[place] = change(whole[place])
+    return whole
+
+
+def shorter(axis: int):
+    return lambda tensor: tensor.narrow(axis, 0, tensor.shape[axis] - 1)
+
+
+SHARED_LIES = {  # the place of the argument, what becomes of it, the error
+    "fewer batches of query": (1, shorter(0), ShapeError),
+    "fewer heads of query": (1, shorter(1), ShapeError),
+    "a smaller map of query": (1, shorter(3), ShapeError),
+    "fewer channels of query": (1, shorter(4), ShapeError),
+    "query without an axis": (1, lambda query: query[0], ShapeError),
+    "a single number": (1, lambda query: query.new_zeros(()), ShapeError),
+    "fewer batches of key": (2, shorter(0), ShapeError),
+    "one head of key": (2, lambda key: key[:, :1], ShapeError),
+    "a smaller map of key": (2, shorter(2), ShapeError),
+    "no heads of key": (2, lambda key: key[:, :0], ShapeError),
+    "a smaller map of value": (3, shorter(2), ShapeError),
+    "value of another dtype": (3, lambda value: value.bfloat16(), DtypeError),
+    "query of whole numbers": (1, lambda query: query.long(), DtypeError),
+    "fewer heads of bias": (4, shorter(0), ShapeError),
+    "fewer entries of bias": (4, shorter(1), ShapeError),
+    "a flat bias": (4, lambda bias: bias.flatten(), ShapeError),
+    "an empty bias": (4, lambda bias: bias[:0], ShapeError),
+    "bias of half precision": (4, lambda bias: bias.bfloat16(), DtypeError),
+    "bias of double precision": (4, lambda bias: bias.double(), DtypeError),
+    "one table for two axes": (5, lambda relative: relative[:1], ShapeError),
+    "three tables for two axes": (5, lambda relative: [*relative, relative[0]], ShapeError),
+    "fewer entries of relative": (5, lambda relative: [relative[0], relative[1][:, 1:]], ShapeError),
+    "fewer channels of relative": (5, lambda relative: [relative[0][..., 1:], relative[1]], ShapeError),
+    "relative of double precision": (5, lambda relative: [relative[0], relative[1].double()], DtypeError),
+    "one kernel_size": (9, lambda _: [3], ShapeError),
+    "four kernel_sizes": (9, lambda _: [3] * 4, ShapeError),
+    "no kernel_size": (9, lambda _: [], ShapeError),
+    "kernel_size of another table": (9, lambda _: [5, 5], ShapeError),
+    "kernel_size 0": (9, lambda _: [3, 0], OptionError),
+    "a stride that query has not": (10, lambda _: [2, 2], ShapeError),
+    "stride negative": (10, lambda _: [-1, 1], OptionError),
+    "dilation 0": (11, lambda _: [0, 1], OptionError),
+    "three dilations": (11, lambda _: [1] * 3, ShapeError),
+    "one causal": (12, lambda _: [True], ShapeError),
+    "border unknown": (13, lambda _: "reflect", OptionError),
+    "border of other tables": (13, lambda _: "shift", ShapeError),
+    "scale not a number": (14, lambda _: float("nan"), OptionError),
+    "scale infinite": (14, lambda _: float("inf"), OptionError),
+    "isa unknown": (15, lambda _: 5, OptionError),
+    "isa negative": (15, lambda _: -1, OptionError),
+    "isa huge": (15, lambda _: 1 << 40, OptionError),
+}
+BACKWARD_LIES = {
+    "a smaller grad": (0, shorter(2), ShapeError),
+    "fewer channels of grad": (0, shorter(4), ShapeError),
+    "grad of another dtype": (0, lambda grad: grad.bfloat16(), DtypeError),
+    "a smaller out": (6, shorter(0), ShapeError),
+    "out of another dtype": (6, lambda out: out.double(), DtypeError),
+    "an empty lse": (7, lambda lse: lse[:0], ShapeError),
+    "a smaller lse": (7, shorter(3), ShapeError),
+    "lse with channels": (7, lambda lse: lse[..., None], ShapeError),
+    "lse of half precision": (7, lambda lse: lse.bfloat16(), DtypeError),
+    "four flags": (8, lambda wanted: wanted[:4], OptionError),
+    "no flag": (8, lambda wanted: [], OptionError),
+    "a gradient of no bias": (4, lambda _: None, OptionError),
+    "a gradient of no relative": (5, lambda _: [], OptionError),
+}
+
+
+@needs_library
+@pytest.mark.parametrize("name", [*SHARED_LIES, *BACKWARD_LIES])
+def test_operators_check_what_anyone_may_call_them_with(name):
+    place, change, error = {**SHARED_LIES, **BACKWARD_LIES}[name]
+    arguments = meddled(place, change)
+    with pytest.raises(error):
+        torch.ops.nearsight.attend_backward(*arguments)
+    if name in SHARED_LIES:
+        forward = [*arguments[1:6], *arguments[9:]]
+        for grad in (False, True):  # above autograd and below it
+            with pytest.raises(error), torch.set_grad_enabled(grad):
+                torch.ops.nearsight.attend(*forward)
+
+
+@needs_library
+def test_operators_take_any_strides():
+    """Of the log-sum-exp and the tables too, which C takes to be contiguous."""
+    arguments = meddled(7, lambda lse: lse)
+    expected = torch.ops.nearsight.attend_backward(*arguments)
+    apart = [one.mT.contiguous().mT if place in (4, 7) else one for place, one in enumerate(arguments)]
+    apart[5] = [table.mT.contiguous().mT for table in arguments[5]]
+    assert not any(one.is_contiguous() for one in (apart[4], apart[7], *apart[5]))
+    for one, other in zip(torch.ops.nearsight.attend_backward(*apart), expected, strict=True):
+        assert torch.equal(one, other)
 
 
 class Layer(torch.nn.Module):

@@ -8,6 +8,7 @@ The library speaks the plain C of csrc/nearsight.h, so one build serves every Py
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -21,8 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import BackendError
-from .problem import Problem
+from ..errors import BackendError, DtypeError, OptionError, ShapeError
+from ..window import Window
+from .problem import Problem, describe
 
 name = "native"
 
@@ -399,18 +401,19 @@ _attend_backward = torch.ops.nearsight.attend_backward.default
 
 
 def _forward(query, key, value, bias, relative, *geometry):
-    library = _loaded()
+    library, problem = _loaded(), _checked(query, key, value, bias, relative, *geometry)
     bias, relative = _contiguous(bias, relative)
     out, lse = _outputs(query, key, value)
-    problem = _describe(query, key, value, *geometry)
     inputs = _c_inputs(query, key, value, bias, relative)
     _check(library.nearsight_forward(problem, inputs, _c_tensor(out), lse.data_ptr()), library)
     return out, lse
 
 
 def _backward(grad, query, key, value, bias, relative, out, lse, wanted, *geometry):
-    library = _loaded()
+    library, problem = _loaded(), _checked(query, key, value, bias, relative, *geometry)
+    _check_results(grad, query, value, bias, relative, out, lse, wanted)
     bias, relative = _contiguous(bias, relative)
+    lse = lse.contiguous()
     gradients = _gradients(query, key, value, bias, relative, wanted)
     *maps, for_bias, for_relative = _sorted(gradients, query, wanted)
     places = CGradients(
@@ -418,7 +421,6 @@ def _backward(grad, query, key, value, bias, relative, out, lse, wanted, *geomet
         None if for_bias is None else for_bias.data_ptr(),
         tuple(place.data_ptr() for place in for_relative),
     )
-    problem = _describe(query, key, value, *geometry)
     inputs = _c_inputs(query, key, value, bias, relative)
     _check(
         library.nearsight_backward(problem, inputs, _c_tensor(out), lse.data_ptr(), _c_tensor(grad), places), library
@@ -430,10 +432,68 @@ def _contiguous(bias: Tensor | None, relative: Sequence[Tensor]) -> tuple[Tensor
     return None if bias is None else bias.contiguous(), [table.contiguous() for table in relative]
 
 
-def _describe(query, key, value, kernel_size, stride, dilation, causal, border, scale, isa) -> CProblem:
+# Anyone can call the operators, and C reads where it is told to: so they check what they are given, whoever gave it.
+
+
+def _checked(query, key, value, bias, relative, kernel_size, stride, dilation, causal, border, scale, isa) -> CProblem:
+    """The problem in C, of tensors that fit together.
+
+    Raises:
+        ShapeError, DtypeError, OptionError: as ``local_attention``; here tables are float32, and heads are not grouped.
+    """
+    tensors = (query, key, value, *([] if bias is None else [bias]), *relative)
+    kinds = tuple((tensor.shape, tensor.dtype) for tensor in tensors)
+    geometry = (tuple(kernel_size), tuple(stride), tuple(dilation), tuple(causal), border)
+    _check_kinds(kinds, bias is not None, *geometry, scale, isa)
     batch, heads, *size, head_dim = key.shape
-    geometry = (tuple(size), tuple(kernel_size), tuple(stride), tuple(dilation), tuple(causal), border, scale, isa)
-    return _c_problem(query.dtype, batch, heads, head_dim, value.shape[-1], *geometry, _num_threads())
+    sizes = (batch, heads, head_dim, value.shape[-1], tuple(size))
+    return _c_problem(query.dtype, *sizes, *geometry, scale, isa, _num_threads())
+
+
+@lru_cache(maxsize=1024)
+def _check_kinds(kinds, with_bias, kernel_size, stride, dilation, causal, border, scale, isa) -> None:
+    """Once for every problem; of tensors only the shapes and dtypes count."""
+    query, key, value, *tables = (torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in kinds)
+    bias, relative = (tables[0], tables[1:]) if with_bias else (None, tables)
+    window = Window(kernel_size, stride=stride, dilation=dilation, border=border, causal=causal)
+    problem = describe(query, key, value, window, bias, relative or None)
+    if problem.groups > 1:
+        raise ShapeError(
+            f"nearsight::attend takes as many heads of key as of query; received {key.shape[1]} and {query.shape[1]}"
+        )
+    if query.dtype not in DTYPES:
+        raise DtypeError(f"nearsight::attend takes float32 and bfloat16; received {query.dtype}")
+    _check_scalars(*tables)
+    if not math.isfinite(scale):
+        raise OptionError(f"scale must be finite; received {scale}")
+    if not 0 <= isa < len(ISAS):
+        raise OptionError(f"isa must be 0 to {len(ISAS) - 1}, one of {', '.join(ISAS)}; received {isa}")
+
+
+def _check_scalars(*tensors: Tensor) -> None:
+    for tensor in tensors:
+        if tensor.dtype != SCALARS:
+            raise DtypeError(f"tables and the log-sum-exp must be {SCALARS} for the kernel; received {tensor.dtype}")
+
+
+def _check_results(grad, query, value, bias, relative, out, lse, wanted) -> None:
+    """Of what a backward takes besides what the forward did."""
+    shape = (*query.shape[:-1], value.shape[-1])
+    for name, tensor in (("grad", grad), ("out", out)):
+        if tuple(tensor.shape) != shape:
+            raise ShapeError(
+                f"{name} must be (batch, heads, *out, value_dim) = {shape}; received {tuple(tensor.shape)}"
+            )
+        if tensor.dtype != query.dtype:
+            raise DtypeError(f"{name} must have the dtype of query, {query.dtype}; received {tensor.dtype}")
+    if lse.shape != query.shape[:-1]:
+        raise ShapeError(f"lse must be (batch, heads, *out) = {tuple(query.shape[:-1])}; received {tuple(lse.shape)}")
+    _check_scalars(lse)
+    if len(wanted) != 5 or (wanted[3] and bias is None) or (wanted[4] and not relative):
+        raise OptionError(
+            "wanted must be five flags, of query, key, value, bias and relative, of which the last two need their tables; "
+            f"received {wanted}"
+        )
 
 
 def _outputs(query, key, value, *_) -> tuple[Tensor, Tensor]:
