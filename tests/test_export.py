@@ -168,8 +168,7 @@ def test_network_of_one_size_says_so(trained):
 def test_program_that_computes_something_else_is_not_written(trained, monkeypatch, capsys):
     folder, network, _ = trained("sasa_for_export")
     before = sorted(folder.iterdir())
-    program = export.Traced(None, ("batch", 1, 8, 8), ((1, 1, 8, 8),))
-    monkeypatch.setattr(export, "_trace", lambda *_: program)
+    monkeypatch.setattr(export, "trace", lambda *_: None)
     for wrong, amount in ((lambda x: network(x) + 0.01, "1.0e-02"), (lambda x: network(x) * float("nan"), "nan")):
         monkeypatch.setattr(export, "_pt2", lambda *_, wrong=wrong: (b"program", wrong))
         line = fails(capsys, folder, "--format", "pt2")
@@ -187,7 +186,10 @@ def test_mistakes_are_one_line(trained, tmp_path, monkeypatch, capsys):
     assert "must end in .onnx" in fails(capsys, folder, "--format", "onnx", "--output", folder / "model.pt2")
     assert "there is no folder" in fails(capsys, folder, "--format", "pt2", "--output", folder / "a" / "b.pt2")
     assert "`nearsight train` leaves them" in fails(capsys, tmp_path / "nothing", "--format", "pt2")
-    monkeypatch.setattr(export, "_trace", lambda *_: 1 / 0)
+    for size in ("0", "8x", "8x8x8", "-3", "wide", ""):
+        line = fails(capsys, folder, "--format", "pt2", f"--size={size}")
+        assert f"--size must be N or HxW, in pixels; received {size!r}" in line
+    monkeypatch.setattr(export, "trace", lambda *_: 1 / 0)
     monkeypatch.setattr(export, "find_spec", lambda name: None if name == "onnxscript" else name)
     line = fails(capsys, folder, "--format", "onnx")
     assert "needs onnxscript: pip install 'nearsight[export]'" in line
@@ -202,4 +204,33 @@ def test_network_that_cannot_be_exported_says_why(capsys, trained, monkeypatch):
 
     monkeypatch.setattr(export, "trace", refuse)
     line = fails(capsys, folder, "--format", "pt2")
-    assert line == "nearsight: error: sasa_for_export cannot be exported: this network asks its pictures"
+    said = "nearsight: error: sasa_for_export cannot be exported: this network asks its pictures"
+    assert line == f"{said}; where another size may do: --size N or HxW"
+    assert fails(capsys, folder, "--format", "pt2", "--size", "16") == said
+
+
+@pytest.mark.parametrize("place", ["saved", "run"])
+def test_open_sizes_that_fail_after_tracing_are_fixed_and_told(place, capsys, trained, monkeypatch):
+    """A program that cannot be saved, or runs on no other pictures, is not done; one of a fixed size may be."""
+    folder, network, _ = trained("sasa_for_export")
+    monkeypatch.setattr(export, "trace", lambda model, example, names: (names, example.shape))
+
+    def save(program, _):
+        names, shape = program
+        if len(names) > 1 and place == "saved":
+            raise AssertionError("s77 is no size")
+
+        def run(pictures):
+            assert len(names) == 1, "s77 is no size"
+            assert pictures.shape[2:] == shape[2:]
+            return network(pictures)
+
+        return b"program", run
+
+    monkeypatch.setattr(export, "_pt2", save)
+    for size, text in ((None, "8 x 8"), ("12", "12 x 12"), ("12x16", "12 x 16")):
+        assert main(["export", str(folder), "--format", "pt2", *(["--size", size] if size else [])]) == 0
+        out = capsys.readouterr().out
+        assert f"takes batch x 1 x {text}\n" in out
+        assert ("height and width are fixed, --size N|HxW takes others" in out) == (size is None)
+        assert ("s77 is no size" in out) == (size is None)

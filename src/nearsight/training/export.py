@@ -8,12 +8,13 @@ the backend ``blocked`` computes it. What is written was run before and compared
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,9 +41,10 @@ class Exported:
     shape: tuple[int | str, ...]  # what it takes; a name stands for any size
     tried: tuple[tuple[int, ...], ...]  # shapes that both were run on
     difference: float  # the largest, relative to the largest output or to one
+    fixed: str | None = None  # why height and width are not open, where they were asked to be
 
 
-def export_to_file(run: Path, form: str, output: Path | None = None) -> Exported:
+def export_to_file(run: Path, form: str, output: Path | None = None, size: int | str | None = None) -> Exported:
     """Write the network of a run's folder, or of a file of weights, as ONNX or as a program of torch.export.
 
     Batch, height and width stay open. Where the network cannot leave its size open, as with learned absolute positions or
@@ -52,15 +54,18 @@ def export_to_file(run: Path, form: str, output: Path | None = None) -> Exported
         run: what :func:`nearsight.training.weights.load_model` takes.
         form: ``"onnx"`` or ``"pt2"``.
         output: the file; None puts it beside the weights.
+        size: of the pictures that the file takes, ``N`` or ``"HxW"``; None leaves it open, or takes the network's own where
+            it cannot be.
 
     Raises:
-        OptionError: an unknown form, or an output with another ending.
+        OptionError: an unknown form, an output with another ending, or a size that is none.
         DataError: weights that cannot be read.
         TrainingError: packages that are missing, a network that cannot be exported, a program that computes something
             else, a file that cannot be written. Nothing is written then.
     """
     if form not in FORMATS:
         raise OptionError(f"--format must be one of {', '.join(FORMATS)}; received {form!r}")
+    sides = None if size is None else _sides(size)
     missing = [name for name in ONNX_PACKAGES if find_spec(name) is None] if form == "onnx" else []
     if missing:
         raise TrainingError(f"`nearsight export` to ONNX needs {', '.join(missing)}: pip install 'nearsight[export]'")
@@ -70,25 +75,29 @@ def export_to_file(run: Path, form: str, output: Path | None = None) -> Exported
     if not file.parent.is_dir():
         raise DataError(f"there is no folder {file.parent} to write {file.name} into")
     model, blueprint = load_model(run)
-    _check_finite(model, blueprint)
-    program = _trace(model, blueprint)
-    content, runs = (_onnx if form == "onnx" else _pt2)(program.program, blueprint)
-    differences = [_difference(model, runs, shape) for shape in program.tried]
-    difference = torch.tensor(differences).max().item()  # NaN if one of them is, as Python's max would not have it
-    if not difference <= TOLERANCE:  # NaN is not <=
-        raise TrainingError(
-            f"the exported {blueprint.model} differs from the network by {difference:.1e} of its largest output, where "
-            f"{TOLERANCE:.0e} is allowed; nothing was written"
-        )
+    _check_finite(model, blueprint, sides or (blueprint.view.size, blueprint.view.size))
+    content, exported = _made(model, blueprint, _onnx if form == "onnx" else _pt2, sides)
     write_bytes(file, content)
-    return Exported(file, program.shape, program.tried, difference)
+    return replace(exported, file=file)
+
+
+def _sides(size: int | str) -> tuple[int, int]:
+    """Height and width of ``N`` or ``HxW``."""
+    found = re.fullmatch(r"([1-9]\d*)(?:x([1-9]\d*))?", str(size))
+    if found is None:
+        raise OptionError(f"--size must be N or HxW, in pixels; received {size!r}")
+    return int(found[1]), int(found[2] or found[1])
 
 
 @torch.no_grad()
-def _check_finite(model: nn.Module, blueprint: Blueprint) -> None:
+def _check_finite(model: nn.Module, blueprint: Blueprint, sides: tuple[int, int]) -> None:
     """Before the minutes of tracing: with NaN nothing can be compared."""
-    size = blueprint.view.size
-    reason = why_not_finite(model(torch.zeros(1, blueprint.view.channels, size, size)), model)
+    try:
+        logits = model(torch.zeros(1, blueprint.view.channels, *sides))
+    except Exception as error:  # a network raises what it likes about sizes that it cannot take
+        height, width = sides
+        raise TrainingError(f"{blueprint.model} cannot take {height}x{width} images: {_first_line(error)}") from error
+    reason = why_not_finite(logits, model)
     if reason is not None:
         raise TrainingError(f"{blueprint.model} cannot be exported: {reason}; nothing was written")
 
@@ -96,30 +105,40 @@ def _check_finite(model: nn.Module, blueprint: Blueprint) -> None:
 # -------------------------------------------------------------------------------------------------------------- tracing
 
 
-class Traced(NamedTuple):
-    program: Any  # torch.export's ExportedProgram
-    shape: tuple[int | str, ...]
-    tried: tuple[tuple[int, ...], ...]
+def _made(
+    model: nn.Module, blueprint: Blueprint, form: Callable[..., tuple[bytes, Run]], sides: tuple[int, int] | None
+) -> tuple[bytes, Exported]:
+    """The file's content, saved, loaded and tried, with as many sizes open as that works for.
 
-
-def _trace(model: nn.Module, blueprint: Blueprint) -> Traced:
+    A program that was traced with open sizes may fail when it is saved, or on pictures of other sizes.
+    """
     channels, size = blueprint.view.channels, blueprint.view.size
+    height, width = sides or (size, size)
+    fixed = (AXES[:1], (BATCH, channels, height, width), ((1, channels, height, width), (3, channels, height, width)))
     # Not square, so that no rule ties height to width. What is tried afterwards was not seen here.
-    attempts = (
-        (AXES, (BATCH, channels, size, size + 32), ((1, channels, size + 64, size + 32), (3, channels, size, size))),
-        (AXES[:1], (BATCH, channels, size, size), ((1, channels, size, size), (3, channels, size, size))),
-    )
+    free = (AXES, (BATCH, channels, size, size + 32), ((1, channels, size + 64, size + 32), (3, channels, size, size)))
     reasons = []
-    for names, example, tried in attempts:
+    for names, example, tried in [fixed] if sides else [free, fixed]:
         try:
-            program = trace(model, torch.zeros(example), names)
+            content, run = form(trace(model, torch.zeros(example), names), blueprint)
+            differences = [_difference(model, run, shape) for shape in tried]
         except Exception as error:  # whatever a network's own code raises when sizes are symbols
             reasons.append(error)
             continue
-        height, width = AXES[1:] if len(names) > 1 else example[2:]
-        return Traced(program, (AXES[0], channels, height, width), tried)
-    text = (str(reasons[-1]) or type(reasons[-1]).__name__).strip().splitlines()[0]
-    raise TrainingError(f"{blueprint.model} cannot be exported: {text}") from reasons[-1]
+        difference = torch.tensor(differences).max().item()  # NaN if one of them is, as Python's max would not have it
+        if not difference <= TOLERANCE:  # NaN is not <=
+            raise TrainingError(
+                f"the exported {blueprint.model} differs from the network by {difference:.1e} of its largest output, "
+                f"where {TOLERANCE:.0e} is allowed; nothing was written"
+            )
+        shape = (AXES[0], channels, *(AXES[1:] if len(names) > 1 else example[2:]))
+        return content, Exported(Path(), shape, tried, difference, _first_line(reasons[0]) if reasons else None)
+    advice = "" if sides else "; where another size may do: --size N or HxW"
+    raise TrainingError(f"{blueprint.model} cannot be exported: {_first_line(reasons[-1])}{advice}") from reasons[-1]
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def trace(model: nn.Module, example: Tensor, names: tuple[str, ...] = AXES) -> Any:
