@@ -160,3 +160,12 @@ def test_a_run_from_before_there_was_a_choice_goes_on_as_it_began(tmp_path, monk
     for data, augment in (("folder:pets", "full"), ("digits", None)):
         (tmp_path / "config.yaml").write_text(f"data: {data}\nsize: 32\n")
         assert train.resume(tmp_path).augment == augment  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@pytest.mark.parametrize("command", ["train", "compare"])
+def test_the_help_names_the_flags(command, capsys):
+    with pytest.raises(SystemExit) as left:
+        cli.main([command, "--help"])
+    assert not left.value.code
+    text = capsys.readouterr().out
+    assert all(flag in text for flag in ("--augment", "--mirror", "--no-mirror", "--crop", "--background"))

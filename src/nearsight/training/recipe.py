@@ -70,7 +70,7 @@ class Recipe:
     ema_decay: float | None = _open(float, "of the mean weights, which are then validated and saved; 0: off", 0.0)
     augment: str | None = _open(
         str,
-        "how training varies images: none, light (crops to 80 to 100 % of the area) or full (8 to 100 %, mirrors)",
+        "how training varies images: none, light (crops to 0.8 of the area or more) or full (0.08, and mirrors)",
     )
     mirror: bool | None = _open(bool, "mirror half of the training images; goes before --augment")
     crop: float | None = _open(float, "least share of an image's area that training crops to; goes before --augment")
