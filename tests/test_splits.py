@@ -2,6 +2,7 @@
 """Splits and classes as people store them: read right, or refused in one line that names what is wrong."""
 
 import io
+import re
 import tarfile
 
 import datasets
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from nearsight import cli
 from nearsight.errors import DataError
 from nearsight.training.data import load_pictures, load_whole
 
@@ -352,3 +354,31 @@ def test_the_classes_of_folders_of_shards_are_the_same(tmp_path):
     (tmp_path / "test" / "classes.txt").write_text("bee\nant")
     with pytest.raises(DataError, match=r"the same classes; .*classes\.txt and .*classes\.txt differ"):
         load_whole(f"wds:{tmp_path}")
+
+
+# -------------------------------------------------------------------------------------------- too few, and unreadable
+
+
+def line_of(capsys, *arguments):
+    assert cli.main([str(argument) for argument in arguments]) == 2
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    return error.splitlines()[-1]
+
+
+def test_a_single_class_is_a_line(tmp_path, capsys):
+    write_classes(tmp_path / "pets", 20, ["cat"])
+    words = "training needs images of two classes or more; those of .* are all of one, cat"
+    for command in (["train"], ["compare", "--models", "sasa_nano", "conv_nano"]):
+        line = line_of(capsys, *command, "--data", f"folder:{tmp_path / 'pets'}", "--output", tmp_path / "out")
+        assert re.search(words, line)
+    for part in ("train", "val", "test"):
+        write_classes(tmp_path / "split" / part, 20, ["cat"])
+    assert re.search(words, line_of(capsys, "train", "--data", f"folder:{tmp_path / 'split'}"))
+
+
+def test_a_class_with_a_single_picture_is_named(tmp_path):
+    write_classes(tmp_path, 20, ["cat", "dog"])
+    write_classes(tmp_path, 1, ["fox"])
+    with pytest.raises(DataError, match="has a single one for training of fox; add some"):
+        load_pictures(f"folder:{tmp_path}")

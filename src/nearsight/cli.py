@@ -326,6 +326,9 @@ def _eval(arguments: list[str]) -> None:
     )
     parser.add_argument("--by-order", action="store_true", help="pair classes by their order, whatever they are called")
     parser.add_argument("--leave-out-trained", action="store_true", help="measure no image that the run was trained on")
+    parser.add_argument(
+        "--max-broken", type=int, default=10, metavar="N", help="unreadable images to skip (default: 10)"
+    )
     parser.add_argument("--background", help="colour that shows where images are transparent (default: the run's)")
     parser.add_argument("--json", action="store_true", help="print JSON, with the confusion matrix")
     options = _parse(parser, arguments)
@@ -340,6 +343,7 @@ def _eval(arguments: list[str]) -> None:
         split=options.split,
         by_order=options.by_order,
         leave_out_trained=options.leave_out_trained,
+        max_broken=options.max_broken,
         background=options.background,
     )
     print(to_json(found.to_dict()) if options.json else "\n".join(found.summary()))
@@ -530,7 +534,7 @@ def _test_image(name: str, view: Any, root: str | None) -> tuple[Any, Any, str]:
     pictures = load_pictures(data, root)
     if int(number) >= len(pictures.test):
         raise OptionError(f"{data} has {len(pictures.test)} test images, counted from 0; received {name}")
-    image, label = pictures.test.seen(view, training=False)[int(number)]
+    image, label = pictures.test.seen(view, training=False, max_broken=0)[int(number)]
     mean, std = (image.new_tensor(values).view(-1, 1, 1) for values in (view.mean, view.std))
     return image, (image * std + mean).clamp(0, 1), pictures.classes[int(label)]
 

@@ -13,7 +13,7 @@ import torch
 
 from ..errors import OptionError
 from ..picture import opaque
-from .data import STORED, Pictures, Split, View, Whole, load_pictures, load_whole, loader
+from .data import MAX_BROKEN, STORED, Pictures, Split, View, Whole, load_pictures, load_whole, loader
 from .evaluate import Evaluation, evaluate, joined
 from .matching import classes_in
 from .trained import TRAINED_FILE, read_trained
@@ -96,6 +96,7 @@ def assess(
     split: str | None = None,
     by_order: bool = False,
     leave_out_trained: bool = False,
+    max_broken: int = MAX_BROKEN,
     background: str | None = None,
 ) -> Assessment:
     """Measure a saved network on a data set.
@@ -106,16 +107,19 @@ def assess(
         split: one of ``SPLITS``; None takes ``"test"``, and ``"all"`` for pictures in files that the run was not trained on.
         by_order: pair classes by their order, whatever they are called.
         leave_out_trained: measure only pictures that the run was not trained on.
+        max_broken: pictures of a split that may be unreadable; they are named and do not count.
         background: the colour that shows where pictures are transparent; None takes the run's.
 
     Raises:
-        OptionError: an unknown split; classes that are not the network's; nothing known of what the run was trained on, or
-            nothing left to measure.
+        OptionError: an unknown split, or max_broken below 0; classes that are not the network's; nothing known of what the
+            run was trained on, or nothing left to measure.
         DataError: a file that cannot be read.
         TrainingError: an output or a loss that is not finite.
     """
     if split is not None and split not in SPLITS:
         raise OptionError(f"--split must be one of {', '.join(SPLITS)}; received {split!r}")
+    if max_broken < 0:
+        raise OptionError(f"--max-broken must be at least 0; received {max_broken}")
     model, blueprint = load_model(run)
     if background is not None:
         opaque(background)
@@ -130,7 +134,7 @@ def assess(
     classes = classes_in(blueprint, run, pictures, chosen, by_order=by_order)
     found, seen_before = [], []
     for part in chosen:
-        images = part.seen(blueprint.view, training=False)
+        images = part.seen(blueprint.view, training=False, max_broken=max_broken)
         result = evaluate(model, loader(images, BATCH, part.workers), classes)
         found.append(result)
         seen_before.append(np.isin(images.digests(result.places).numpy(), [] if known is None else known))

@@ -27,7 +27,7 @@ from pathlib import Path
 from ..errors import OptionError, TrainingError
 from ..models import input_size
 from .compare_report import Table, write_comparison
-from .data import Pictures, load_pictures
+from .data import Pictures, check_trainable, load_pictures
 from .files import make_folder, make_inner_folder, write_text
 from .measures import MEASURES_FILE, Measures, measure, read_measures, read_rows
 from .recipe import OWN_SIZE, Recipe, read_recipe
@@ -115,6 +115,7 @@ def compare(
     """
     _check(groups, seeds, target)
     pictures = load_pictures(recipe.data, recipe.data_root, download)
+    check_trainable(pictures)
     recipe = recipe.filled(pictures.defaults)
     models = list(dict.fromkeys(model for models in groups.values() for model in models))
     alone = {model: replace(recipe, model=model).settled() for model in models}
@@ -188,7 +189,7 @@ def _measured(run: Path, model: str, recipe: Recipe, pictures: Pictures, lock: i
     found = read_measures(run) if (run / MEASURES_FILE).is_file() else None
     if found is None or not found.is_whole:
         assert recipe.batch_size is not None
-        found = measure(run, model, recipe.seed, pictures, recipe.batch_size)
+        found = measure(run, model, recipe.seed, pictures, recipe.batch_size, recipe.max_broken)
     if found.size != recipe.size:
         raise OptionError(
             f"{run} was trained on pictures of {found.size}x{found.size}, and this comparison gives {model} "

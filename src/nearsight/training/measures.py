@@ -43,7 +43,7 @@ from ..inspect import equivariance_error
 from ..inspect.table import to_json
 from ..models import count_flops
 from .callbacks import METRICS_FILE, TIMING_FILE
-from .data import Pictures, loader
+from .data import MAX_BROKEN, Pictures, loader
 from .evaluate import Evaluation, evaluate
 from .files import write_text
 from .matching import classes_in
@@ -86,8 +86,13 @@ class Measures:
         return bool(self.answers)
 
 
-def measure(run: Path, model: str, seed: int, pictures: Pictures, batch_size: int) -> Measures:
+def measure(
+    run: Path, model: str, seed: int, pictures: Pictures, batch_size: int, max_broken: int = MAX_BROKEN
+) -> Measures:
     """Measure a finished run, and leave the numbers in its folder as ``measures.json``.
+
+    Args:
+        max_broken: pictures that may be unreadable, as in the run's recipe.
 
     Raises:
         DataError: the run's files cannot be read.
@@ -97,7 +102,7 @@ def measure(run: Path, model: str, seed: int, pictures: Pictures, batch_size: in
     view = blueprint.view
     flops = count_flops(network, (view.channels, view.size, view.size))
     network.to(_device())
-    test = pictures.test.seen(view, training=False)
+    test = pictures.test.seen(view, training=False, max_broken=max_broken)
     batches = loader(test, batch_size, pictures.test.workers)
     result = evaluate(network, batches, classes_in(blueprint, run, pictures, [pictures.test]))
     recipe = read_recipe(run / CONFIG_FILE)

@@ -29,7 +29,7 @@ from ..models import ELSEWHERE, input_size, parse_spec, stored_spec
 from .announce import announcement, conclusion
 from .batchnorm import synced_batch_norms
 from .callbacks import Forecast, Journal, StopTogether, WholeFiles
-from .data import STORED, Pictures, augmented, load_pictures, loader, told
+from .data import STORED, Pictures, augmented, check_trainable, load_pictures, loader, told
 from .evaluate import Evaluation, evaluate
 from .files import make_folder, make_inner_folder, remove_leftovers, write_text
 from .matching import check_same_classes
@@ -166,6 +166,7 @@ def _run(
 ) -> Run:
     pictures = load_pictures(recipe.data, recipe.data_root, download)
     pictures = augmented(pictures, recipe.augment, recipe.mirror, recipe.crop)
+    check_trainable(pictures)
     size = image_size(recipe, pictures)
     recipe = replace(recipe.filled(pictures.defaults), size=size)
     assert recipe.batch_size is not None

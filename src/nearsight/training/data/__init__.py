@@ -28,12 +28,13 @@ from ...errors import OptionError
 from .arrays import SOURCES, ArraySplit, RandomAffine
 from .augment import augmented, told
 from .hub import load_hub
-from .pictures import IGNORED, Dealer, Pictures, Seen, Split, View, loader
+from .pictures import IGNORED, MAX_BROKEN, Dealer, Pictures, Seen, Split, View, check_trainable, loader
 from .shards import load_shards
 from .stored import StoredSplit, Whole, load_folder, warn_of_broken, whole
 
 __all__ = [
     "IGNORED",
+    "MAX_BROKEN",
     "SOURCES",
     "STORED",
     "ArraySplit",
@@ -46,6 +47,7 @@ __all__ = [
     "View",
     "Whole",
     "augmented",
+    "check_trainable",
     "load_pictures",
     "load_whole",
     "loader",

@@ -223,6 +223,20 @@ def _as_is(batch: Any) -> Any:
     return batch
 
 
+def check_trainable(pictures: Pictures) -> None:
+    """That there is something to tell apart.
+
+    Raises:
+        DataError: the training pictures are all of one class.
+    """
+    there = np.unique(np.asarray(pictures.train.labels))
+    if len(there) < 2:
+        name = pictures.classes[int(there[0])] if len(there) else "none"
+        raise DataError(
+            f"training needs images of two classes or more; those of {pictures.name} are all of one, {name}: add another"
+        )
+
+
 def stratified(labels: Sequence[int] | np.ndarray, share: float) -> tuple[np.ndarray, np.ndarray]:
     """Indices of the larger and of the smaller part, every class in proportion; the same at every call."""
     from sklearn.model_selection import train_test_split

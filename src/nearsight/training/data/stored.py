@@ -98,11 +98,13 @@ def divided(name: str, classes: tuple[str, ...], albums: Mapping[str, Album]) ->
     splits = {part: StoredSplit(album, np.arange(len(album.labels))) for part, album in albums.items()}
     train = splits.pop("train")
     if not splits:
+        _check_divisible(name, classes, train)
         train, splits["test"] = train.divide(TEST_SHARE)
     if len(splits) == 2:
         validation, test = splits["val"], splits["test"]
     else:
         (test,) = splits.values()
+        _check_divisible(name, classes, train)
         train, validation = train.divide(VALIDATION_SHARE)
     return Pictures(
         name,
@@ -116,6 +118,16 @@ def divided(name: str, classes: tuple[str, ...], albums: Mapping[str, Album]) ->
         std=IMAGENET_DEFAULT_STD,
         defaults={"epochs": 30, "batch_size": 64, "lr": 3e-3, "augment": "light"},
     )
+
+
+def _check_divisible(name: str, classes: tuple[str, ...], train: StoredSplit) -> None:
+    """That each class can be in both parts of what is divided."""
+    (alone,) = (np.bincount(train.labels) == 1).nonzero()
+    if len(alone):
+        raise DataError(
+            f"too few images to split some off every class: {name} has a single one for training of "
+            f"{', '.join(classes[number] for number in alone[:5])}; add some, or leave the class out"
+        )
 
 
 @dataclass(frozen=True)
