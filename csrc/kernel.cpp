@@ -156,8 +156,10 @@ void forward_spot(const Spot& s) {
     Vector sum[kGroupRows];
     IntVector sees[kGroupRows];  // the queries that see a key: not all their logits are -inf
     for (int r = 0; r < s.y->rows; ++r) {
-        sees[r] = (IntVector)(greatest[r] != splat(-__builtin_inff()));
-        sum[r] = softmax(s.tile.rows[r], s.z->visits * s.y->count[r] * s.entries, keep(sees[r], greatest[r]));
+        const IntVector finite = (IntVector)(greatest[r] != splat(-__builtin_inff()));
+        sum[r] = softmax(s.tile.rows[r], s.z->visits * s.y->count[r] * s.entries, keep(finite, greatest[r]));
+        // By the sum: the greatest forgets a logit that is not a number where a hidden one follows.
+        sees[r] = (IntVector)(sum[r] != splat(0.0f));
     }
 
     const ptrdiff_t result_row = (plan.value_dim + 1) * kLanes;
