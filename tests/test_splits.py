@@ -8,11 +8,13 @@ import tarfile
 import datasets
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from nearsight import cli
 from nearsight.errors import DataError
 from nearsight.training.data import load_pictures, load_whole
+from nearsight.training.data.pictures import plainly
 
 
 @pytest.fixture(autouse=True)
@@ -382,3 +384,40 @@ def test_a_class_with_a_single_picture_is_named(tmp_path):
     write_classes(tmp_path, 1, ["fox"])
     with pytest.raises(DataError, match="has a single one for training of fox; add some"):
         load_pictures(f"folder:{tmp_path}")
+
+
+class _Broken(torch.utils.data.Dataset):
+    def __init__(self, error):
+        self.error = error
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        raise self.error
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_goes_wrong_in_a_loading_process_is_told_without_its_traceback(workers):
+    batches = torch.utils.data.DataLoader(_Broken(DataError("cannot read a.png")), 2, num_workers=workers)
+    with pytest.raises(DataError, match=r"^cannot read a\.png$") as caught:
+        list(plainly(batches))
+    assert caught.value.__context__ is None
+
+
+def test_a_loading_process_that_dies_is_told():
+    class Dying:
+        def __iter__(self):
+            raise RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly")
+
+    with pytest.raises(
+        DataError, match=r"worker \(pid\(s\) 7\) exited unexpectedly; memory may be short: try --workers 0"
+    ):
+        list(plainly(Dying()))
+    with pytest.raises(RuntimeError, match="other"):
+        list(plainly(_iterator_of(RuntimeError("other"))))
+
+
+def _iterator_of(error):
+    yield from ()
+    raise error

@@ -90,7 +90,9 @@ def opaque(colour: str) -> tuple[int, int, int]:
     from PIL import ImageColor
 
     try:
-        red, green, blue = ImageColor.getrgb(colour)  # four, where it lets something through
+        red, green, blue, *alpha = ImageColor.getrgb(colour)
+        if alpha:
+            raise ValueError("it lets something through")
     except (ValueError, AttributeError, TypeError) as error:
         raise OptionError(
             f"background must be an opaque colour such as white or #ff8000; received {colour!r:.100}"

@@ -18,6 +18,7 @@ from ..errors import DataError, TrainingError
 from ..inspect.finite import why_not_finite
 from ..models.modes import evaluating
 from .data import IGNORED, warn_of_broken
+from .data.pictures import plainly
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def evaluate(model: nn.Module, batches: DataLoader, classes: Tensor | None = Non
     device = next(model.parameters()).device
     labels, logits = [], []
     with evaluating(model), torch.inference_mode():
-        for images, truth in batches:
+        for images, truth in plainly(batches):
             logits.append(model(images.to(device)).float().cpu())
             labels.append(truth)
     warn_of_broken(batches.dataset)

@@ -30,6 +30,7 @@ from .announce import announcement, conclusion
 from .batchnorm import synced_batch_norms
 from .callbacks import Forecast, Journal, StopTogether, WholeFiles
 from .data import STORED, Pictures, augmented, check_trainable, load_pictures, loader, told
+from .data.pictures import last_words
 from .evaluate import Evaluation, evaluate
 from .files import make_folder, make_inner_folder, remove_leftovers, write_text
 from .matching import check_same_classes
@@ -272,7 +273,7 @@ def _fit(trainer: L.Trainer, task: Classifier, data: Batches, checkpoint: Path |
         )
         raise Interrupted(f"stopped in epoch {trainer.current_epoch + 1}; {advice} {output}") from stop
     except DataError as error:  # from a worker process it comes with that process's traceback around it
-        raise DataError(str(error).strip().rsplit("DataError: ", 1)[-1]) from error
+        raise DataError(last_words(error)) from error
     finally:
         launcher = trainer.strategy.launcher
         if sys.exc_info()[0] is not None and isinstance(launcher, _SubprocessScriptLauncher):

@@ -219,6 +219,30 @@ def loader(data: Dataset, batch_size: int, workers: int, sampler: Sampler | None
     )
 
 
+def plainly(batches: DataLoader) -> Iterator[Any]:
+    """All batches; what went wrong in a process that loads them is told as here, without that process's traceback.
+
+    Raises:
+        DataError: too many pictures cannot be read, or such a process has died.
+    """
+    try:
+        yield from batches
+    except DataError as error:
+        message = last_words(error)
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        message = f"a process that loads images has ended: {last_words(error)}; memory may be short: try --workers 0"
+    else:
+        return
+    raise DataError(message)  # out here, where nothing holds on to the first error and so to the loading processes
+
+
+def last_words(error: Exception) -> str:
+    """An error's message; from another process it comes with that process's traceback around it."""
+    return " ".join(str(error).rsplit("DataError: ", 1)[-1].split())
+
+
 def _as_is(batch: Any) -> Any:
     return batch
 

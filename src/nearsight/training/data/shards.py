@@ -302,7 +302,8 @@ def _classes(shards: Shards, labels: Sequence[str], place: Path) -> tuple[tuple[
 
 def _named_classes(files: Sequence[Path], place: Path) -> tuple[Path | None, tuple[str, ...] | None]:
     """The file that names the classes, and what it says; beside the shards, or in the folder above that was asked for."""
-    folders = dict.fromkeys([*([place] if place.is_dir() else []), *(file.parent for file in files)])
+    folders: list[Path] = [place] if place.is_dir() else []
+    folders = list(dict.fromkeys([*folders, *(file.parent for file in files)]))
     lists = [folder / CLASSES_FILE for folder in folders]
     found = {file: _read_names(file) for file in lists if file.exists()}
     if len(set(found.values())) > 1:

@@ -33,6 +33,7 @@ from .pictures import (
     View,
     digest,
     hashed,
+    plainly,
     stratified,
 )
 from .splits import PARTS, parts_among, tell_unread
@@ -227,7 +228,8 @@ class SeenPictures(Seen):
         chosen = torch.arange(len(self), device="cpu") if indices is None else indices
         unread = chosen[(self.read[chosen] == 0) & ~self.unreadable[chosen]]
         workers = self.split.workers if len(unread) >= WORTH_WORKERS else 0
-        for _ in DataLoader(_Opened(self), 64, sampler=unread.tolist(), num_workers=workers, collate_fn=len):
+        opened = DataLoader(_Opened(self), 64, sampler=unread.tolist(), num_workers=workers, collate_fn=len)
+        for _ in plainly(opened):
             pass
         return self.read[chosen]
 
