@@ -208,6 +208,7 @@ def test_weights_from_elsewhere_name_no_classes(tmp_path, capsys):
 
 def test_measuring_a_comparison_pairs_by_name_too(untrained, tmp_path):
     run = untrained(("two", "one", "zero"))
+    (run / "config.yaml").write_text(Recipe(lr=0.1, opt="sgd").to_yaml())
     (run / "metrics.csv").write_text("epoch,train_loss,val_accuracy\n1,1,1\n")
     (run / "timing.csv").write_text("epoch,seconds,images_per_second,peak_memory\n1,1,1,1\n")
     same = load_pictures(f"folder:{write_digits(tmp_path / 'same', NAMES[:3])}")
