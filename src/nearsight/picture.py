@@ -84,7 +84,7 @@ def opaque(colour: str) -> tuple[int, int, int]:
         OptionError: no such colour, or one that lets something through.
 
     Example:
-        >>> opaque("white"), opaque("#ff8000")
+        >>> opaque("white"), opaque("rgb(255, 128, 0)")
         ((255, 255, 255), (255, 128, 0))
     """
     from PIL import ImageColor
