@@ -22,6 +22,7 @@ PEERS = {"natten", "natten_mps", "fvcore"}  # of which nearsight makes use where
 # The extras with which the files of a room are used, each of which has to bring all that they import.
 ROOMS = {
     "inspect": ("train", "explore"),
+    "picture.py": ("train", "explore"),
     "bench": ("train",),
     "training": ("train",),
     "training/export.py": ("train+export",),
