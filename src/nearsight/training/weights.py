@@ -116,6 +116,8 @@ class Blueprint:
             ValueError, TypeError, KeyError: it holds something else, or more than a file may.
         """
         values = json.loads(text)
+        if not _are_texts(values["classes"]):  # as they are there: a blueprint makes texts of them that can be shown
+            raise ValueError("its classes must be texts")
         view = View(**{name: _tupled(value) for name, value in values.pop("view").items()})
         blueprint = cls(view=view, **{name: _tupled(value) for name, value in values.items()})
         blueprint._check()
@@ -123,8 +125,8 @@ class Blueprint:
 
     def _check(self) -> None:
         check_stored_spec(self.model)
-        if not isinstance(self.data, str) or not _are_texts(self.classes):
-            raise ValueError("its classes and its data must be texts")
+        if not isinstance(self.data, str):
+            raise ValueError("its data must be a text")
         sizes, numbers = (self.view.channels, self.view.size), (*self.view.mean, *self.view.std)
         sizes += () if self.img_size is None else (self.img_size,)
         opaque(self.view.background)
