@@ -13,6 +13,7 @@ import inspect
 import json
 import re
 from dataclasses import fields, is_dataclass
+from types import FunctionType
 from typing import Any
 
 import timm
@@ -121,11 +122,21 @@ def stored_spec(spec: str, network: nn.Module | None = None) -> str:
 def own_options(name: str) -> set[str]:
     """What a registered network takes: by the signatures in the file that it is registered in.
 
-    That of its class does not tell on its own: many take ``**kwargs`` and hand them to a dataclass or a base class.
+    That of its class does not tell on its own: many take ``**kwargs`` and hand them to a dataclass or a base class, and a
+    network of one's own may be made by a registered one of another file.
     """
-    function = model_entrypoint(name)
-    found = set(inspect.signature(function).parameters)
-    kinds = [thing for thing in function.__globals__.values() if isinstance(thing, type)]
+    functions = [model_entrypoint(name)]
+    for function in functions:  # which grows
+        functions += [
+            other
+            for other in function.__globals__.values()
+            if isinstance(other, FunctionType)
+            and all(other.__globals__ is not seen.__globals__ for seen in functions)
+            and timm.is_model(other.__name__)
+            and model_entrypoint(other.__name__) is other
+        ]
+    found = {option for function in functions for option in inspect.signature(function).parameters}
+    kinds = [thing for function in functions for thing in function.__globals__.values() if isinstance(thing, type)]
     for kind in kinds:
         if issubclass(kind, nn.Module):
             for base in kind.__mro__[: kind.__mro__.index(nn.Module)]:
