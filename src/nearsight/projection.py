@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeGuard, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +15,6 @@ from torch.nn.modules import module as every_module
 MANY = 16  # cells for each output channel: measured at 261, 33, 4 and 0.5, of which the first two gain
 
 OVERRIDES = {"forward", "_conv_forward"}  # some libraries replace them on the instance
-
-T = TypeVar("T", bound=nn.Module)
 
 _convolve = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
@@ -87,18 +84,13 @@ def project(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return _convolve[x.ndim - 2](x, weight, bias)
 
 
-def is_plain(module: nn.Module | None, *classes: type[T]) -> TypeGuard[T]:
-    """Whether a module is just of one of these classes, with nothing that is to happen when it is called."""
-    if module is None or type(module) not in classes or OVERRIDES & vars(module).keys():
-        return False
-    hooks = (module._forward_pre_hooks, module._forward_hooks)
-    everywhere = (every_module._global_forward_pre_hooks, every_module._global_forward_hooks)
-    return not any((*hooks, *everywhere))
-
-
 def is_repeatable(projection: nn.Module, x: Tensor) -> bool:
     """Whether what a module made of x is :func:`project` of it, its weight and its bias, and nothing else."""
-    return is_plain(projection, *POINTWISE.values()) and _is_ours(x, projection.weight)
+    if type(projection) not in POINTWISE.values() or OVERRIDES & vars(projection).keys():
+        return False
+    hooks = (projection._forward_pre_hooks, projection._forward_hooks)
+    everywhere = (every_module._global_forward_pre_hooks, every_module._global_forward_hooks)
+    return not any((*hooks, *everywhere)) and _is_ours(x, projection.get_parameter("weight"))
 
 
 def _is_ours(x: Tensor, weight: Tensor) -> bool:
@@ -113,23 +105,11 @@ def records_plainly(*tensors: Tensor) -> bool:
 
     Compilers, tracers, torch.func and forward-mode derivatives see through PyTorch's own operators only.
     """
-    return _are_plain(tensors) and _has_gradient(tensors) and not _is_watched(tensors)
-
-
-def infers_plainly(*tensors: Tensor) -> bool:
-    """Whether nobody asks what becomes of these tensors but for its value: no autograd, autocast or any of its kin."""
-    if not _are_plain(tensors) or _has_gradient(tensors) or _is_watched(tensors) or torch.is_autocast_enabled("cpu"):
-        return False
-    return torch._C._len_torch_dispatch_stack() == 0  # counters of FLOPs and tracers are modes
-
-
-def _are_plain(tensors: Sequence[Tensor]) -> bool:
     # A subclass may have operators of its own, and the stand-ins of torch.fx cannot be asked anything.
-    return all(type(tensor) in (Tensor, nn.Parameter) for tensor in tensors)
-
-
-def _has_gradient(tensors: Sequence[Tensor]) -> bool:
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    if not all(type(tensor) in (Tensor, nn.Parameter) for tensor in tensors):
+        return False
+    has_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    return has_gradient and not _is_watched(tensors)
 
 
 def _is_watched(tensors: Sequence[Tensor]) -> bool:

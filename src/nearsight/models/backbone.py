@@ -16,10 +16,8 @@ from timm.models import build_model_with_cfg, checkpoint_seq
 from torch import Tensor, nn
 
 from ..errors import OptionError
-from ..layers import AttentionStem2d
 from ..positions import UNNAMED_POSITION
-from ..projection import PatchProjection2d, is_plain
-from .lean import ConvNorm, MaxPool2d, conv_norm, conv_norm_add_relu
+from ..projection import PatchProjection2d
 
 
 class Backbone(nn.Module, PyTorchModelHubMixin, library_name="nearsight", license="apache-2.0", tags=["timm"]):
@@ -165,30 +163,25 @@ class Bottleneck(nn.Module):
             down = PatchProjection2d(in_channels, width, stride)
         else:
             down = nn.Conv2d(in_channels, width, 1, bias=False)
-        self.down = ConvNorm(down, nn.BatchNorm2d(width), nn.ReLU(inplace=True))
+        self.down = nn.Sequential(down, nn.BatchNorm2d(width), nn.ReLU(inplace=True))
         self.spatial = spatial
         self.pool: nn.Module = nn.Identity()
         if downsample == "pool" and stride > 1:
             self.pool = _average(stride)
         self.norm = nn.BatchNorm2d(spatial_channels) if norm else nn.Identity()
         self.act = nn.ReLU(inplace=True) if act else nn.Identity()
-        self.up = ConvNorm(nn.Conv2d(spatial_channels, out_channels, 1, bias=False), nn.BatchNorm2d(out_channels))
+        up = nn.Conv2d(spatial_channels, out_channels, 1, bias=False)
+        self.up = nn.Sequential(up, nn.BatchNorm2d(out_channels))
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
         self.shortcut = nn.Identity()
         if stride != 1 or in_channels != out_channels:
             averages = avg_down and stride > 1
             conv = nn.Conv2d(in_channels, out_channels, 1, 1 if averages else stride, bias=False)
-            project = ConvNorm(conv, nn.BatchNorm2d(out_channels))
+            project = nn.Sequential(conv, nn.BatchNorm2d(out_channels))
             self.shortcut = nn.Sequential(_average(stride), project) if averages else project
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.down(x)
-        if is_plain(self.pool, nn.Identity):  # then what is spatial may be a convolution
-            y = conv_norm(y, self.spatial, self.norm, self.act)
-        else:
-            y = self.act(self.norm(self.pool(self.spatial(y))))
-        if not self.drop_path.training:
-            return conv_norm_add_relu(y, self.up, self.shortcut(x))
+        y = self.act(self.norm(self.pool(self.spatial(self.down(x)))))
         y = self.drop_path(self.up(y))
         y += self.shortcut(x)
         return F.relu(y, inplace=True)
@@ -270,30 +263,6 @@ class BottleneckNet(Backbone):
 def _average(stride: int) -> nn.AvgPool2d:
     # ceil_mode and the count keep odd sizes in step with a strided 1 x 1.
     return nn.AvgPool2d(stride, ceil_mode=True, count_include_pad=False)
-
-
-def build_stem(name: str, in_chans: int, channels: int, stride: int) -> nn.Module:
-    """``"conv"``, ``"attention"`` or ``"patch"``: from the image to a map with one cell per ``stride`` pixels.
-
-    Raises:
-        OptionError: an unknown name, or a stride that the stem does not have.
-    """
-    if name == "attention" and stride > 1:
-        return AttentionStem2d(in_chans, channels, kernel_size=stride)
-    if name == "patch":
-        conv, pool = nn.Conv2d(in_chans, channels, stride, stride, bias=False), nn.Identity()
-    elif name == "conv" and stride < 4:
-        # Small images keep their resolution in the convolution.
-        conv, pool = nn.Conv2d(in_chans, channels, 3, padding=1, bias=False), MaxPool2d(stride, ceil_mode=True)
-    elif name == "conv" and stride == 4:
-        conv, pool = nn.Conv2d(in_chans, channels, 7, 2, padding=3, bias=False), MaxPool2d(3, 2, padding=1)
-    else:
-        raise OptionError(
-            f"stem must be 'attention' (stem_stride from 2), 'conv' (stem_stride up to 4) or 'patch'; "
-            f"received {name!r} with stem_stride={stride}"
-        )
-    # A ReLU and a maximum may change places, and the ReLU has less to do on the smaller map.
-    return ConvNorm(conv, nn.BatchNorm2d(channels), pool, nn.ReLU(inplace=True))
 
 
 def take_indices(count: int, indices: int | Sequence[int] | None) -> list[int]:

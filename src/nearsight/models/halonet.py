@@ -15,8 +15,8 @@ from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
 from ..layers import HaloSelfAttention2d
-from .backbone import Bottleneck, BottleneckNet, build, build_stem, config, one_per_stage
-from .lean import ConvNorm
+from .backbone import Bottleneck, BottleneckNet, build, config, one_per_stage
+from .stem import build_stem
 
 __all__ = ["HaloNet", "halo_h0", "halo_h1", "halo_h2", "halo_h3", "halo_h4", "halo_h5", "halo_h6", "halo_h7"]
 
@@ -108,7 +108,7 @@ class HaloNet(BottleneckNet):
 
 def _final(in_channels: int, out_channels: int) -> tuple[nn.Module, int]:
     conv = nn.Conv2d(in_channels, out_channels, 1, bias=False)
-    return ConvNorm(conv, nn.BatchNorm2d(out_channels), nn.ReLU()), out_channels
+    return nn.Sequential(conv, nn.BatchNorm2d(out_channels), nn.ReLU()), out_channels
 
 
 class _Row(NamedTuple):

@@ -16,7 +16,8 @@ from torch import nn
 from ..errors import OptionError
 from ..layers import GlobalSelfAttention2d, LocalSelfAttention2d, SelfAttention
 from ..positions import PositionLike, name_of, refuse_instance, refuse_shared
-from .backbone import Bottleneck, BottleneckNet, build, build_stem, config, one_per_stage
+from .backbone import Bottleneck, BottleneckNet, build, config, one_per_stage
+from .stem import build_stem
 
 __all__ = [
     "SasaResNet",
