@@ -17,6 +17,7 @@ from nearsight import layers
 from nearsight.attention import native
 from nearsight.errors import OptionError, ShapeError
 from nearsight.layers import _whole
+from nearsight.models.sasa import RelativeOnlySelfAttention2d
 from nearsight.projection import POINTWISE, PatchProjection2d, project
 
 CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -65,12 +66,12 @@ def test_the_layer_is_the_operation_between_projections():
 
 
 @pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize("content", [True, False])
+@pytest.mark.parametrize("kind", [ns.LocalSelfAttention2d, RelativeOnlySelfAttention2d])
 @pytest.mark.parametrize("qk_channels", [4, 12])
-def test_queries_and_keys_of_another_width_than_the_values(qk_channels, content, stride):
+def test_queries_and_keys_of_another_width_than_the_values(qk_channels, kind, stride):
     torch.manual_seed(0)
-    options = {"stride": stride, "num_heads": 2, "qkv_bias": True, "content": content, "qk_channels": qk_channels}
-    layer = ns.LocalSelfAttention2d(6, 8, 3, **options).double()
+    content = kind is ns.LocalSelfAttention2d
+    layer = kind(6, 8, 3, stride=stride, num_heads=2, qkv_bias=True, qk_channels=qk_channels).double()
     for projection in projections(layer):
         nn.init.normal_(projection.bias)
     x = torch.randn(2, 6, 5, 7, dtype=torch.float64, requires_grad=True)
@@ -373,7 +374,7 @@ REMADE = {
     "wide, biases": {"out_channels": 32, "qkv_bias": True, "out_proj": True},
     "rotary": {"position": "mixed_rope"},
     "learned": {"position": "learned", "map_size": 6},
-    "q.r alone": {"content": False},
+    "q.r alone": {"kind": RelativeOnlySelfAttention2d},
 }
 
 
@@ -392,8 +393,9 @@ def trained(layer, x, grad):
 @pytest.mark.parametrize("frozen", [False, True])
 def test_what_is_projected_again_is_the_same_to_the_bit(options, frozen):
     torch.manual_seed(0)
-    options = {"in_channels": 16, "kernel_size": 3, "num_heads": 2, **options}
-    keeping, remaking = (ns.LocalSelfAttention2d(**options, recompute_qkv=again) for again in (False, True))
+    options = {"kind": ns.LocalSelfAttention2d, "in_channels": 16, "kernel_size": 3, "num_heads": 2, **options}
+    kind = options.pop("kind")
+    keeping, remaking = (kind(**options, recompute_qkv=again) for again in (False, True))
     remaking.load_state_dict(keeping.state_dict())
     for layer in (keeping, remaking):
         for projection in projections(layer):

@@ -14,13 +14,14 @@ import nearsight as ns
 from nearsight.compat.natten.modules import NeighborhoodAttention2D
 from nearsight.convert.gpsa import GatedPositionalSelfAttention
 from nearsight.models.nat import NeighbourhoodAttention
+from nearsight.models.sasa import RelativeOnlySelfAttention2d
 
 LOCAL: dict[str, Callable[[], nn.Module]] = {
     "1d": lambda: ns.LocalSelfAttention1d(4, 8, 3, stride=2, num_heads=2),
     "2d": lambda: ns.LocalSelfAttention2d(4, 8, 3, num_heads=2, out_proj=True),
     "2d, strided": lambda: ns.LocalSelfAttention2d(4, 8, 3, stride=2, num_heads=2, qkv_bias=True),
     "2d, one axis strided": lambda: ns.LocalSelfAttention2d(4, 8, 3, stride=(1, 2), num_heads=2, qk_channels=4),
-    "2d, q.r alone": lambda: ns.LocalSelfAttention2d(4, 8, 3, stride=2, num_heads=2, content=False),
+    "2d, q.r alone": lambda: RelativeOnlySelfAttention2d(4, 8, 3, stride=2, num_heads=2),
     "2d, projected again": lambda: ns.LocalSelfAttention2d(4, 8, 3, stride=2, num_heads=2, recompute_qkv=True),
     "3d": lambda: ns.LocalSelfAttention3d(4, 8, 3, stride=(1, 2, 1), num_heads=2, position="bias"),
     "global": lambda: ns.GlobalSelfAttention2d(4, 8, num_heads=2, map_size=8),

@@ -9,6 +9,7 @@ from torch import nn
 
 import nearsight as ns
 from nearsight.errors import OptionError
+from nearsight.models.sasa import RelativeOnlySelfAttention2d
 
 
 def parameters(name, **kwargs):
@@ -273,7 +274,7 @@ def test_small_images_of_any_size(size):
         ({"widths": (16, 32)}, r"widths must be one number or 3.*received \(16, 32\)"),
         ({"stem": "pixel", "stem_stride": 2}, "received 'pixel' with stem_stride=2"),
         ({"stem": "attention"}, "received 'attention' with stem_stride=1"),
-        ({"content": False, "position": "bias"}, "needs position='relative'; received 'bias'"),
+        ({"content": False, "position": "bias"}, "needs position='relative', which has an r; received BiasPosition"),
     ],
 )
 def test_errors(options, message):
@@ -288,7 +289,7 @@ def test_errors(options, message):
 def test_without_content(stride):
     """The layer is that with a key's projection of zeros."""
     torch.manual_seed(0)
-    layer = ns.LocalSelfAttention2d(6, 8, 3, stride=stride, num_heads=2, content=False, qkv_bias=True)
+    layer = RelativeOnlySelfAttention2d(6, 8, 3, stride=stride, num_heads=2, qkv_bias=True)
     full = ns.LocalSelfAttention2d(6, 8, 3, stride=stride, num_heads=2, qkv_bias=True, position=layer.position)
     state = full.state_dict()
     for name in ("weight", "bias"):
@@ -300,7 +301,7 @@ def test_without_content(stride):
     torch.testing.assert_close(layer(x), full(x))
     torch.testing.assert_close(layer.attention_weights(x), full.attention_weights(x))
     assert sum(p.numel() for p in layer.parameters()) == 2 * 6 * 8 + 2 * 8 + 3 * 8
-    assert "content=False" in repr(layer)
+    assert repr(layer).startswith("RelativeOnlySelfAttention2d(")
 
 
 def test_device_and_dtype_of_a_layer():

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .attention import attention_weights, global_attention, local_attention
 from .attention.chosen import weights_of
 from .errors import OptionError, ShapeError
-from .positions import Position, PositionLike, QuadraticPosition, RelativePosition, Tables, position_encoding
+from .positions import Position, PositionLike, RelativePosition, Tables, position_encoding
 from .precision import wide_of, without_autocast
 from .projection import POINTWISE, is_repeatable, project, records_plainly
 from .recompute import keep_in_place_of
@@ -98,7 +98,7 @@ class _Projecting(nn.Module):
 
     @property
     def _widths(self) -> list[int]:
-        """Channels of query, key (if it is projected at all) and value."""
+        """Channels of what is projected: query, key and value."""
         raise NotImplementedError
 
     def _hold_projections(self, *, apart: bool, bias: bool) -> None:
@@ -111,14 +111,14 @@ class _Projecting(nn.Module):
         return [self.qkv] if "qkv" in self._modules else [self.q, self.kv]
 
     @torch.no_grad()
-    def _draw_projections(self, small: int = 0) -> None:
-        """Weights that keep the input's variance, those of the first ``small`` channels 0.3 of that; biases of zero.
+    def _draw_projections(self, gain: float = 1.0) -> None:
+        """Weights that keep the input's standard deviation, times ``gain`` in queries and keys; biases of zero.
 
         They are drawn as one tensor: a seed gives the same numbers, however many modules hold them.
         """
         weights: list[Tensor] = [projection.get_parameter("weight") for projection in self._projections()]
         drawn = nn.init.normal_(torch.cat(weights), std=self.in_channels**-0.5)
-        drawn[:small] *= 0.3
+        drawn[: sum(self._widths[:-1])] *= gain
         for weight, part in zip(weights, drawn.split([len(weight) for weight in weights]), strict=True):
             weight.copy_(part)
         for projection in self._projections():
@@ -136,7 +136,7 @@ class _Projecting(nn.Module):
         return [projection(cells) for projection, cells in zip(self._projections(), inputs, strict=True)]
 
     def _split(self, projected: Sequence[Tensor]) -> list[Tensor]:
-        """The heads, (B, N, *map, D), of query, key (if it is projected at all) and value."""
+        """The heads, (B, N, *map, D), of query, key and value."""
         *first, joined = projected
         parts = (*first, *split_parts(joined, self._widths[len(first) :]))
         return [split_heads(part, self.num_heads) for part in parts]
@@ -186,7 +186,6 @@ class SelfAttention(_Projecting):
         backend: str | None,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
-        content: bool = True,
     ) -> None:
         super().__init__()
         out_channels = in_channels if out_channels is None else out_channels
@@ -201,7 +200,6 @@ class SelfAttention(_Projecting):
         self.window = window
         self.scale = scale
         self.backend = backend
-        self.content = content
         self.recompute_qkv = recompute_qkv
         strides = [] if window is None else [axis.stride for axis in window.axes(self.rank)]
         self._hold_projections(apart=any(stride > 1 for stride in strides), bias=qkv_bias)
@@ -213,8 +211,6 @@ class SelfAttention(_Projecting):
             window=Window.everywhere(map_size) if window is None else window,
             map_size=map_size,
         )
-        if not content and not isinstance(self.position, RelativePosition):
-            raise OptionError(f"content=False leaves q.r alone, which needs position='relative'; received {position!r}")
         self.proj = POINTWISE[self.rank](out_channels, out_channels, 1) if out_proj else nn.Identity()
         self.reset_parameters()
         if device is not None or dtype is not None:
@@ -223,9 +219,9 @@ class SelfAttention(_Projecting):
     def reset_parameters(self) -> None:
         """Start with queries, keys and values of the input's variance, so that logits have variance one.
 
-        Where heads start as hills (``position="quadratic"``) queries and keys are small, so that the hills decide at first.
+        A position encoding may ask for less of queries and keys: see ``content_gain`` of :class:`Position`.
         """
-        self._draw_projections(small=2 * self.qk_channels if isinstance(self.position, QuadraticPosition) else 0)
+        self._draw_projections(gain=self.position.content_gain)
 
     def forward(self, x: Tensor) -> Tensor:
         batched = self._batched(x)
@@ -261,7 +257,7 @@ class SelfAttention(_Projecting):
 
     @property
     def _widths(self) -> list[int]:
-        return [self.qk_channels] * (2 if self.content else 1) + [self.out_channels]
+        return [self.qk_channels, self.qk_channels, self.out_channels]
 
     def _batched(self, x: Tensor) -> Tensor:
         if x.ndim not in (self.rank + 1, self.rank + 2) or x.shape[-self.rank - 1] != self.in_channels:
@@ -273,10 +269,8 @@ class SelfAttention(_Projecting):
         return x if x.ndim == self.rank + 2 else x.unsqueeze(0)
 
     def _heads(self, x: Tensor, window: Window, weights: Sequence[Any] = ()) -> tuple[Tensor, Tensor, Tensor]:
-        query, *pair = self._split(self._project(x, [axis.stride for axis in window.axes(self.rank)], weights))
-        value = pair[-1]
-        # Without content every key is zero, and of the logits q.r is left.
-        key = pair[0] if self.content else value.new_zeros(()).expand(*value.shape[:-1], self.head_dim)
+        strides = [axis.stride for axis in window.axes(self.rank)]
+        query, key, value = self._split(self._project(x, strides, weights))
         query, key = self.position.rotate(query, key, window)
         return query, key, value
 
@@ -309,7 +303,6 @@ class SelfAttention(_Projecting):
                 for name, default in defaults.items()
                 if getattr(self.window, name) != default
             ]
-        parts += ["content=False"] if not self.content else []
         parts += [f"scale={self.scale}"] if self.scale is not None else []
         parts += [f"backend={self.backend!r}"] if self.backend is not None else []
         return ", ".join(parts)
@@ -330,7 +323,6 @@ class _Local(SelfAttention):
         qk_channels: int | None = None,
         position: PositionLike = "relative",
         map_size: int | tuple[int, ...] = 32,
-        content: bool = True,
         scale: float | None = None,
         qkv_bias: bool = False,
         out_proj: bool = False,
@@ -356,7 +348,6 @@ class _Local(SelfAttention):
             backend=backend,
             device=device,
             dtype=dtype,
-            content=content,
         )
 
 
@@ -387,12 +378,12 @@ class LocalSelfAttention2d(_Local):
     axis; contiguous or channels_last, and the output follows the input.
 
     Parameters: in * (2 * qk + out), + 2 * qk + out with ``qkv_bias``, + out * (out + 1) with ``out_proj``, + those of the
-    position encoding (relative: k * qk). Their number does not depend on k otherwise. ``content=False``: one qk less.
+    position encoding (relative: k * qk). Their number does not depend on k otherwise.
 
     state_dict: ``qkv.weight`` (2 * qk + out, in, 1, 1) with the query's rows first, then key and value; ``qkv.bias``; with
     a stride, where queries are fewer, ``q.weight`` (qk, in, 1, 1) and ``kv.weight`` (qk + out, in, 1, 1), ``q.bias`` and
-    ``kv.bias``; ``position.*`` (see :mod:`nearsight.positions`); ``proj.weight``, ``proj.bias``. With ``content=False`` the
-    key's rows are not there. Either way of holding the projections is loaded into the other.
+    ``kv.bias``; ``position.*`` (see :mod:`nearsight.positions`); ``proj.weight``, ``proj.bias``. Either way of holding the
+    projections is loaded into the other.
     ``.eval()`` changes nothing.
 
     Args:
@@ -405,7 +396,6 @@ class LocalSelfAttention2d(_Local):
         position: a name from ``nearsight.positions.POSITIONS``, a module from there, or what makes one; see
             :func:`nearsight.positions.register`.
         map_size: cells per axis that ``position="learned"`` is made for; it is resampled on other maps.
-        content: False leaves out q.k: there is no key's projection, and where to look follows from q.r alone (Table 6).
         scale: factor of the logits' products; None means head_dim ** -0.5.
         qkv_bias: add a bias to the projections.
         out_proj: project once more at the end.
@@ -419,7 +409,7 @@ class LocalSelfAttention2d(_Local):
 
     Raises:
         ShapeError: out_channels or qk_channels that heads do not divide, an input of other channels or rank.
-        OptionError: an unknown name, a size below 1, ``content=False`` without relative embeddings.
+        OptionError: an unknown name, a size below 1.
 
     Example:
         >>> LocalSelfAttention2d(64, 128, 7, stride=2)(torch.randn(2, 64, 32, 32)).shape

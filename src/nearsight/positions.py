@@ -47,6 +47,11 @@ class Position(nn.Module):
     The base of all encodings: every hook does nothing. A subclass that takes the arguments below, or has no ``__init__`` of
     its own, can be given to a layer or a network as it is. Parameters: 0.
 
+    Attributes:
+        equivariant: see above.
+        content_gain: standard deviation of a layer's queries and keys at its start, where that of its input is 1. Below 1
+            it is the encoding that decides at first where to look.
+
     Args:
         channels: of the layer's input.
         num_heads, head_dim: of the layer's queries and keys.
@@ -67,6 +72,7 @@ class Position(nn.Module):
     """
 
     equivariant = True
+    content_gain = 1.0
 
     def __init__(
         self,
@@ -246,10 +252,13 @@ class QuadraticPosition(Position):
 
     Source: Cordonnier, Loukas, Jaggi 2020 (arXiv:1911.03584), theorem 1: with alpha -> infinity a head reads the single
     cell at its centre, and k*k heads make a k x k convolution. Centres start at random within a cell or two of the query,
-    alpha at 1. Equivariant. Parameters: (axes + 1) * N, 3 N on a map of two axes.
+    alpha at 1, and queries and keys small, so that hills decide at first. Equivariant.
+    Parameters: (axes + 1) * N, 3 N on a map of two axes.
 
     state_dict: ``centre`` (N, axes) in cells, ``alpha`` (N,) in 1 / cells**2.
     """
+
+    content_gain = 0.3
 
     def __init__(self, num_heads: int, rank: int) -> None:
         super().__init__()

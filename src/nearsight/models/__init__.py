@@ -42,6 +42,7 @@ for _layer in (
     HaloSelfAttention2d,
     LocalSelfAttention2d,
     PatchProjection2d,
+    sasa.RelativeOnlySelfAttention2d,
     nat.NeighbourhoodAttention,
 ):
     register_notrace_module(_layer)

@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from timm.models import generate_default_cfgs, register_model
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import OptionError
 from ..layers import GlobalSelfAttention2d, LocalSelfAttention2d, SelfAttention
-from ..positions import PositionLike, name_of, refuse_instance, refuse_shared
+from ..positions import PositionLike, RelativePosition, name_of, refuse_instance, refuse_shared
 from .backbone import Bottleneck, BottleneckNet, build, config, one_per_stage
 from .stem import build_stem
 
@@ -186,7 +186,8 @@ class SasaResNet(BottleneckNet):
             kwargs = {"num_heads": heads[stage - 1], "qk_channels": queries, "map_size": map_size, **shared}
             if kernel_sizes[stage - 1] == "global":
                 return GlobalSelfAttention2d(width, values, **kwargs)
-            return LocalSelfAttention2d(width, values, kernel_sizes[stage - 1], content=content, **kwargs)
+            local = LocalSelfAttention2d if content else RelativeOnlySelfAttention2d
+            return local(width, values, kernel_sizes[stage - 1], **kwargs)
 
         def block(stage: int, in_channels: int, stride: int, drop_path: float) -> Bottleneck:
             width = widths[stage - 1]
@@ -213,6 +214,38 @@ class SasaResNet(BottleneckNet):
         refuse_shared(self.modules())
         if isinstance(self._hub_mixin_config, dict):
             self._hub_mixin_config["position"] = name_of(position)
+
+
+class RelativeOnlySelfAttention2d(LocalSelfAttention2d):
+    """Local self-attention by q.r alone: where to look does not depend on what is there (Table 6 of the SASA paper).
+
+        q, v = W x;   y[p] = sum_{c in N(p)} softmax_c( scale * q[p] . r[c - p] ) v[c]   in each head
+
+    It is :class:`LocalSelfAttention2d` with keys of zero, and has no projection that makes them: qk_channels * in_channels
+    parameters less. state_dict: as there, without the key's rows.
+
+    Raises:
+        OptionError: also for another position than relative embeddings.
+
+    Example:
+        >>> RelativeOnlySelfAttention2d(64, 128, 7, stride=2)(torch.randn(2, 64, 32, 32)).shape
+        torch.Size([2, 128, 16, 16])
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if not isinstance(self.position, RelativePosition):
+            raise OptionError(
+                f"q.r alone needs position='relative', which has an r; received {type(self.position).__name__}"
+            )
+
+    @property
+    def _widths(self) -> list[int]:
+        return [self.qk_channels, self.out_channels]
+
+    def _split(self, projected: Sequence[Tensor]) -> list[Tensor]:
+        query, value = super()._split(projected)
+        return [query, value.new_zeros(()).expand(*value.shape[:-1], self.head_dim), value]
 
 
 default_cfgs = generate_default_cfgs(
