@@ -18,7 +18,7 @@ from statistics import median
 import torch
 from torch import Tensor, nn
 
-from nearsight.convert import GatedPositionalSelfAttention
+from nearsight.conversion import GatedPositionalSelfAttention
 
 # batch, channels, side, stride, groups
 SHAPES = ((8, 64, 56, 1, 1), (8, 128, 28, 2, 1), (8, 256, 14, 1, 1), (8, 128, 28, 1, 128))

@@ -29,9 +29,9 @@ from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as change
 
 import nearsight as ns
-from nearsight.convert import GatedPositionalSelfAttention, Report
+from nearsight.conversion import GatedPositionalSelfAttention, Report
+from nearsight.files import make_folder, write_bytes, write_text
 from nearsight.training.data import Pictures, load_pictures
-from nearsight.training.files import make_folder, write_bytes, write_text
 
 BATCH_SIZE = 128
 # Of the learning rates the peak, after a tenth of the steps. The heads' own parameters are few and count in cells.
@@ -282,7 +282,7 @@ def draw_heads(seeds: list[dict[str, Any]]) -> bytes:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    from nearsight.inspect.draw import BLUE, ORANGE, SKY
+    from nearsight.pages.drawings import BLUE, ORANGE, SKY
 
     layers = list(seeds[0])
     figure = Figure(figsize=(2.6 * len(layers), 2.8), layout="constrained")

@@ -20,13 +20,15 @@ import torch
 from torch import Tensor, nn
 
 import nearsight as ns
-from nearsight.inspect import Translation, draw, draw_equivariance, plots, table
+from nearsight.files import make_folder
+from nearsight.inspect import Translation, draw_equivariance
 from nearsight.inspect.equivariance import decisive
+from nearsight.pages import csv_json, drawings
+from nearsight.pages.charts import Chart, Series, charts_to_csv, draw_charts, write_plot
+from nearsight.saved.weights import WEIGHTS_FILE, load_model
 from nearsight.training.data import load_pictures
-from nearsight.training.files import make_folder, write_plot
 from nearsight.training.recipe import Recipe
 from nearsight.training.train import train
-from nearsight.training.weights import WEIGHTS_FILE, load_model
 
 RECIPES = {
     "digits": Recipe(model="sasa_nano", data="digits"),
@@ -69,13 +71,13 @@ def pictures(model: nn.Module, images: Tensor, image: Tensor, grey: np.ndarray) 
     rows = ns.equivariance_by_layer(model, images, Translation(1, 1))
     tables = position_tables(model, maps)
     return {
-        "heads": (draw.heads(grey, few, pixel), draw.blocks_to_csv(few, pixel)),
-        "rollout": (draw.memory_blocks(grey, rollouts, pixel), draw.blocks_to_csv(rollouts, pixel)),
+        "heads": (drawings.heads(grey, few, pixel), drawings.blocks_to_csv(few, pixel)),
+        "rollout": (drawings.memory_blocks(grey, rollouts, pixel), drawings.blocks_to_csv(rollouts, pixel)),
         "positions": (draw_tables(tables), tables_csv(tables)),
-        "statistics": (plots.draw(charts), plots.to_csv(charts)),
+        "statistics": (draw_charts(charts), charts_to_csv(charts)),
         "equivariance": (
             draw_equivariance(rows, "moved by one pixel, down and to the right"),
-            table.to_csv(decisive(rows)),
+            csv_json.to_csv(decisive(rows)),
         ),
     }
 
@@ -105,22 +107,20 @@ class Rollout:
         return self.weights[None]
 
 
-def statistics(layers: Sequence[Any]) -> list[plots.Chart]:
+def statistics(layers: Sequence[Any]) -> list[Chart]:
     """Distance, entropy and diversity of every layer, in the order in which they run."""
     number = list(range(1, len(layers) + 1))
 
-    def over_heads(name: str) -> plots.Series:
+    def over_heads(name: str) -> Series:
         values = [getattr(layer, name) for layer in layers]
-        return plots.Series(
-            "mean, and spread over heads", number, [v.mean() for v in values], [v.std() for v in values]
-        )
+        return Series("mean, and spread over heads", number, [v.mean() for v in values], [v.std() for v in values])
 
-    uniform = plots.Series("all cells alike", number, [layer.uniform for layer in layers])
-    diversity = plots.Series("diversity", number, [layer.diversity for layer in layers])
+    uniform = Series("all cells alike", number, [layer.uniform for layer in layers])
+    diversity = Series("diversity", number, [layer.diversity for layer in layers])
     return [
-        plots.Chart("layer", "distance, pixels", {"": [over_heads("distance")]}),
-        plots.Chart("layer", "entropy, bits", {"": [over_heads("entropy"), uniform]}),
-        plots.Chart("layer", "difference between heads", {"": [diversity]}),
+        Chart("layer", "distance, pixels", {"": [over_heads("distance")]}),
+        Chart("layer", "entropy, bits", {"": [over_heads("entropy"), uniform]}),
+        Chart("layer", "difference between heads", {"": [diversity]}),
     ]
 
 
@@ -145,7 +145,9 @@ def position_tables(model: nn.Module, maps: Sequence[Any]) -> dict[tuple[str, st
 def draw_tables(tables: dict[tuple[str, str], np.ndarray]) -> Any:
     most = max(map(len, tables.values()))
     labels = [f"{layer}\n{what}" for layer, what in tables]
-    return draw.grid([list(values) for values in tables.values()], labels, [f"head {head + 1}" for head in range(most)])
+    return drawings.grid(
+        [list(values) for values in tables.values()], labels, [f"head {head + 1}" for head in range(most)]
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------- numbers
@@ -156,7 +158,7 @@ def tables_csv(tables: dict[tuple[str, str], np.ndarray]) -> str:
     for (layer, what), values in tables.items():
         places = np.ndindex(values.shape)
         lines += [(layer, what, head + 1, row, column, values[head, row, column]) for head, row, column in places]
-    return table.write_csv(("layer", "table", "head", "row", "column", "value"), lines)
+    return csv_json.write_csv(("layer", "table", "head", "row", "column", "value"), lines)
 
 
 if __name__ == "__main__":

@@ -11,9 +11,9 @@ import sys
 from pathlib import Path
 
 import nearsight as ns
-from nearsight.inspect import draw
+from nearsight.pages import drawings
+from nearsight.saved.weights import load_model
 from nearsight.training.data import load_pictures
-from nearsight.training.weights import load_model
 
 
 def main(run: str, output: str, image_index: int = 3, pixel: tuple[int, int] | None = None) -> None:
@@ -23,7 +23,7 @@ def main(run: str, output: str, image_index: int = 3, pixel: tuple[int, int] | N
     image, _ = test[image_index]
     maps = ns.attention_maps(model, image[None])
     grey = (image * view.std[0] + view.mean[0]).clamp(0, 1)[0].numpy()
-    figure = draw.heads(grey, maps[:2], pixel or (view.size // 2, view.size // 2))
+    figure = drawings.heads(grey, maps[:2], pixel or (view.size // 2, view.size // 2))
     figure.set_facecolor("white")
     figure.savefig(output, metadata={"Date": None})
 

@@ -19,6 +19,7 @@ SOURCE = Path(ns.__file__).parent
 ROOMS = [
     ("errors",),
     ("files",),
+    ("pages",),
     ("picture",),
     ("window",),
     ("precision",),
@@ -38,15 +39,16 @@ ROOMS = [
     ("recompute",),
     ("layers",),
     ("models",),
-    ("convert",),
+    ("conversion",),
     ("inspect",),
+    ("saved",),
     ("bench",),
     ("training",),
     ("compat", "cli"),
     ("__init__",),
     ("__main__", "start"),
 ]
-SHARED_WITHIN = ("models", "inspect", "bench", "training", "compat", "convert")
+SHARED_WITHIN = ("models", "inspect", "bench", "training", "compat", "conversion", "pages", "saved")
 # Not torchvision and Pillow: timm, which the models need, brings them along.
 OPTIONAL = ("lightning", "matplotlib", "sklearn", "jsonargparse", "torchmetrics", "jinja2", "rich")
 

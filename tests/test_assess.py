@@ -17,15 +17,16 @@ from webdataset import TarWriter
 from nearsight import cli
 from nearsight.errors import DataError, OptionError
 from nearsight.models import create_model
+from nearsight.saved.trained_on import read_trained, write_trained
+from nearsight.saved.view import View
+from nearsight.saved.weights import Blueprint, save_model
 from nearsight.training.assess import assess
-from nearsight.training.data import View, load_pictures
+from nearsight.training.data import load_pictures
 from nearsight.training.data.pictures import digest
 from nearsight.training.matching import match_classes
 from nearsight.training.measures import measure
 from nearsight.training.recipe import Recipe
 from nearsight.training.train import resume, train
-from nearsight.training.trained import read_trained, write_trained
-from nearsight.training.weights import Blueprint, save_model
 
 GREY = View(1, 8, (0.5,), (0.5,))
 NAMES = ("zero", "one", "two", "three", "four")

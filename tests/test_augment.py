@@ -11,8 +11,9 @@ from PIL import Image
 
 from nearsight import cli
 from nearsight.errors import OptionError
+from nearsight.saved.view import View
 from nearsight.training import train
-from nearsight.training.data import RandomAffine, View, augmented, load_pictures, told
+from nearsight.training.data import RandomAffine, augmented, load_pictures, told
 from nearsight.training.recipe import Recipe, read_recipe
 
 SIDE, DRAWS = 64, 60

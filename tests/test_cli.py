@@ -14,8 +14,8 @@ from PIL import Image
 
 from nearsight import cli
 from nearsight.models import create_model
+from nearsight.saved.weights import Blueprint, save_model
 from nearsight.training.data import load_pictures
-from nearsight.training.weights import Blueprint, save_model
 
 
 @pytest.fixture

@@ -18,18 +18,18 @@ import pytest
 from PIL import Image
 
 from nearsight.errors import DataError, OptionError, TrainingError
+from nearsight.files import write_text
 from nearsight.models import create_model
+from nearsight.saved.weights import load_model
 from nearsight.training import compare as comparison
 from nearsight.training import compare_report, data
 from nearsight.training.compare import PRESETS, Stopped, _alone, compare, run_name
 from nearsight.training.compare_report import Spread, Table, common_accuracy, seconds_to, verdict
 from nearsight.training.evaluate import evaluate
-from nearsight.training.files import write_text
 from nearsight.training.intervals import tango, wilson
 from nearsight.training.measures import MEASURES_FILE, Measures, moved_by_a_pixel, read_measures
 from nearsight.training.recipe import Recipe, read_recipe
 from nearsight.training.train import train
-from nearsight.training.weights import load_model
 
 IN_A_PROCESS_OF_ITS_OWN = comparison._train  # which the fixture below replaces
 MODELS = ["sasa_nano", "sasa_nano,position=none"]

@@ -23,7 +23,7 @@ from torch.nn.utils import prune
 from torchvision.models.vgg import make_layers
 
 import nearsight as ns
-from nearsight.convert import GatedPositionalSelfAttention, gpsa
+from nearsight.conversion import GatedPositionalSelfAttention, gpsa
 from nearsight.errors import OptionError, ShapeError
 from nearsight.layers import AttentionLayer
 

@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import save_file
 
 from nearsight import cli
-from nearsight.convert import GatedPositionalSelfAttention
+from nearsight.conversion import GatedPositionalSelfAttention
 from nearsight.models import create_model
+from nearsight.saved.weights import Blueprint, load_model, save_model
 from nearsight.training.data import load_pictures
-from nearsight.training.weights import Blueprint, load_model, save_model
 
 
 @pytest.fixture

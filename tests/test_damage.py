@@ -15,8 +15,10 @@ from safetensors.torch import load_file, save_file
 from nearsight import create_model
 from nearsight.cli import main
 from nearsight.errors import DataError
+from nearsight.saved.view import View
+from nearsight.saved.weights import KEY, RECIPE, Blueprint, load_model, read_checkpoint, save_model
 from nearsight.training.callbacks import WholeFiles
-from nearsight.training.data import View, load_pictures
+from nearsight.training.data import load_pictures
 from nearsight.training.measures import (
     DIGEST,
     FILES,
@@ -29,7 +31,6 @@ from nearsight.training.measures import (
 )
 from nearsight.training.recipe import Recipe, read_recipe
 from nearsight.training.train import resume
-from nearsight.training.weights import KEY, RECIPE, Blueprint, load_model, read_checkpoint, save_model
 
 SPEC = "sasa_nano,depths=[1,1],widths=[8,8],stem_width=8,num_heads=2"
 BLUEPRINT = Blueprint(SPEC, ("none", "some", "many"), View(1, 8, (0.5,), (0.5,)), "digits")

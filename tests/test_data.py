@@ -15,7 +15,8 @@ from torch.utils.data import ConcatDataset
 from webdataset import TarWriter
 
 from nearsight.errors import DataError, OptionError
-from nearsight.training.data import IGNORED, Dealer, RandomAffine, View, load_pictures, loader, stored, warn_of_broken
+from nearsight.saved.view import View
+from nearsight.training.data import IGNORED, Dealer, RandomAffine, decoded, load_pictures, loader, warn_of_broken
 from nearsight.training.data.arrays import _turned
 from nearsight.training.evaluate import evaluate
 from nearsight.training.recipe import Recipe
@@ -193,8 +194,8 @@ def test_only_headers_and_a_sample_of_many_are_read(tmp_path, monkeypatch):
     write_folder(tmp_path)
     pictures = load_pictures(f"folder:{tmp_path}")
     opened = []
-    monkeypatch.setattr(stored, "SAMPLE", 7)
-    monkeypatch.setattr(stored.Files, "fetch", lambda self, index: opened.append(index) or self.paths[index])
+    monkeypatch.setattr(decoded, "SAMPLE", 7)
+    monkeypatch.setattr(decoded.Files, "fetch", lambda self, index: opened.append(index) or self.paths[index])
     monkeypatch.setattr(Image.Image, "load", None)  # what decodes
     assert pictures.train.median_side() == 10
     assert len(opened) == 7
@@ -515,7 +516,7 @@ def test_what_a_step_leaves_over_comes_in_other_epochs(tmp_path):
 
 def test_shards_come_in_runs_of_their_own(tmp_path, monkeypatch):
     """With a window of a few pictures, an epoch goes through one shard after the other."""
-    monkeypatch.setattr("nearsight.training.data.stored.WINDOW", 1)
+    monkeypatch.setattr("nearsight.training.data.decoded.WINDOW", 1)
     train = load_pictures(f"wds:{write_shards(tmp_path / 'shards')}").train
     order = train.order(torch.Generator().manual_seed(0))
     shards = train.album.blocks[train.chosen[order]]

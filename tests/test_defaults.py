@@ -20,8 +20,8 @@ from nearsight.inspect.rollout import attention_rollout
 from nearsight.inspect.statistics import attention_statistics
 from nearsight.inspect.transforms import Permutation, Translation
 from nearsight.models import count_flops
+from nearsight.saved.view import View
 from nearsight.training.data.arrays import ArraySplit, RandomAffine
-from nearsight.training.data.pictures import View
 
 DEFAULTS = {"float64": torch.float64, "bfloat16": torch.bfloat16, "another device": torch.device("meta")}
 

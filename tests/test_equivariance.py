@@ -22,9 +22,9 @@ from nearsight.inspect import (
     equivariance_error,
 )
 from nearsight.inspect.equivariance import decisive
+from nearsight.inspect.layer_list import layers_of
 from nearsight.inspect.reach import reach_of
-from nearsight.inspect.table import to_csv
-from nearsight.inspect.walk import layers_of
+from nearsight.pages.csv_json import to_csv
 
 EXACT = 1e-12  # in float64
 

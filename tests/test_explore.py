@@ -26,8 +26,8 @@ from nearsight.inspect.equivariance import decisive
 from nearsight.inspect.explore import Exploration, fit_picture, read_picture, view_of
 from nearsight.inspect.transforms import Reflection, Translation
 from nearsight.models import create_model
+from nearsight.saved.weights import Blueprint, save_model
 from nearsight.training.data import load_pictures
-from nearsight.training.weights import Blueprint, save_model
 
 explorer = import_module("nearsight.inspect.explore")  # the package has a function of this name
 ARTIFACTS = Path(__file__).parent.parent / "artifacts"

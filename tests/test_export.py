@@ -15,9 +15,9 @@ from torch import Tensor, nn
 import nearsight as ns
 from nearsight.cli import main
 from nearsight.models.sasa import sasa_nano
-from nearsight.training import export
-from nearsight.training.data import View
-from nearsight.training.weights import Blueprint, save_model
+from nearsight.saved import export
+from nearsight.saved.view import View
+from nearsight.saved.weights import Blueprint, save_model
 
 # One attention each, of the family's own kind; neither kernel nor block divides the maps.
 NETWORKS = {

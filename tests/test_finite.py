@@ -14,15 +14,17 @@ from torch import nn
 import nearsight as ns
 from nearsight import bench, cli
 from nearsight.errors import OptionError, TrainingError
-from nearsight.inspect.finite import why_not_finite
-from nearsight.inspect.table import to_csv, to_json, write_csv
-from nearsight.training import data, export, measures
+from nearsight.models.finite import why_not_finite
+from nearsight.pages.csv_json import to_csv, to_json, write_csv
+from nearsight.saved import export
+from nearsight.saved.view import View
+from nearsight.saved.weights import Blueprint, save_model
+from nearsight.training import data, measures
 from nearsight.training.callbacks import _to_csv
-from nearsight.training.data import View, load_pictures, loader
+from nearsight.training.data import load_pictures, loader
 from nearsight.training.evaluate import evaluate
 from nearsight.training.recipe import Recipe
 from nearsight.training.task import Classifier
-from nearsight.training.weights import Blueprint, save_model
 
 
 def strict(text):

@@ -17,7 +17,7 @@ from torch import nn
 
 import nearsight as ns
 from nearsight import layers
-from nearsight.convert.gpsa import GatedPositionalSelfAttention
+from nearsight.conversion.gpsa import GatedPositionalSelfAttention
 from nearsight.errors import OptionError, ShapeError
 from nearsight.inspect import AttentionMap
 from nearsight.models import nat

@@ -17,15 +17,16 @@ import torch
 from PIL import Image
 
 from nearsight.cli import main
-from nearsight.inspect import draw, plots
-from nearsight.inspect.names import readable, short
-from nearsight.inspect.table import write_csv
+from nearsight.pages import drawings
+from nearsight.pages.charts import to_png, to_svg_file
+from nearsight.pages.csv_json import write_csv
+from nearsight.pages.names import readable, short
+from nearsight.saved.weights import load_model
 from nearsight.training import compare as comparison
 from nearsight.training import compare_report, data, report
 from nearsight.training import train as training
 from nearsight.training.compare import compare
 from nearsight.training.recipe import Recipe
-from nearsight.training.weights import load_model
 
 ODD = (
     "$5_to_$10",
@@ -98,10 +99,10 @@ def test_a_cell_is_one_line_and_no_formula(name):
 def test_every_name_can_be_drawn_and_without_a_warning(names):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        figure = draw.confusion_matrix(np.eye(len(names), dtype=int), names)
-        svg = draw.to_svg(figure, " ".join(names))
-        plots.to_png(figure)
-        plots.to_svg_file(figure)
+        figure = drawings.confusion_matrix(np.eye(len(names), dtype=int), names)
+        svg = drawings.to_svg(figure, " ".join(names))
+        to_png(figure)
+        to_svg_file(figure)
     drawn = "".join(ElementTree.fromstring(svg).itertext())
     assert all(short(name) in drawn for name in names)
 
@@ -170,7 +171,9 @@ def fail(*args, **kwargs):
     raise RuntimeError("no such\nfont")
 
 
-@pytest.mark.parametrize(("room", "name"), [(draw, "confusion_matrix"), (training, "write_report"), (report, "render")])
+@pytest.mark.parametrize(
+    ("room", "name"), [(drawings, "confusion_matrix"), (training, "write_report"), (report, "render")]
+)
 def test_a_report_that_cannot_be_drawn_takes_nothing_with_it(odd_digits, tmp_path, capsys, monkeypatch, room, name):
     run = tmp_path / "run"
     monkeypatch.setattr(room, name, fail)
@@ -188,7 +191,7 @@ def test_a_report_that_cannot_be_drawn_takes_nothing_with_it(odd_digits, tmp_pat
 def test_resume_draws_a_report_that_could_not_be_drawn(odd_digits, tmp_path, capsys, monkeypatch):
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(draw, "confusion_matrix", fail)
+        patch.setattr(drawings, "confusion_matrix", fail)
         main(["train", "--model", SPEC, "--data", "digits", "--epochs", "1", "--output", str(run)])
     assert "Confusion matrix" not in (run / "report.html").read_text()
     assert main(["train", "--resume", "--output", str(run)]) == 0
@@ -200,7 +203,7 @@ def test_a_comparison_ends_although_nothing_can_be_drawn(odd_digits, tmp_path, c
         training.train(recipe, run)
 
     monkeypatch.setattr(comparison, "_train", here)
-    monkeypatch.setattr(draw, "confusion_matrix", fail)
+    monkeypatch.setattr(drawings, "confusion_matrix", fail)
     monkeypatch.setattr(compare_report, "draw_charts", fail)
     torch.manual_seed(0)
     table = compare({"": [SPEC]}, Recipe(data="digits", epochs=1), 1, tmp_path / "compared")

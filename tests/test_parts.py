@@ -10,7 +10,7 @@ from torch import nn
 
 from nearsight.errors import OptionError
 from nearsight.training.announce import _remarks
-from nearsight.training.data.stored import seed_all
+from nearsight.training.data.decoded import seed_all
 from nearsight.training.recipe import Recipe
 from nearsight.training.report import _curve
 from nearsight.training.task import Batches, Classifier, Mixed

@@ -13,7 +13,8 @@ from PIL import Image
 from nearsight.errors import DataError, OptionError
 from nearsight.inspect.explore import read_picture
 from nearsight.picture import ENDINGS, FORMATS, is_hidden, is_picture, opaque, open_picture
-from nearsight.training.data import View, load_pictures
+from nearsight.saved.view import View
+from nearsight.training.data import load_pictures
 from nearsight.training.recipe import Recipe
 
 RAMP = np.arange(256).reshape(16, 16)  # every shade once

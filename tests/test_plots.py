@@ -13,10 +13,19 @@ from PIL import Image
 
 import nearsight
 from nearsight.errors import TrainingError
-from nearsight.inspect import draw, plots
 from nearsight.inspect.equivariance import PARTS
-from nearsight.inspect.plots import COLOURS, DASHES, MARKERS, Chart, Series
-from nearsight.training.files import write_plot
+from nearsight.pages import drawings
+from nearsight.pages.charts import (
+    COLOURS,
+    DASHES,
+    MARKERS,
+    Chart,
+    Series,
+    charts_to_csv,
+    draw_charts,
+    to_svg_file,
+    write_plot,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = Path(nearsight.__file__).parent
@@ -68,11 +77,11 @@ def test_colours_that_cannot_would_be_found():
 
 
 def test_there_is_one_palette():
-    """A colour that a Python file names stands in draw.py, and the pages use the same ones for data."""
+    """A colour that a Python file names stands in drawings.py, and the pages use the same ones for data."""
     for file in SOURCE.rglob("*.py"):
         found = re.findall(r'"#[0-9a-f]{6}"', file.read_text())
-        assert not found or file.name == "draw.py", f"{file} has colours of its own: {found}"
-    page = (SOURCE / "inspect" / "templates" / "explore.html.jinja").read_text()
+        assert not found or file.name == "drawings.py", f"{file} has colours of its own: {found}"
+    page = (SOURCE / "pages" / "templates" / "explore.html.jinja").read_text()
     (parts,) = re.findall(r"const PARTS = \{(.*?)\}", page)
     shown = dict(re.findall(r'(\w+): "(#\w+)"', parts))
     assert {"border", "stride", "encoding"} <= set(shown)
@@ -84,7 +93,7 @@ def test_series_differ_without_their_colours_too():
     assert len(looks) == 42
     assert len({(COLOURS[n % len(COLOURS)], DASHES[n % len(DASHES)]) for n in range(12)}) == 12
     chart = Chart("epoch", "loss", {"": [Series(str(n), [1, 2], [n, n]) for n in range(4)]})
-    (axes,) = plots.draw([chart]).axes
+    (axes,) = draw_charts([chart]).axes
     assert len({line.get_linestyle() for line in axes.lines}) == 4
 
 
@@ -102,7 +111,7 @@ def chart():
 def test_every_point_is_in_the_csv_and_in_the_drawing(chart):
     header, *lines = read(chart.to_csv())
     assert header == ["panel", "series", "epoch", "loss", "standard deviation"]
-    one, two = plots.draw([chart]).axes
+    one, two = draw_charts([chart]).axes
     assert [axes.get_title(loc="left") for axes in (one, two)] == ["one", "two"]
     drawn = [["one", line.get_label(), *point] for line in one.lines for point in zip(*line.get_data(), strict=True)]
     assert drawn == [[panel, series, float(x), float(y)] for panel, series, x, y, _ in lines if panel == "one"]
@@ -116,7 +125,7 @@ def test_every_point_is_in_the_csv_and_in_the_drawing(chart):
 
 def test_charts_of_one_figure_share_a_table(chart):
     other = Chart("epoch", "accuracy", {"": [Series("curve", [1], [0.5])]})
-    header, *lines = read(plots.to_csv([chart, other]))
+    header, *lines = read(charts_to_csv([chart, other]))
     assert header == ["y is", "panel", "series", "epoch", "y", "standard deviation"]
     assert [line[0] for line in lines] == ["loss"] * 6 + ["accuracy"]
     assert lines[-1] == ["accuracy", "", "curve", "1", "0.5", ""]
@@ -124,7 +133,7 @@ def test_charts_of_one_figure_share_a_table(chart):
 
 
 def test_a_plot_is_written_with_its_numbers(chart, tmp_path):
-    write_plot(tmp_path / "v1.5", plots.draw([chart]), chart.to_csv())
+    write_plot(tmp_path / "v1.5", draw_charts([chart]), chart.to_csv())
     assert {file.name for file in tmp_path.iterdir()} == {"v1.5.csv", "v1.5.svg", "v1.5.png"}
     assert (tmp_path / "v1.5.csv").read_text() == chart.to_csv()
     assert "<svg" in (tmp_path / "v1.5.svg").read_text()
@@ -132,19 +141,19 @@ def test_a_plot_is_written_with_its_numbers(chart, tmp_path):
 
 
 def test_the_same_plot_gives_the_same_bytes(chart):
-    assert plots.to_svg_file(plots.draw([chart])) == plots.to_svg_file(plots.draw([chart]))
+    assert to_svg_file(draw_charts([chart])) == to_svg_file(draw_charts([chart]))
 
 
 def test_a_plot_that_cannot_be_written(chart):
     with pytest.raises(TrainingError, match=r"cannot write /dev/null/x\.csv"):
-        write_plot(Path("/dev/null/x"), plots.draw([chart]), chart.to_csv())
+        write_plot(Path("/dev/null/x"), draw_charts([chart]), chart.to_csv())
 
 
 def test_a_grid_shows_signs_and_sizes():
-    figure = draw.grid([[np.array([[2.0, -1.0], [0.0, 1.0]])]], ["row"], ["column"])
+    figure = drawings.grid([[np.array([[2.0, -1.0], [0.0, 1.0]])]], ["row"], ["column"])
     (axes,) = figure.axes
     shades = axes.images[0].get_array()
-    blue, orange = (np.array(draw._rgb(colour))[:3] for colour in (draw.BLUE, draw.ORANGE))
+    blue, orange = (np.array(drawings._rgb(colour))[:3] for colour in (drawings.BLUE, drawings.ORANGE))
     assert np.allclose(shades[..., 3], [[1, 0.5], [0, 0.5]])
     assert np.allclose(shades[0, 0, :3], blue)
     assert np.allclose(shades[0, 1, :3], orange)

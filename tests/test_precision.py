@@ -7,7 +7,7 @@ from torch import nn
 
 import nearsight as ns
 from nearsight.compat.natten.modules import NeighborhoodAttention2D
-from nearsight.convert.gpsa import GatedPositionalSelfAttention
+from nearsight.conversion.gpsa import GatedPositionalSelfAttention
 from nearsight.layers import _halo_attention, _halo_axis
 
 HALF = [torch.bfloat16, torch.float16]

@@ -17,8 +17,8 @@ from nearsight.bench.growth import GLOBAL, LOCAL, TEXTBOOK, Growth, Point, cross
 from nearsight.bench.profile import REST, Profile, Row, draw_profile, profile, table
 from nearsight.cli import main
 from nearsight.errors import OptionError
-from nearsight.inspect.table import to_csv
 from nearsight.models import count_flops
+from nearsight.pages.csv_json import to_csv
 
 GFLOPS, GBS = 50.0, 10.0
 
@@ -391,8 +391,8 @@ def test_a_network_is_profiled_at_the_size_that_its_name_asks_for(capsys):
 
 
 def test_the_command_reads_a_run_s_folder(tmp_path, capsys):
+    from nearsight.saved.weights import Blueprint, save_model
     from nearsight.training.data import load_pictures
-    from nearsight.training.weights import Blueprint, save_model
 
     pictures = load_pictures("digits")
     blueprint = Blueprint("sasa_nano", pictures.classes, pictures.view(8), "digits")

@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize, prune
 
 import nearsight as ns
 from nearsight.compat.natten.modules import NeighborhoodAttention2D
-from nearsight.convert.gpsa import GatedPositionalSelfAttention
+from nearsight.conversion.gpsa import GatedPositionalSelfAttention
 from nearsight.models.nat import NeighbourhoodAttention
 from nearsight.models.sasa import RelativeOnlySelfAttention2d
 

@@ -24,11 +24,12 @@ ROOMS = {
     "inspect": ("train", "explore"),
     "picture.py": ("train", "explore"),
     "bench": ("train",),
+    "pages": ("train", "explore"),
+    "saved/export.py": ("train+export",),
     "training": ("train",),
-    "training/export.py": ("train+export",),
     "cli.py": ("train",),
 }
-SHOWN_WITH_RICH = {"convert/report.py"}  # where it is installed
+SHOWN_WITH_RICH = {"conversion/report.py"}  # where it is installed
 
 
 def declared() -> dict[str, dict[str, Requirement]]:

@@ -18,16 +18,18 @@ import torch
 from PIL import Image
 from torch import nn
 
+from nearsight import files
 from nearsight.errors import TrainingError
+from nearsight.files import remove_leftovers, write_bytes
 from nearsight.models.halonet import HaloNet
-from nearsight.training import files, task
-from nearsight.training.data import Dealer, View
-from nearsight.training.files import remove_leftovers, write_bytes
+from nearsight.saved.view import View
+from nearsight.saved.weights import Blueprint, read_checkpoint
+from nearsight.training import task
+from nearsight.training.data import Dealer
 from nearsight.training.optimizer import make_optimizer
 from nearsight.training.recipe import Recipe
 from nearsight.training.task import Classifier
 from nearsight.training.train import Interrupted, resume, train
-from nearsight.training.weights import Blueprint, read_checkpoint
 
 # All that draws or keeps something: mean of the weights, mixup, dropped paths, erased rectangles, workers that augment.
 STATEFUL = {"ema_decay": 0.9, "mixup": 0.4, "random_erasing": 0.3, "drop_path": 0.2, "accumulate": 2, "workers": 2}

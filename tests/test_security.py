@@ -30,19 +30,18 @@ from safetensors.torch import save_file
 import nearsight as ns
 from nearsight import cli
 from nearsight.errors import DataError, OptionError, TrainingError
-from nearsight.files import open_regular, read_yaml, remove_leftovers, write_whole
+from nearsight.files import make_inner_folder, open_regular, read_yaml, remove_leftovers, write_whole
 from nearsight.inspect.explore import read_picture
-from nearsight.inspect.pages import without_styles
-from nearsight.models import check_stored_spec, stored_spec
-from nearsight.models.spec import own_options
+from nearsight.pages.html import without_styles
+from nearsight.saved.spec import check_stored_spec, own_options, stored_spec
+from nearsight.saved.view import View
+from nearsight.saved.weights import Blueprint, load_model, save_model
 from nearsight.training import data
 from nearsight.training import train as training
 from nearsight.training.compare import COMMAND
-from nearsight.training.data import IGNORED, View
+from nearsight.training.data import IGNORED
 from nearsight.training.data.arrays import _read_idx
-from nearsight.training.files import make_inner_folder
 from nearsight.training.recipe import Recipe, read_recipe
-from nearsight.training.weights import Blueprint, load_model, save_model
 
 TEN = tuple("0123456789")
 BLUEPRINT = Blueprint("sasa_nano", TEN, View(1, 8, (0.3,), (0.4,)), "digits")

@@ -16,14 +16,14 @@ import yaml
 
 from nearsight.cli import main
 from nearsight.errors import DataError, OptionError, TrainingError
+from nearsight.saved.weights import RECIPE as RECIPE_KEY
+from nearsight.saved.weights import load_model, read_checkpoint
 from nearsight.training import data, files
 from nearsight.training.data import loader
 from nearsight.training.evaluate import evaluate
 from nearsight.training.recipe import Recipe, read_recipe
 from nearsight.training.task import Classifier
 from nearsight.training.train import Interrupted, _is_same, default_output, image_size, resume, train
-from nearsight.training.weights import RECIPE as RECIPE_KEY
-from nearsight.training.weights import load_model, read_checkpoint
 
 FILES = {"config.yaml", "last.ckpt", "metrics.csv", "model.safetensors", "report.html", "timing.csv", "trained.npz"}
 

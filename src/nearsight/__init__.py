@@ -10,7 +10,7 @@ from .attention import (
     local_attention,
     merge_attentions,
 )
-from .convert import convert
+from .conversion import convert
 from .inspect import (
     attention_maps,
     attention_rollout,

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from .errors import DataError, NearsightError, OptionError, TrainingError
-from .inspect.names import readable
+from .pages.names import readable
 
 TRAIN_EXTRA = ("lightning", "torchmetrics", "jsonargparse", "sklearn", "scipy", "matplotlib", "jinja2", "PIL", "rich")
 
@@ -333,7 +333,7 @@ def _eval(arguments: list[str]) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON, with the confusion matrix")
     options = _parse(parser, arguments)
 
-    from .inspect.table import to_json
+    from .pages.csv_json import to_json
     from .training.assess import assess
 
     found = assess(
@@ -371,8 +371,8 @@ def _convert(arguments: list[str]) -> None:
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     options = vars(_parse(parser, arguments))
 
-    from .inspect.table import to_json
-    from .training.conversion import convert_to_folder, has_random_weights
+    from .pages.csv_json import to_json
+    from .saved.converted import convert_to_folder, has_random_weights
 
     as_json, output = options.pop("json"), options["output"]
     report = convert_to_folder(**options)
@@ -453,7 +453,7 @@ def _profile(arguments: list[str]) -> None:
     from .bench.growth import geometry_of, growth
     from .bench.profile import profile
     from .bench.timing import using_threads
-    from .training.files import make_folder
+    from .files import make_folder
 
     model, view, _, title, _ = _model_and_view(options.model, options.size)
     if options.output is not None:
@@ -470,8 +470,9 @@ def _tell_cost(title: str, found: Any, grown: Any, options: argparse.Namespace) 
     from rich.console import Console
 
     from .bench import growth, profile
-    from .inspect.table import to_csv, to_json
-    from .training.files import write_plot, write_text
+    from .files import write_text
+    from .pages.charts import write_plot
+    from .pages.csv_json import to_csv, to_json
 
     facts = {"model": title, "parameters": found.parameters, "flops": found.flops, **asdict(found)}
     text = to_json(facts if grown is None else {**facts, "growth": asdict(grown)})
@@ -509,8 +510,8 @@ def _model_and_view(name: str, size: int | None) -> tuple[Any, Any, Sequence[str
     """A model, its view of pictures, its classes, and a title and a sentence that say what it is."""
     from .inspect.explore import view_of
     from .models import create_model, input_size, parse_spec
-    from .training.data import View
-    from .training.weights import load_model
+    from .saved.view import View
+    from .saved.weights import load_model
 
     path = Path(name).expanduser()
     if path.exists() or path.suffix in (".safetensors", ".ckpt") or (os.sep in name and ":" not in name):
@@ -547,7 +548,7 @@ def _export(arguments: list[str]) -> None:
     parser.add_argument("--size", metavar="N|HxW", help="take pictures of this size alone (default: any, where it can)")
     options = _parse(parser, arguments)
 
-    from .training.export import export_to_file
+    from .saved.export import export_to_file
 
     exported = export_to_file(options.run, options.format, options.output, options.size)
     tried = " and ".join("x".join(map(str, shape)) for shape in exported.tried)
@@ -587,7 +588,7 @@ def _info(arguments: list[str]) -> None:
     parser = _parser("info", "Versions, attention backends (and why not), and what this machine offers.")
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = _parse(parser, arguments)
-    from .inspect.table import to_json
+    from .pages.csv_json import to_json
 
     facts = _facts()
     if options.json:

@@ -15,6 +15,8 @@ import stat
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from .errors import TrainingError
+
 UNFINISHED = ".part"  # what a temporary file's name ends with
 LARGEST_TEXT = 1 << 24  # bytes of a table that is read whole
 LARGEST_YAML = 1 << 16  # characters of settings, which take a second to read
@@ -130,6 +132,49 @@ def write_whole(path: Path, content: bytes) -> None:
         os.unlink(temporary)
         raise
     _sync_folder(path.parent)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """:func:`write_whole` with a message for the user.
+
+    Raises:
+        TrainingError: the folder cannot be written to, or the disk is full.
+    """
+    try:
+        write_whole(path, content)
+    except OSError as error:
+        raise TrainingError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def write_text(path: Path, content: str) -> None:
+    """:func:`write_bytes` for text, in UTF-8; bytes of a file's name that are none are written ``\\udc80`` and so on."""
+    write_bytes(path, content.encode(errors="backslashreplace"))
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it, where they are missing.
+
+    Raises:
+        TrainingError: it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TrainingError(f"cannot make the folder {path}: {error.strerror}; name another --output") from error
+
+
+def make_inner_folder(path: Path) -> None:
+    """Make a folder inside a run's or a comparison's own, which may have come from elsewhere: no link leads out of it.
+
+    Raises:
+        TrainingError: it cannot be made, or it, or something in it, is a link.
+    """
+    if os.path.islink(path):
+        raise TrainingError(f"{path} must be a folder, and it is a link: remove it, or name another --output")
+    make_folder(path)
+    links = [entry.path for entry in os.scandir(path) if entry.is_symlink()]
+    if links:
+        raise TrainingError(f"{links[0]} is a link, where files are to be written: remove it, or name another --output")
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from ..errors import DataError, OptionError
 from ..files import write_whole
-from ..inspect.table import to_json
+from ..pages.csv_json import to_json
 from . import core, layers, models
 from .timing import setting, using_threads
 

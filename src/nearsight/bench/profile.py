@@ -15,9 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..inspect.draw import BLUE, INK, ORANGE, _figure, _in_style
-from ..inspect.walk import layers_of
+from ..inspect.layer_list import layers_of
 from ..models.modes import evaluating
+from ..pages.drawings import BLUE, INK, ORANGE, _figure, _in_style
 from .timing import copy_rate, matrix_rate, setting
 
 if TYPE_CHECKING:

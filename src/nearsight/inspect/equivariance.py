@@ -15,10 +15,10 @@ from torch.utils._pytree import tree_map
 from ..errors import OptionError, ShapeError
 from ..layers import AttentionLayer
 from ..models.modes import evaluating
-from .draw import BLUE, GREY, INK, ORANGE, SKY, _figure, _in_style
+from ..pages.drawings import BLUE, GREY, INK, ORANGE, SKY, _figure, _in_style
+from .layer_list import layers_of
 from .reach import Reach, closes, everywhere, inside_of, reach_of, strides_of
 from .transforms import Transform
-from .walk import layers_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

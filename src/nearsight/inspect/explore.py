@@ -20,15 +20,15 @@ from torch import Tensor, nn
 
 from ..errors import DataError, OptionError, ShapeError
 from ..files import write_whole
+from ..models.finite import why_not_finite
+from ..pages.csv_json import finite
+from ..pages.html import render
+from ..pages.names import readable
 from ..picture import BACKGROUND, open_picture
 from .equivariance import decisive, equivariance_by_layer
-from .finite import why_not_finite
 from .maps import AttentionMap, attention_layers, attention_maps
-from .names import readable
-from .pages import render
 from .rollout import attention_rollout
 from .statistics import attention_statistics
-from .table import finite
 from .transforms import Transform, Translation
 
 # What base64 makes a third longer: weights, rollouts and position tables, for a page under 5 MB.
@@ -200,7 +200,6 @@ class _Page:
             "equivariance": _equivariance(self.model, self.batch, transform),
         }
         return render(
-            "nearsight.inspect",
             "explore.html.jinja",
             title=title,
             subtitle=subtitle,

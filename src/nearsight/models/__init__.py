@@ -16,21 +16,18 @@ from ..layers import AttentionStem2d, GlobalSelfAttention2d, HaloSelfAttention2d
 from ..projection import PatchProjection2d
 from . import halonet, nat, sasa, twins
 from .flops import count_flops
-from .spec import ELSEWHERE, check_stored_spec, is_plain, parse_spec, stored_spec
+from .spec import ELSEWHERE, parse_spec
 
 __all__ = [
     "ELSEWHERE",
-    "check_stored_spec",
     "count_flops",
     "create_model",
     "input_size",
-    "is_plain",
     "list_models",
     "made_for_size",
     "parse_spec",
     "pretrained_value",
     "refuse_ignored",
-    "stored_spec",
 ]
 
 _FAMILIES = (halonet, nat, sasa)

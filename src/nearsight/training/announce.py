@@ -14,7 +14,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..attention import BACKENDS
 from ..models import count_flops
 from ..models.modes import evaluating, keeping_modes
-from .data import Pictures, View, told
+from ..saved.view import View
+from .data import Pictures, told
 from .evaluate import Evaluation
 from .recipe import Recipe
 

@@ -13,11 +13,12 @@ import torch
 
 from ..errors import OptionError
 from ..picture import opaque
-from .data import MAX_BROKEN, STORED, Pictures, Split, View, Whole, load_pictures, load_whole, loader
+from ..saved.trained_on import TRAINED_FILE, read_trained
+from ..saved.view import View
+from ..saved.weights import Blueprint, load_model
+from .data import MAX_BROKEN, STORED, Pictures, Split, Whole, load_pictures, load_whole, loader
 from .evaluate import Evaluation, evaluate, joined
 from .matching import classes_in
-from .trained import TRAINED_FILE, read_trained
-from .weights import Blueprint, load_model
 
 SPLITS = ("test", "val", "train", "all")
 BATCH = 256
@@ -102,7 +103,7 @@ def assess(
     """Measure a saved network on a data set.
 
     Args:
-        run: what :func:`nearsight.training.weights.load_model` takes.
+        run: what :func:`nearsight.saved.weights.load_model` takes.
         data, root: as of :func:`nearsight.training.data.load_pictures`.
         split: one of ``SPLITS``; None takes ``"test"``, and ``"all"`` for pictures in files that the run was not trained on.
         by_order: pair classes by their order, whatever they are called.

@@ -17,11 +17,11 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.plugins.io import CheckpointIO
 
-from ..inspect.table import write_csv
+from ..files import write_bytes, write_text
+from ..pages.csv_json import write_csv
+from ..saved.trained_on import write_trained
+from ..saved.weights import CHECKPOINT_FILE, read_checkpoint
 from .data import Seen, warn_of_broken
-from .files import write_bytes, write_text
-from .trained import write_trained
-from .weights import CHECKPOINT_FILE, read_checkpoint
 
 METRICS_FILE = "metrics.csv"
 TIMING_FILE = "timing.csv"

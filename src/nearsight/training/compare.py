@@ -25,15 +25,15 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 from ..errors import OptionError, TrainingError
+from ..files import make_folder, make_inner_folder, write_text
 from ..models import input_size
+from ..saved.weights import CHECKPOINT_FILE, Blueprint
 from .compare_report import Table, write_comparison
 from .data import Pictures, check_trainable, load_pictures
-from .files import make_folder, make_inner_folder, write_text
 from .measures import MEASURES_FILE, Measures, measure, read_measures, read_rows
 from .recipe import OWN_SIZE, Recipe, read_recipe
 from .report import REPORT_FILE
 from .train import MOVABLE, image_size
-from .weights import CHECKPOINT_FILE, Blueprint
 
 RECIPE_FILE = "compare.yaml"
 COMMAND = Path(__file__).parents[1] / "start" / "nearsight_command.py"  # which says why it is not `python -m nearsight`

@@ -16,13 +16,12 @@ import numpy as np
 
 from ..bench.timing import setting
 from ..errors import DataError
-from ..inspect import draw
-from ..inspect.pages import render
-from ..inspect.plots import Chart, Series
-from ..inspect.plots import draw as draw_charts
-from ..inspect.table import write_csv
+from ..files import make_inner_folder, write_text
+from ..pages import drawings
+from ..pages.charts import Chart, Series, draw_charts, write_plot
+from ..pages.csv_json import write_csv
+from ..pages.html import render
 from .data import Pictures
-from .files import make_inner_folder, write_plot, write_text
 from .intervals import Interval, paired, wilson
 from .measures import Measures
 from .recipe import Recipe
@@ -255,7 +254,7 @@ def _draw(output: Path, table: Table, recipe: Recipe, pictures: Pictures) -> Non
     for name, (chart, caption) in charts(table).items():
         figure = draw_charts([chart], legend_below=True)
         write_plot(output / PLOTS / name, figure, chart.to_csv())
-        shown.append(Picture(draw.to_svg(figure, _described(chart, caption)), caption, chart.to_csv()))
+        shown.append(Picture(drawings.to_svg(figure, _described(chart, caption)), caption, chart.to_csv()))
     write_text(output / PAGE_FILE, _page(table, shown, recipe, pictures))
 
 
@@ -336,7 +335,6 @@ def _page(table: Table, pictures: Sequence[Picture], recipe: Recipe, data: Pictu
     for row in table.rows:
         groups.setdefault(row.group, []).append(row)
     return render(
-        "nearsight.training",
         "compare.html.jinja",
         version=version("nearsight"),
         recipe=recipe,

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ..errors import OptionError
+from ..saved.weights import Blueprint
 from .data import Pictures, Split, Whole
-from .weights import Blueprint
 
 SHOWN_NAMES = 20  # of a long list
 

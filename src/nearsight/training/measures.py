@@ -38,18 +38,17 @@ from torch import Tensor, nn
 
 from ..bench.timing import race
 from ..errors import DataError, TrainingError
-from ..files import open_regular, read_text
+from ..files import open_regular, read_text, write_text
 from ..inspect import equivariance_error
-from ..inspect.table import to_json
 from ..models import count_flops
+from ..pages.csv_json import to_json
+from ..saved.trained_on import told_overlap
+from ..saved.weights import load_model
 from .callbacks import METRICS_FILE, TIMING_FILE
 from .data import MAX_BROKEN, Pictures, loader
 from .evaluate import Evaluation, evaluate
-from .files import write_text
 from .matching import classes_in
 from .recipe import CONFIG_FILE, read_recipe
-from .trained import told_overlap
-from .weights import load_model
 
 MEASURES_FILE = "measures.json"
 MEASURED_FROM = (METRICS_FILE, TIMING_FILE)

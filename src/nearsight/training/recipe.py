@@ -16,8 +16,9 @@ from typing import Any
 
 from ..errors import DataError, NearsightError, OptionError
 from ..files import read_text, read_yaml
-from ..models import check_stored_spec, parse_spec, refuse_ignored, stored_spec
+from ..models import parse_spec, refuse_ignored
 from ..picture import BACKGROUND, opaque
+from ..saved.spec import check_stored_spec, stored_spec
 from .data.pictures import AUGMENTS
 
 CONFIG_FILE = "config.yaml"  # in a run's folder

@@ -16,18 +16,19 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from ..errors import NearsightError
-from ..inspect import draw, plots
+from ..files import write_text
 from ..inspect.maps import AttentionMap, attention_maps
-from ..inspect.names import readable
-from ..inspect.pages import render
-from ..inspect.table import write_csv
 from ..layers import SelfAttention
 from ..models.modes import evaluating
-from .data import View
+from ..pages import drawings
+from ..pages.charts import Chart, Series, charts_to_csv, draw_charts
+from ..pages.csv_json import write_csv
+from ..pages.html import render
+from ..pages.names import readable
+from ..saved.view import View
+from ..saved.weights import Blueprint
 from .evaluate import Evaluation
-from .files import write_text
 from .recipe import Recipe
-from .weights import Blueprint
 
 REPORT_FILE = "report.html"
 SHOWN_IMAGES = 4
@@ -47,7 +48,7 @@ class Picture:
 def write_result(path: Path, recipe: Recipe, evaluation: Evaluation) -> None:
     """The accuracy alone as a page, which stands where the report will: nothing that fails in drawing it takes that away."""
     values = {"version": version("nearsight"), "recipe": recipe, "evaluation": evaluation, "folder": path.parent}
-    write_text(path, render("nearsight.training", "result.html.jinja", **values))
+    write_text(path, render("result.html.jinja", **values))
 
 
 def is_drawn(path: Path, draw: Callable[[], None]) -> bool:
@@ -83,7 +84,6 @@ def write_report(
         augmentation: what training did to its pictures, in a few words.
     """
     page = render(
-        "nearsight.training",
         "report.html.jinja",
         version=version("nearsight"),
         recipe=recipe,
@@ -122,18 +122,18 @@ def _curve(rows: Sequence[Mapping[str, float]], *, mixed: bool) -> Picture:
     charts = []
     for what, name, unit in (("loss", "loss", 1), ("accuracy", "accuracy, %", 100)):
         parts = (("training, mixed" if mixed else "training", "train"), ("validation", "val"))
-        series = [plots.Series(label, epochs, [unit * row[f"{part}_{what}"] for row in rows]) for label, part in parts]
-        charts.append(plots.Chart("epoch", name, {"": series}))
-    return Picture(draw.to_svg(plots.draw(charts), f"Learning curve. {text}"), text, plots.to_csv(charts))
+        series = [Series(label, epochs, [unit * row[f"{part}_{what}"] for row in rows]) for label, part in parts]
+        charts.append(Chart("epoch", name, {"": series}))
+    return Picture(drawings.to_svg(draw_charts(charts), f"Learning curve. {text}"), text, charts_to_csv(charts))
 
 
 def _confusion(evaluation: Evaluation, classes: Sequence[str]) -> Picture:
     wrong = evaluation.count - evaluation.correct
     text = f"{evaluation.correct} of {evaluation.count} test images are right, {wrong} wrong."
-    figure = draw.confusion_matrix(evaluation.confusion, classes)
+    figure = drawings.confusion_matrix(evaluation.confusion, classes)
     pairs = ((classes[true], classes[said], count) for (true, said), count in np.ndenumerate(evaluation.confusion))
     numbers = write_csv(("true class", "predicted", "images"), pairs)
-    return Picture(draw.to_svg(figure, f"Confusion matrix of {len(classes)} classes. {text}"), text, numbers)
+    return Picture(drawings.to_svg(figure, f"Confusion matrix of {len(classes)} classes. {text}"), text, numbers)
 
 
 def _mistakes(evaluation: Evaluation, classes: Sequence[str]) -> list[tuple[str, str, int]]:
@@ -163,12 +163,12 @@ def _attention(model: nn.Module, blueprint: Blueprint, evaluation: Evaluation, t
         said = blueprint.classes[int(evaluation.predictions[index])]
         verdict = f"a {true}, recognised" if said == true else f"a {true}, taken for a {said}"
         text = f"Test image {index}: {verdict}. The query is the pixel in row {pixel[0] + 1}, column {pixel[1] + 1}."
-        figure = draw.memory_blocks(image, maps, pixel, place)
-        numbers = draw.blocks_to_csv(maps, pixel, place)
-        pictures.append(Picture(draw.to_svg(figure, f"{text} {_where(maps, pixel, place)}"), text, numbers))
+        figure = drawings.memory_blocks(image, maps, pixel, place)
+        numbers = drawings.blocks_to_csv(maps, pixel, place)
+        pictures.append(Picture(drawings.to_svg(figure, f"{text} {_where(maps, pixel, place)}"), text, numbers))
     text = f"The same query in test image {chosen[0]}, head by head."
-    figure = draw.heads(shown[0], maps, pixels[0])
-    pictures.append(Picture(draw.to_svg(figure, text), text, draw.blocks_to_csv(maps, pixels[0])))
+    figure = drawings.heads(shown[0], maps, pixels[0])
+    pictures.append(Picture(drawings.to_svg(figure, text), text, drawings.blocks_to_csv(maps, pixels[0])))
     return pictures
 
 

@@ -21,12 +21,13 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from ..errors import DataError, TrainingError
-from .data import IGNORED, Dealer, Pictures, RandomAffine, View, loader
+from ..saved.view import View
+from ..saved.weights import KEY, PREFIX, RECIPE, Blueprint
+from .data import IGNORED, Dealer, Pictures, RandomAffine, loader
+from .data.decoded import seed_all
 from .data.pictures import Split, hashed
-from .data.stored import seed_all
 from .optimizer import make_optimizer, make_schedule, state_apart
 from .recipe import Recipe, check_mixed
-from .weights import KEY, PREFIX, RECIPE, Blueprint
 
 
 class Mixed(Mixup):

@@ -24,21 +24,29 @@ from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from torch import nn
 
 from ..errors import DataError, OptionError, TrainingError
-from ..files import read_text
-from ..models import ELSEWHERE, input_size, parse_spec, stored_spec
+from ..files import make_folder, make_inner_folder, read_text, remove_leftovers, write_text
+from ..models import ELSEWHERE, input_size, parse_spec
+from ..saved.spec import stored_spec
+from ..saved.trained_on import TRAINED_FILE, told_overlap
+from ..saved.weights import (
+    CHECKPOINT_FILE,
+    RECIPE,
+    WEIGHTS_FILE,
+    Blueprint,
+    read_blueprint,
+    read_checkpoint,
+    save_model,
+)
 from .announce import announcement, conclusion
 from .batchnorm import synced_batch_norms
 from .callbacks import Forecast, Journal, StopTogether, WholeFiles
 from .data import STORED, Pictures, augmented, check_trainable, load_pictures, loader, told
 from .data.pictures import last_words
 from .evaluate import Evaluation, evaluate
-from .files import make_folder, make_inner_folder, remove_leftovers, write_text
 from .matching import check_same_classes
 from .recipe import BEGAN, CONFIG_FILE, OWN_SIZE, Recipe, read_recipe
 from .report import REPORT_FILE, is_drawn, write_report, write_result
 from .task import Batches, Classifier
-from .trained import TRAINED_FILE, told_overlap
-from .weights import CHECKPOINT_FILE, RECIPE, WEIGHTS_FILE, Blueprint, read_blueprint, read_checkpoint, save_model
 
 TENSORBOARD_FOLDER = "tensorboard"
 # What may change when a run is resumed: where it runs and what it tells, not what it computes.

@@ -16,7 +16,7 @@ result on the test split.
 
 pictures.py   what a data set is to the rest of the training
 arrays.py     those that fit in memory
-stored.py     those that are decoded when needed; folder:PATH
+decoded.py    those that are decoded when needed; folder:PATH
 hub.py        hf:NAME
 shards.py     wds:PATH
 augment.py    how training varies them
@@ -25,12 +25,13 @@ augment.py    how training varies them
 from __future__ import annotations
 
 from ...errors import OptionError
+from ...saved.view import View
 from .arrays import SOURCES, ArraySplit, RandomAffine
 from .augment import augmented, told
+from .decoded import StoredSplit, Whole, load_folder, warn_of_broken, whole
 from .hub import load_hub
-from .pictures import IGNORED, MAX_BROKEN, Dealer, Pictures, Seen, Split, View, check_trainable, loader
+from .pictures import IGNORED, MAX_BROKEN, Dealer, Pictures, Seen, Split, check_trainable, loader
 from .shards import load_shards
-from .stored import StoredSplit, Whole, load_folder, warn_of_broken, whole
 
 __all__ = [
     "IGNORED",

@@ -19,18 +19,8 @@ from torch import Tensor, nn
 
 from ...errors import DataError
 from ...files import open_regular
-from .pictures import (
-    IGNORED,
-    MAX_BROKEN,
-    TEST_SHARE,
-    VALIDATION_SHARE,
-    Changes,
-    Pictures,
-    Seen,
-    View,
-    digest,
-    stratified,
-)
+from ...saved.view import View
+from .pictures import IGNORED, MAX_BROKEN, TEST_SHARE, VALIDATION_SHARE, Changes, Pictures, Seen, digest, stratified
 
 DIGITS = tuple(str(digit) for digit in range(10))
 TURN_SEED = 0  # of rotated data: whatever the seed of the run, the pictures are the same

@@ -9,8 +9,8 @@ from typing import Any
 from torch import nn
 
 from .arrays import RandomAffine
+from .decoded import StoredSplit
 from .pictures import AUGMENTS, Pictures
-from .stored import StoredSplit
 
 
 def augmented(pictures: Pictures, augment: str | None, mirror: bool | None, crop: float | None) -> Pictures:

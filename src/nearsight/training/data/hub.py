@@ -12,9 +12,9 @@ import numpy as np
 
 from ...errors import DataError, TrainingError
 from ...picture import is_hidden, is_picture
+from .decoded import Gather, divided
 from .folders import ending, tell_left_out
 from .splits import parts_among, tell_unread
-from .stored import Gather, divided
 
 
 class Rows:

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ...errors import DataError
-from ...inspect.names import readable
-from ...picture import BACKGROUND
+from ...pages.names import readable
+from ...saved.view import View
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -28,17 +28,6 @@ VALIDATION_SHARE = 0.1
 IGNORED = -1  # the label of what does not count: padding, and images that cannot be read
 MAX_BROKEN = 10
 SIZES = 32  # a multiple of which most networks halve to the end
-
-
-@dataclass(frozen=True)
-class View:
-    """How a model sees pictures: channels, size, normalisation, and what shows where they are transparent."""
-
-    channels: int
-    size: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    background: str = BACKGROUND
 
 
 @dataclass(frozen=True)

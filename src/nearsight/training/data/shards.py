@@ -25,12 +25,11 @@ from typing import IO, Any, NoReturn
 import numpy as np
 
 from ...errors import DataError, TrainingError
-from ...files import open_regular, read_text
+from ...files import open_regular, read_text, write_bytes
 from ...picture import ENDINGS, is_hidden, is_picture
-from ..files import write_bytes
+from .decoded import Gather, divided
 from .folders import ending, tell_left_out
 from .splits import PARTS, part_of, parts_among, tell_unread
-from .stored import Gather, divided
 
 INDEX_FILE = "nearsight-index.npz"
 CLASSES_FILE = "classes.txt"

@@ -15,15 +15,15 @@ import re
 from typing import Any
 
 
-def render(package: str, template: str, **values: Any) -> str:
-    """Fill in one of the pages in the ``templates`` of a package; a value that it wants and does not get is an error.
+def render(template: str, **values: Any) -> str:
+    """Fill in one of the pages in ``templates/``; a value that it wants and does not get is an error.
 
     The template puts the page's policy where ``policy`` stands. Its styles and scripts hold no values.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined, meta
     from markupsafe import Markup
 
-    loader = PackageLoader(package)
+    loader = PackageLoader("nearsight.pages")
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
     source = loader.get_source(environment, template)[0]
     others = [name for name in meta.find_referenced_templates(environment.parse(source)) if name]

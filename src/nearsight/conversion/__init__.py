@@ -23,8 +23,8 @@ from ..layers import AttentionLayer
 from ..models import count_flops
 from ..models.modes import evaluating
 from ..positions import Factory, name_of, refuse_instance, refuse_shared
+from .fresh import attention_like
 from .gpsa import GatedPositionalSelfAttention
-from .random import attention_like
 from .report import ATTENTION, CONVERTED, SKIPPED, Report, Row
 
 __all__ = ["GatedPositionalSelfAttention", "Report", "Row", "convert"]

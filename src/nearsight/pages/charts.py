@@ -10,12 +10,14 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .draw import BLUE, GREEN, INK, ORANGE, PINK, RED, SKY, STYLE, _figure, _in_style, without_glyph_warnings
-from .table import write_csv
+from ..files import write_bytes, write_text
+from .csv_json import write_csv
+from .drawings import BLUE, GREEN, INK, ORANGE, PINK, RED, SKY, STYLE, _figure, _in_style, without_glyph_warnings
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -69,14 +71,14 @@ class Chart:
                 yield from ([title, one.label, *point] for point in zip(one.x, one.y, spread, strict=True))
 
 
-def to_csv(charts: Sequence[Chart]) -> str:
+def charts_to_csv(charts: Sequence[Chart]) -> str:
     """The points of several charts over one x, in one table whose first column says what y is."""
     points = ([chart.y, *point] for chart in charts for point in chart._points())
     return write_csv(["y is", "panel", "series", charts[0].x, "y", "standard deviation"], points)
 
 
 @_in_style
-def draw(charts: Sequence[Chart], columns: int = 3, legend_below: bool = False) -> Figure:
+def draw_charts(charts: Sequence[Chart], columns: int = 3, legend_below: bool = False) -> Figure:
     """All panels of one or more charts, ``columns`` to a row, each with its legend.
 
     Args:
@@ -84,7 +86,7 @@ def draw(charts: Sequence[Chart], columns: int = 3, legend_below: bool = False) 
 
     Example:
         >>> chart = Chart("epoch", "loss", {"": [Series("training", [1, 2, 3], [2.0, 1.0, 0.5])]})
-        >>> figure = draw([chart])
+        >>> figure = draw_charts([chart])
         >>> chart.to_csv().splitlines()[1]
         ',training,1,2.0,'
     """
@@ -111,8 +113,16 @@ def to_png(figure: Figure) -> bytes:
 
 
 def to_svg_file(figure: Figure) -> bytes:
-    """An SVG that stands alone, on white; a page takes :func:`nearsight.inspect.draw.to_svg`."""
+    """An SVG that stands alone, on white; a page takes :func:`nearsight.pages.drawings.to_svg`."""
     return _saved(figure, "svg")
+
+
+def write_plot(path: Path, figure: Figure, numbers: str, formats: Sequence[str] = ("svg", "png")) -> None:
+    """A picture in every format, and beside it the numbers that it shows: ``path`` with .csv, .svg, .png."""
+    write_text(path.with_name(f"{path.name}.csv"), numbers)
+    for name, draw in (("svg", to_svg_file), ("png", to_png)):
+        if name in formats:
+            write_bytes(path.with_name(f"{path.name}.{name}"), draw(figure))
 
 
 def _saved(figure: Figure, format: str, **options: Any) -> bytes:

@@ -13,8 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import DataError
-from ..files import open_regular
-from .files import write_bytes
+from ..files import open_regular, write_bytes
 
 LARGEST = 1 << 30  # bytes that are read of it, eight for each picture
 TRAINED_FILE = "trained.npz"

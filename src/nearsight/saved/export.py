@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import DataError, OptionError, TrainingError
-from ..inspect.finite import why_not_finite
-from .files import write_bytes
+from ..files import write_bytes
+from ..models.finite import why_not_finite
 from .weights import KEY, Blueprint, load_model
 
 FORMATS = {"onnx": ".onnx", "pt2": ".pt2"}
@@ -51,7 +51,7 @@ def export_to_file(run: Path, form: str, output: Path | None = None, size: int |
     global attention with tables, the batch alone does; the result's ``shape`` says which.
 
     Args:
-        run: what :func:`nearsight.training.weights.load_model` takes.
+        run: what :func:`nearsight.saved.weights.load_model` takes.
         form: ``"onnx"`` or ``"pt2"``.
         output: the file; None puts it beside the weights.
         size: of the pictures that the file takes, ``N`` or ``"HxW"``; None leaves it open, or takes the network's own where

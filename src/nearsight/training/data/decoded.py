@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ...errors import DataError
-from ...inspect.names import readable
+from ...pages.names import readable
 from ...picture import open_picture, shorter_side
+from ...saved.view import View
 from .folders import class_folders, refuse_shared
 from .pictures import (
     AUGMENTS,
@@ -30,7 +31,6 @@ from .pictures import (
     Pictures,
     Seen,
     Split,
-    View,
     digest,
     hashed,
     plainly,

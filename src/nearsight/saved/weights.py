@@ -21,15 +21,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from ..convert import convert
+from ..conversion import convert
 from ..errors import DataError, NearsightError, OptionError
-from ..inspect.names import readable
-from ..models import check_stored_spec, create_model, is_plain, made_for_size, parse_spec, pretrained_value, stored_spec
+from ..files import write_bytes
+from ..models import create_model, made_for_size, parse_spec, pretrained_value
 from ..models.modes import evaluating
+from ..pages.names import readable
 from ..picture import opaque
 from ..positions import UNNAMED_POSITION
-from .data import View
-from .files import write_bytes
+from .spec import check_stored_spec, is_plain, stored_spec
+from .view import View
 
 WEIGHTS_FILE = "model.safetensors"
 CHECKPOINT_FILE = "last.ckpt"

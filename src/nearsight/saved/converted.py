@@ -15,14 +15,14 @@ from timm.data import ImageNetInfo, infer_imagenet_subset
 from timm.models import get_pretrained_cfg, load_state_dict, split_model_name_tag
 from torch import nn
 
-from ..convert import Report, convert
+from ..conversion import Report, convert
 from ..errors import DataError, NearsightError, OptionError, TrainingError
-from ..inspect.finite import why_not_finite
-from ..inspect.table import to_json
+from ..files import make_folder, write_text
 from ..models import create_model, input_size, parse_spec
-from .data import View
-from .files import make_folder, write_text
-from .trained import TRAINED_FILE, read_trained, write_trained
+from ..models.finite import why_not_finite
+from ..pages.csv_json import to_json
+from .trained_on import TRAINED_FILE, read_trained, write_trained
+from .view import View
 from .weights import WEIGHTS_FILE, Blueprint, check_sums, load_model, save_model
 
 REPORT_FILE = "report.json"

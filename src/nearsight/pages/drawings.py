@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any, ParamSpec, Protocol
 
 import numpy as np
 
+from .csv_json import write_csv
+from .html import without_styles
 from .names import readable, short
-from .pages import without_styles
-from .table import write_csv
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
