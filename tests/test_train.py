@@ -14,11 +14,12 @@ import pytest
 import torch
 import yaml
 
+from nearsight import files
 from nearsight.cli import main
 from nearsight.errors import DataError, OptionError, TrainingError
 from nearsight.saved.weights import RECIPE as RECIPE_KEY
 from nearsight.saved.weights import load_model, read_checkpoint
-from nearsight.training import data, files
+from nearsight.training import data
 from nearsight.training.data import loader
 from nearsight.training.evaluate import evaluate
 from nearsight.training.recipe import Recipe, read_recipe
