@@ -15,7 +15,7 @@ import nearsight as ns
 
 SOURCE = Path(ns.__file__).parent
 # From the top down. A file may import from every line above its own, and from its own where it is a folder or a group that
-# says so: the files of "models/" share blocks, but two backends never know each other, and neither do cli and compat.
+# says so: the files of "models/" share blocks, but two backends never know each other, and neither do commands and compat.
 ROOMS = [
     ("errors",),
     ("files",),
@@ -44,11 +44,12 @@ ROOMS = [
     ("saved",),
     ("bench",),
     ("training",),
-    ("compat", "cli"),
+    ("compat", "commands"),
+    ("cli",),
     ("__init__",),
     ("__main__", "start"),
 ]
-SHARED_WITHIN = ("models", "inspect", "bench", "training", "compat", "conversion", "pages", "saved")
+SHARED_WITHIN = ("models", "inspect", "bench", "training", "compat", "commands", "conversion", "pages", "saved")
 # Not torchvision and Pillow: timm, which the models need, brings them along.
 OPTIONAL = ("lightning", "matplotlib", "sklearn", "jsonargparse", "torchmetrics", "jinja2", "rich")
 
@@ -161,6 +162,9 @@ PLANTED = {
         "positions imports attention.problem from below",
     ),
     "compat from cli": ("compat/natten.py", "from ..cli import main", "compat.natten imports cli from below"),
+    "a page from a network": ("pages/html.py", "from ..models import x", "pages.html imports models from below"),
+    "a saved model from training": ("saved/x.py", "from ..training import x", "saved.x imports training from below"),
+    "a command from the list": ("commands/x.py", "from ..cli import main", "commands.x imports cli from below"),
     "no room": ("utils.py", "", "utils is in no room"),
 }
 
@@ -169,7 +173,7 @@ PLANTED = {
 def test_arrows_can_be_wrong(name, tmp_path):
     """The test above can fail: a small right tree, and the same with one wrong line."""
     root = tmp_path / "nearsight"
-    for path in ("attention", "compat"):
+    for path in ("attention", "compat", "pages", "saved", "commands"):
         (root / path).mkdir(parents=True)
     right = {
         "__init__.py": "from .attention import local_attention\nfrom .window import Window",

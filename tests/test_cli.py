@@ -153,7 +153,9 @@ def test_eval_on_data_of_other_classes_is_one_line(capsys, untrained, tmp_path):
 
 
 def test_without_the_train_extra_it_says_what_to_install(capsys, monkeypatch):
-    monkeypatch.setattr(cli, "find_spec", lambda name: None if name == "lightning" else object())
+    monkeypatch.setattr(
+        "nearsight.commands.arguments.find_spec", lambda name: None if name == "lightning" else object()
+    )
     for command in ("train", "eval"):
         assert f"`nearsight {command}` needs lightning: pip install 'nearsight[train]'" in fails(capsys, command)
 
@@ -231,14 +233,14 @@ def test_work_that_a_reader_cut_short_is_not_done(command, code, monkeypatch):
     def broken(arguments):
         raise BrokenPipeError(32, "Broken pipe")
 
-    monkeypatch.setitem(cli.COMMANDS, command, broken)
+    monkeypatch.setattr(f"nearsight.commands.{command}.run", broken)
     with open(os.devnull, "w") as stream:
         monkeypatch.setattr(sys, "stdout", stream)
         assert cli.main([command]) == code
 
 
 def test_files_that_cannot_be_used_are_named(capsys, monkeypatch):
-    monkeypatch.setitem(cli.COMMANDS, "info", lambda arguments: os.stat("/no/such/file"))
+    monkeypatch.setattr("nearsight.commands.info.run", lambda arguments: os.stat("/no/such/file"))
     assert fails(capsys, "info") == "nearsight: error: /no/such/file: No such file or directory\n"
 
 

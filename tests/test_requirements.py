@@ -27,7 +27,7 @@ ROOMS = {
     "pages": ("train", "explore"),
     "saved/export.py": ("train+export",),
     "training": ("train",),
-    "cli.py": ("train",),
+    "commands": ("train",),
 }
 SHOWN_WITH_RICH = {"conversion/report.py"}  # where it is installed
 

@@ -24,6 +24,8 @@ augment.py    how training varies them
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from ...errors import OptionError
 from ...saved.view import View
 from .arrays import SOURCES, ArraySplit, RandomAffine
@@ -45,13 +47,13 @@ __all__ = [
     "Seen",
     "Split",
     "StoredSplit",
-    "View",
     "Whole",
     "augmented",
     "check_trainable",
     "load_pictures",
     "load_whole",
     "loader",
+    "numbered_picture",
     "told",
     "warn_of_broken",
 ]
@@ -96,3 +98,25 @@ def load_whole(name: str, root: str | None = None) -> Whole:
         return STORED[kind](name, whole)
     pictures = load_pictures(name, root)
     return Whole(name, pictures.classes, (pictures.train, pictures.validation, pictures.test))
+
+
+def numbered_picture(name: str, view: View, root: str | None = None) -> tuple[Tensor, Tensor, str]:
+    """One test image of a data set: as a network sees it, as a person does, and its class.
+
+    Args:
+        name: ``DATA:N``, where N counts from 0.
+        root: as of :func:`load_pictures`.
+
+    Shapes: twice (C, H, W); the second is between 0 and 1.
+
+    Raises:
+        OptionError: an unknown name, or no image of that number.
+        DataError: the files are missing or cannot be read.
+    """
+    data, number = name.rsplit(":", 1)
+    pictures = load_pictures(data, root)
+    if int(number) >= len(pictures.test):
+        raise OptionError(f"{data} has {len(pictures.test)} test images, counted from 0; received {name}")
+    image, label = pictures.test.seen(view, training=False, max_broken=0)[int(number)]
+    mean, std = (image.new_tensor(values).view(-1, 1, 1) for values in (view.mean, view.std))
+    return image, (image * std + mean).clamp(0, 1), pictures.classes[int(label)]

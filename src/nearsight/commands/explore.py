@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``nearsight explore``: a page that shows where a network looks."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+from ..errors import OptionError
+from .arguments import need, need_train_extra, parse, parser_of
+
+EXAMPLES = """\
+examples:
+  nearsight explore runs/demo digits:3                       the fourth test image of the digits
+  nearsight explore runs/photos cat.jpg --output cat.html
+  nearsight explore nat_mini,pretrained=false cat.jpg --size 224
+
+The page is one file that needs no network: open it in any browser, or send it to somebody.
+"""
+
+
+def run(arguments: list[str]) -> None:
+    need(("jinja2", "PIL"), "explore", "explore")
+    parser = parser_of("explore", "See what every layer and head attends to, from each pixel.", EXAMPLES)
+    parser.add_argument(
+        "model", metavar="MODEL", help="folder of a run, a .safetensors or .ckpt file, or NAME,option=value"
+    )
+    parser.add_argument("image", metavar="IMAGE", help="a picture, or DATA:N, the test image of that number (from 0)")
+    parser.add_argument("--output", default="explore.html", help="the page to write (default: explore.html)")
+    parser.add_argument("--size", type=int, help="pixels per side that the network is given (default: its own)")
+    parser.add_argument(
+        "--background", help="colour that shows where images are transparent (default: its run's, white)"
+    )
+    parser.add_argument("--data-root", help="folder that holds the data; else the usual places are searched")
+    options = parse(parser, arguments)
+    if options.size is not None and options.size < 1:
+        raise OptionError(f"--size must be at least 1; received {options.size}")
+
+    from ..inspect.explore import explore, fit_picture, normalise, read_picture
+    from ..saved.opened import open_model
+
+    model = open_model(options.model, options.size)
+    view = replace(model.view, background=options.background or model.view.background)
+    subtitle = model.origin
+    if Path(options.image).exists() or not re.fullmatch(r".+:\d+", options.image):
+        picture = fit_picture(read_picture(options.image, view.background), view.channels, view.size)
+        image = normalise(picture, view.mean, view.std)
+    else:
+        need_train_extra("explore DATA:N")
+        from ..training.data import numbered_picture
+
+        image, picture, said = numbered_picture(options.image, view, options.data_root)
+        subtitle += f" Test image {options.image}, of class {said}."
+    with model.shown_pictures():
+        page = explore(
+            model.network, image, picture=picture, classes=model.classes, title=model.title, subtitle=subtitle
+        )
+    print(f"The page: {page.save(options.output)}")

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A network to be looked at or measured, by what a person types: a run's folder, a file of weights, or a name."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch import nn
+
+from ..errors import NearsightError, OptionError
+from ..inspect.explore import view_of
+from ..models import create_model, input_size, parse_spec
+from .view import View
+from .weights import load_model
+
+
+@dataclass(frozen=True)
+class OpenedModel:
+    """A network in evaluation mode, and what is known of it.
+
+    given     what was typed
+    view      how it sees pictures
+    classes   the names of its outputs; None where nobody noted them
+    title, origin   what it is and where its weights are from, for a page
+    """
+
+    given: str
+    network: nn.Module
+    view: View
+    classes: tuple[str, ...] | None
+    title: str
+    origin: str
+
+    @contextmanager
+    def shown_pictures(self) -> Iterator[None]:
+        """A network raises what it likes about pictures that it cannot take: here one line says which.
+
+        Raises:
+            OptionError: it raised something.
+        """
+        try:
+            yield
+        except (NearsightError, MemoryError):
+            raise
+        except Exception as error:
+            size, reason = self.view.size, (str(error) or type(error).__name__).splitlines()[0]
+            raise OptionError(f"{self.given} cannot take {size}x{size} images: {reason}") from error
+
+
+def open_model(given: str, size: int | None = None) -> OpenedModel:
+    """A trained network, or one by its name with the weights that it starts with.
+
+    Args:
+        given: what :func:`nearsight.saved.weights.load_model` takes, or what :func:`nearsight.create_model` does.
+        size: of the pictures that it is to see; None takes its own.
+
+    Raises:
+        DataError: a folder or file that cannot be read.
+        OptionError: no such network.
+
+    Example:
+        >>> open_model("sasa_nano").view.size
+        32
+    """
+    path = Path(given).expanduser()
+    if path.exists() or path.suffix in (".safetensors", ".ckpt") or (os.sep in given and ":" not in given):
+        network, blueprint = load_model(path)
+        view, classes, title = blueprint.view, blueprint.classes, blueprint.model
+        origin = "" if blueprint.data == "nothing" else f"Trained on {blueprint.data}."
+    else:
+        network = create_model(given)
+        view, classes, title = View(**view_of(network)), None, given
+        view = replace(view, size=input_size(given)) if "img_size" in parse_spec(given)[1] else view
+        origin = "Made by its name, with the weights that it starts with."
+    return OpenedModel(given, network.eval(), replace(view, size=size or view.size), classes, title, origin)
