@@ -18,6 +18,7 @@ SOURCE = Path(ns.__file__).parent
 # says so: the files of "models/" share blocks, but two backends never know each other, and neither do commands and compat.
 ROOMS = [
     ("errors",),
+    ("private",),
     ("files",),
     ("pages",),
     ("picture",),

@@ -152,7 +152,7 @@ def _load_projections(layer: _Projecting, state: dict[str, Tensor], prefix: str,
         whole, query, others = (f"{prefix}{part}.{name}" for part in ("qkv", "q", "kv"))
         if any(getattr(projection, name, None) is None for projection in layer._projections()):
             continue
-        if "qkv" not in layer._modules:
+        if not hasattr(layer, "qkv"):
             if whole in state and state[whole].ndim and query not in state and others not in state:
                 joined = state.pop(whole)
                 state[query], state[others] = joined[:width].clone(), joined[width:].clone()

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.nn.modules import module as every_module
+
+from .private import has_forward_hooks, transforms_are_active
 
 MANY = 16  # cells for each output channel: measured at 261, 33, 4 and 0.5, of which the first two gain
 
@@ -88,9 +89,7 @@ def is_repeatable(projection: nn.Module, x: Tensor) -> bool:
     """Whether what a module made of x is :func:`project` of it, its weight and its bias, and nothing else."""
     if type(projection) not in POINTWISE.values() or OVERRIDES & vars(projection).keys():
         return False
-    hooks = (projection._forward_pre_hooks, projection._forward_hooks)
-    everywhere = (every_module._global_forward_pre_hooks, every_module._global_forward_hooks)
-    return not any((*hooks, *everywhere)) and _is_ours(x, projection.get_parameter("weight"))
+    return not has_forward_hooks(projection) and _is_ours(x, projection.get_parameter("weight"))
 
 
 def _is_ours(x: Tensor, weight: Tensor) -> bool:
@@ -113,7 +112,7 @@ def records_plainly(*tensors: Tensor) -> bool:
 
 
 def _is_watched(tensors: Sequence[Tensor]) -> bool:
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or transforms_are_active():
         return True
     return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
 

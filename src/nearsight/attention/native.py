@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import BackendError, DtypeError, OptionError, ShapeError
+from ..private import below_autograd
 from ..window import Window
 from .problem import Problem, describe
 
@@ -44,6 +45,8 @@ def unavailable() -> str | None:
     library = _library()
     if isinstance(library, str):
         return library
+    if below_autograd is None:
+        return f"PyTorch {torch.__version__} has no torch._C._AutoDispatchBelowAutograd, which the kernel is called through"
     instruction_set()
     return None
 
@@ -644,7 +647,7 @@ def _attend_backward_above_autograd(grad, query, key, value, bias, relative, out
 
 
 def _below_autograd(operator, *args):
-    with torch._C._AutoDispatchBelowAutograd():
+    with below_autograd():  # pyright: ignore[reportOptionalCall]
         return operator(*args)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ..errors import DtypeError, ShapeError
+from ..private import transforms_are_active
 from ..window import MAX_RANK, Axis, Window
 
 
@@ -100,7 +101,7 @@ def describe(
         relative=relative is not None,
         needs_grad=torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors),
         forward_ad=_in_forward_ad(tensors),
-        transformed=not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active(),
+        transformed=not torch.compiler.is_compiling() and transforms_are_active(),
         compiling=torch.compiler.is_compiling(),
         exporting=is_exporting(),
         groups=query.shape[1] // key.shape[1] if key.shape[1] else 1,

@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..inspect.layer_list import layers_of
 from ..models.modes import evaluating
 from ..pages.drawings import BLUE, INK, ORANGE, _figure, _in_style
+from ..private import TorchDispatchMode, is_mutable, tree_leaves
 from .timing import copy_rate, matrix_rate, setting
 
 if TYPE_CHECKING:
@@ -215,7 +214,7 @@ class _Traffic(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         given = {leaf.untyped_storage().data_ptr() for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
         made = [leaf.untyped_storage().data_ptr() not in given for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
-        if func._schema.is_mutable or any(made):
+        if is_mutable(func) or any(made):
             self.bytes += _bytes((args, kwargs, out))
         return out
 

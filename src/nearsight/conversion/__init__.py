@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
-from torch.utils._pytree import tree_leaves
 
 from ..errors import OptionError
 from ..layers import AttentionLayer
 from ..models import count_flops
 from ..models.modes import evaluating
 from ..positions import Factory, name_of, refuse_instance, refuse_shared
+from ..private import has_hooks, tree_leaves
 from .fresh import attention_like
 from .gpsa import GatedPositionalSelfAttention
 from .report import ATTENTION, CONVERTED, SKIPPED, Report, Row
@@ -258,13 +258,13 @@ def _reason_to_skip(module: nn.Module) -> str | None:
         return f"{kind} is no plain convolution"
     if any(is_lazy(parameter) for parameter in module.parameters()):
         return "not initialised yet: run the model once"
-    if is_parametrized(module) or "weight" not in module._parameters:
+    if is_parametrized(module) or "weight" not in dict(module.named_parameters(recurse=False)):
         return "its weight is computed (weight norm, spectral norm, pruning): make that permanent first"
     base = next(base for base in _CONVOLUTION if isinstance(module, base))
     own = any(getattr(type(module), method) is not getattr(base, method) for method in ("forward", "_conv_forward"))
     if own or "forward" in vars(module):
         return f"{kind} has a forward of its own"
-    if any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)):
+    if has_hooks(module):
         return "it carries hooks, which would be lost: remove them first"
     if not module.weight.is_floating_point():
         return f"its weight is {module.weight.dtype}, not floating point"
@@ -279,10 +279,10 @@ def _exactly(convolution: Convolution, **options: Any) -> tuple[nn.Module, str]:
 def _replace(model: nn.Module, new: dict[nn.Module, nn.Module]) -> None:
     for old, layer in new.items():
         layer.train(old.training)
-    for parent in list(model.modules()):
-        for name, child in parent._modules.items():
-            if child in new:
-                setattr(parent, name, new[child])
+    for path, child in list(model.named_modules(remove_duplicate=False)):
+        if child in new:
+            parent, _, name = path.rpartition(".")
+            setattr(model.get_submodule(parent), name, new[child])
 
 
 def _describe(module: nn.Module) -> str:

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from ..errors import OptionError, ShapeError
 from ..layers import AttentionLayer
 from ..models.modes import evaluating
 from ..pages.drawings import BLUE, GREY, INK, ORANGE, SKY, _figure, _in_style
+from ..private import tree_map
 from .layer_list import layers_of
 from .reach import Reach, closes, everywhere, inside_of, reach_of, strides_of
 from .transforms import Transform

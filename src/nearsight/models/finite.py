@@ -6,7 +6,8 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+
+from ..private import tree_leaves
 
 
 def why_not_finite(output: Any, model: nn.Module) -> str | None:

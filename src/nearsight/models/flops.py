@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import (
     FlopCounterMode,
     flop_registry,
@@ -24,6 +23,7 @@ from torch.utils.flop_counter import (
 )
 
 from ..attention import native  # defines the operators  # noqa: F401
+from ..private import FLASH_ON_CPU, FLASH_ON_CPU_BACKWARD, without_computing
 
 Shape = Sequence[int]
 
@@ -46,7 +46,7 @@ def attend_flops(
     """q.k, q.r and weights.v for every query and every place of its window, also where that lies outside the map.
 
     This is how Ramachandran et al. 2019 count (6 k^2 w a pixel with width w): q.r once per place. Computed per axis and
-    then summed, as we do, it takes fewer. ``content=False`` still counts q.k.
+    then summed, as we do, it takes fewer. Keys of zero, where q.r alone decides, count as any.
     """
     logits, mix = _per_pair(query, value, relative)
     return 2 * _pairs(query, key, kernel_size, border) * (logits + mix)
@@ -76,14 +76,14 @@ def attend_backward_flops(
     return 2 * _pairs(query, key, kernel_size, border) * (3 * logits + 2 * mix)
 
 
-if torch.ops.aten._scaled_dot_product_flash_attention_for_cpu not in flop_registry:  # PyTorch counts it on GPUs only
+if FLASH_ON_CPU is not None and FLASH_ON_CPU not in flop_registry:  # PyTorch counts it on GPUs only
 
-    @register_flop_formula(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu)
+    @register_flop_formula(FLASH_ON_CPU)
     def dense_flops(query: Shape, key: Shape, value: Shape, *_: Any, **__: Any) -> int:
         """Global attention of the 'dense' backend, and of timm's transformers."""
         return sdpa_flop_count(query, key, value)
 
-    @register_flop_formula(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward)
+    @register_flop_formula(FLASH_ON_CPU_BACKWARD)
     def dense_backward_flops(grad: Shape, query: Shape, key: Shape, value: Shape, *_: Any, **__: Any) -> int:
         """The same backwards."""
         return sdpa_backward_flop_count(grad, query, key, value)
@@ -112,6 +112,6 @@ def count_flops(model: nn.Module, input_size: Sequence[int]) -> int:
         3628
     """
     like = next(model.parameters(), torch.empty(0))
-    with FakeTensorMode(allow_non_fake_inputs=True), FlopCounterMode(display=False) as counter, torch.no_grad():
+    with without_computing(), FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.empty(1, *input_size, dtype=like.dtype, device=like.device))
     return counter.get_total_flops()

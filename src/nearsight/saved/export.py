@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from ..errors import DataError, OptionError, TrainingError
 from ..files import write_bytes
 from ..models.finite import why_not_finite
+from ..private import open_sizes_of_one
 from .weights import KEY, Blueprint, load_model
 
 FORMATS = {"onnx": ".onnx", "pt2": ".pt2"}
@@ -154,21 +154,8 @@ def trace(model: nn.Module, example: Tensor, names: tuple[str, ...] = AXES) -> A
     """
     axes = {name: axis for name, axis in zip(AXES, (0, 2, 3), strict=True) if name in names}
     sizes = dict.fromkeys(axes.values(), torch.export.Dim.DYNAMIC)
-    with torch.no_grad(), _sizes_of_one():
+    with torch.no_grad(), open_sizes_of_one():
         return torch.export.export(model, (example,), dynamic_shapes=(sizes,), strict=False)
-
-
-@contextmanager
-def _sizes_of_one() -> Iterator[None]:
-    """Without it, PyTorch takes a size that it was not shown as 1 to be two or more for ever."""
-    from torch.fx.experimental import _config
-
-    before = _config.backed_size_oblivious  # pyright: ignore[reportAttributeAccessIssue]
-    _config.backed_size_oblivious = True  # pyright: ignore[reportAttributeAccessIssue]
-    try:
-        yield
-    finally:
-        _config.backed_size_oblivious = before  # pyright: ignore[reportAttributeAccessIssue]
 
 
 # -------------------------------------------------------------------------------------------------------------- formats

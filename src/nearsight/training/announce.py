@@ -9,12 +9,12 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..attention import BACKENDS
 from ..models import count_flops
 from ..models.modes import evaluating, keeping_modes
 from ..saved.view import View
+from .batchnorm import PLAIN
 from .data import Pictures, told
 from .evaluate import Evaluation
 from .recipe import Recipe
@@ -52,7 +52,7 @@ def _remarks(recipe: Recipe, pictures: Pictures, model: nn.Module) -> list[str]:
     remarks = []
     if recipe.mixup or recipe.cutmix:
         remarks.append("mixed    train_accuracy is of mixed images: how often the class with the larger share is named")
-    if recipe.accumulate > 1 and any(isinstance(module, _BatchNorm) for module in model.modules()):
+    if recipe.accumulate > 1 and any(isinstance(module, (*PLAIN, nn.SyncBatchNorm)) for module in model.modules()):
         images = min(recipe.batch_size, len(pictures.train)) // recipe.accumulate
         remarks.append(
             f"parts    of {images} images: batch norms see one part at a time, so the results are not those of a whole "

@@ -10,21 +10,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
-class SyncedBatchNorm(_BatchNorm):
+class SyncedBatchNorm(nn.SyncBatchNorm):
     """As ``nn.SyncBatchNorm``, on every device: in training the mean and variance are those of the whole step.
 
         mean = sum over processes of x / n,   var = sum over processes of (x - mean)^2 / n
 
     Gradients flow through both, so that a step of several processes is that of one over all their images.
     """
-
-    def _check_input_dim(self, input: Tensor) -> None:
-        pass  # done by the class that it stands in for
 
     def forward(self, input: Tensor) -> Tensor:
         if not self.training:

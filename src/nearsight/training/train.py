@@ -20,7 +20,6 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import LearningRateMonitor, RichProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from torch import nn
 
 from ..errors import DataError, OptionError, TrainingError
@@ -283,8 +282,8 @@ def _fit(trainer: L.Trainer, task: Classifier, data: Batches, checkpoint: Path |
     except DataError as error:  # from a worker process it comes with that process's traceback around it
         raise DataError(last_words(error)) from error
     finally:
-        launcher = trainer.strategy.launcher
-        if sys.exc_info()[0] is not None and isinstance(launcher, _SubprocessScriptLauncher):
+        launcher = trainer.strategy.launcher  # None where Lightning started no processes
+        if sys.exc_info()[0] is not None and launcher is not None:
             launcher.kill(signal.SIGKILL)  # they would wait for this process
 
 

@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
+
+from ...private import untraced
 
 FUSED = {rank: f"FusedNeighborhoodAttention{rank}D" for rank in (1, 2, 3)}
 QK = {rank: f"NeighborhoodAttention{rank}DQKAutogradFunction" for rank in (1, 2, 3)}
@@ -26,7 +27,7 @@ class _Node(Function):
     def forward(ctx: Any, call: Callable, cells: int, *tensors: Tensor | None) -> Any:
         ctx.call = call
         ctx.save_for_backward(*tensors)
-        with _untraced():
+        with untraced():
             found = call(*tensors)
         # The tracer must have seen a result come into being; that step is not in the graph, for the node takes its place.
         return tuple(one.clone() for one in found) if isinstance(found, tuple) else found.clone()
@@ -47,14 +48,3 @@ class _Node(Function):
 NODES: dict[str, type[Function]] = {
     name: type(name, (_Node,), {}) for names in (FUSED, QK, AV) for name in names.values()
 }
-
-
-@contextmanager
-def _untraced() -> Iterator[None]:
-    interface: Any = torch._C  # whose stubs lack these two
-    state = interface._get_tracing_state()
-    interface._set_tracing_state(None)
-    try:
-        yield
-    finally:
-        interface._set_tracing_state(state)

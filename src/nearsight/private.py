@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The names of PyTorch that are not public: why each is needed, and what happens in a PyTorch that does not have it.
+
+No other file uses any. ``tests/test_private.py`` takes each of them away and looks at what is left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules import module as every_module
+
+from .errors import BackendError
+
+_UNKNOWN = True  # in place of hooks that cannot be asked for
+
+# ----------------------------------------------------------------------------------------------------------- who watches
+
+
+def transforms_are_active() -> bool:
+    """Whether torch.func transforms what is called: it sees through PyTorch's own operators only.
+
+    Not public, as nothing else tells. Without it always True: then those operators serve, which is slower.
+    """
+    return _transforms_are_active()
+
+
+_transforms_are_active: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
+
+
+def has_forward_hooks(module: nn.Module) -> bool:
+    """Whether more happens when a module is called than its forward, by hooks of its own or of all modules.
+
+    Not public, as hooks can be registered and not listed. Without it always True: then nothing is taken for plain.
+    """
+    names = ("_forward_pre_hooks", "_forward_hooks")
+    return any(getattr(module, name, _UNKNOWN) or getattr(every_module, f"_global{name}", _UNKNOWN) for name in names)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a module carries hooks, forward or backward, that would be lost with it; True where that is not known."""
+    names = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+    return any(getattr(module, name, _UNKNOWN) for name in names)
+
+
+# -------------------------------------------------------------------------------------------------------------- operators
+
+# What a Python kernel of the autograd key calls its operator through, to reach the kernel below. The native backend is not
+# there without it, and says so.
+below_autograd: Callable[[], AbstractContextManager] | None = getattr(torch._C, "_AutoDispatchBelowAutograd", None)
+
+# PyTorch's own attention on CPUs, forward and backward, whose FLOPs it does not count. Without it it does not run either.
+FLASH_ON_CPU, FLASH_ON_CPU_BACKWARD = (
+    getattr(torch.ops.aten, f"_scaled_dot_product_flash_attention_for_cpu{suffix}", None)
+    for suffix in ("", "_backward")
+)
+
+
+def is_mutable(operator: Any) -> bool:
+    """Whether an operator writes into what it is given; without its schema by PyTorch's way of naming those that do."""
+    schema = getattr(operator, "_schema", None)
+    return operator.__name__.split(".")[0].endswith("_") if schema is None else schema.is_mutable
+
+
+# -------------------------------------------------------------------------------------------------- tracing and exporting
+
+
+@contextmanager
+def untraced() -> Iterator[None]:
+    """Keep what is called within out of a ``torch.jit.trace``; without these names the trace holds it as well."""
+    interface: Any = torch._C
+    if not hasattr(interface, "_get_tracing_state") or not hasattr(interface, "_set_tracing_state"):
+        yield
+        return
+    state = interface._get_tracing_state()
+    interface._set_tracing_state(None)
+    try:
+        yield
+    finally:
+        interface._set_tracing_state(state)
+
+
+@contextmanager
+def open_sizes_of_one() -> Iterator[None]:
+    """Let ``torch.export`` keep a size open also for 1, which it otherwise takes to be two or more for ever.
+
+    ``torch.export`` has no argument for it. Without it a program takes batches of one size, or of two and more.
+    """
+    try:
+        from torch.fx.experimental import _config as config
+    except ImportError:
+        config = None
+    if not hasattr(config, "backed_size_oblivious"):
+        yield
+        return
+    before = config.backed_size_oblivious  # pyright: ignore
+    config.backed_size_oblivious = True  # pyright: ignore
+    try:
+        yield
+    finally:
+        config.backed_size_oblivious = before  # pyright: ignore
+
+
+# ------------------------------------------------------------------------------------------------- modes and structures
+
+try:
+    from torch._subclasses import FakeTensorMode
+except ImportError:
+    FakeTensorMode = None
+
+try:
+    from torch.utils._python_dispatch import TorchDispatchMode  # pyright: ignore[reportAssignmentType]
+except ImportError:
+
+    class TorchDispatchMode:
+        """Stands where PyTorch's should be, and says what cannot be done without it."""
+
+        def __init__(self) -> None:
+            raise BackendError(
+                "operations are watched through torch.utils._python_dispatch.TorchDispatchMode, which PyTorch "
+                f"{torch.__version__} does not have: take another PyTorch"
+            )
+
+
+try:
+    from torch.utils._pytree import tree_leaves, tree_map  # pyright: ignore[reportAssignmentType]
+except ImportError:
+
+    def tree_map(function: Callable[[Any], Any], tree: Any) -> Any:
+        """Lists, tuples and dictionaries of what ``function`` makes of their leaves."""
+        if isinstance(tree, dict):
+            return {key: tree_map(function, part) for key, part in tree.items()}
+        if isinstance(tree, (list, tuple)):
+            return type(tree)(tree_map(function, part) for part in tree)
+        return function(tree)
+
+    def tree_leaves(tree: Any) -> list[Any]:
+        """What lists, tuples and dictionaries hold, however deep."""
+        leaves: list[Any] = []
+        tree_map(leaves.append, tree)
+        return leaves
+
+
+def without_computing() -> AbstractContextManager:
+    """Tensors that have shapes and no numbers; without them what is only asked for its shapes is computed."""
+    return nullcontext() if FakeTensorMode is None else FakeTensorMode(allow_non_fake_inputs=True)
