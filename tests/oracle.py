@@ -22,6 +22,7 @@ class Axis(NamedTuple):
     dilation: int = 1
     border: str = "mask"
     causal: bool = False
+    shared_by: int = 1
 
     @property
     def queries(self) -> int:
@@ -29,7 +30,9 @@ class Axis(NamedTuple):
 
     @property
     def table_size(self) -> int:
-        return {"shift": 2 * self.kernel_size - 1, "global": 2 * self.cells - 1}.get(self.border, self.kernel_size)
+        if self.border == "global":
+            return 2 * self.cells - 1
+        return 2 * self.kernel_size - 1 if self.border == "shift" or self.shared_by > 1 else self.kernel_size
 
 
 def places(axis: Axis, query: int) -> list[tuple[int, int, int]]:
@@ -37,7 +40,9 @@ def places(axis: Axis, query: int) -> list[tuple[int, int, int]]:
 
     Cell n, one past the end, is the cell outside that votes with zeros.
     """
-    n, k, stride, d, border, causal = axis
+    if axis.shared_by > 1:
+        return shared_places(axis, query)
+    n, k, stride, d, border, causal, _ = axis
     centre = query * stride
     if border == "global":
         return [(cell, cell, cell - centre + n - 1) for cell in range(n)]
@@ -55,6 +60,35 @@ def places(axis: Axis, query: int) -> list[tuple[int, int, int]]:
             found.append((j, cell, j))
         elif border == "zeros":
             found.append((j, n, j))
+    return found
+
+
+def shared_places(axis: Axis, query: int) -> list[tuple[int, int, int]]:
+    """The same where ``shared_by`` neighbours on a dilation phase share the window of the one in their middle."""
+    n, k, stride, d, border, causal, g = axis
+    phase, i = query * stride % d, query * stride // d
+    m = len(range(phase, n, d))
+    group = range(i // g * g, i // g * g + g)
+    if causal:
+        last = max(t for t in group if t < m)
+        window = [last - k + 1 + j for j in range(k)]
+    else:
+        window = [group[g // 2] - k // 2 + j for j in range(k)]
+    if border == "shift" and not causal:
+        while window[-1] >= m and window[0] > 0:
+            window = [t - 1 for t in window]
+        while window[0] < 0:
+            window = [t + 1 for t in window]
+    found = []
+    for j, t in enumerate(window):
+        if causal and t > i:
+            continue
+        if 0 <= t < m:
+            found.append((j, phase + t * d, t - i + k - 1))
+        elif border == "wrap":
+            found.append((j, (phase + t * d) % n, t - i + k - 1))
+        elif border == "zeros":
+            found.append((j, n, t - i + k - 1))
     return found
 
 

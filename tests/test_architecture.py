@@ -34,7 +34,6 @@ ROOMS = [
         "attention.native",
         "attention.natten",
     ),
-    ("attention.chosen",),
     ("attention",),
     ("projection",),
     ("recompute",),

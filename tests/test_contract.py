@@ -43,7 +43,8 @@ class Case:
     stride: int | tuple[int, ...] = 1
     dilation: int | tuple[int, ...] = 1
     causal: bool | tuple[bool, ...] = False
-    border: str = "mask"
+    border: str | tuple[str, ...] = "mask"
+    shared_by: int | tuple[int, ...] = 1
     batch: int = 2
     heads: int = 2
     head_dim: int = 4
@@ -62,13 +63,12 @@ class Case:
 
     @property
     def window(self) -> ns.Window:
-        return ns.Window(
-            self.kernel_size, stride=self.stride, dilation=self.dilation, causal=self.causal, border=self.border
-        )
+        names = ("stride", "dilation", "causal", "border", "shared_by")
+        return ns.Window(self.kernel_size, **{name: getattr(self, name) for name in names})
 
     @property
     def axes(self) -> list[oracle.Axis]:
-        values = (self.size, self.kernel_size, self.stride, self.dilation, self.border, self.causal)
+        values = (self.size, self.kernel_size, self.stride, self.dilation, self.border, self.causal, self.shared_by)
         spread = [value if isinstance(value, tuple) else (value,) * self.rank for value in values]
         return [oracle.Axis(*axis) for axis in zip(*spread, strict=True)]
 
@@ -252,6 +252,31 @@ NAMED = {
     "wrap": Case((5, 7), 3, border="wrap", **TABLES),
     "wrap more than once around": Case((3, 2), (7, 5), border="wrap", **TABLES),
     "wrap dilated causal": Case((5, 7), (3, 2), border="wrap", dilation=(3, 4), causal=(True, False), **TABLES),
+    "mask and wrap": Case((5, 7), (3, 4), border=("mask", "wrap"), **TABLES),
+    "wrap and zeros": Case((5, 7), (4, 3), border=("wrap", "zeros"), dilation=(1, 2), **TABLES),
+    "shift and mask": Case((7, 5), 3, border=("shift", "mask"), stride=(1, 2), **TABLES),
+    "zeros and shift": Case((5, 7), (3, 4), border=("zeros", "shift"), causal=(True, False), **TABLES),
+    "all borders": Case((3, 4, 5), (2, 3, 3), border=("wrap", "mask", "zeros"), batch=1, **TABLES),
+    "shared": Case((7, 11), (5, 4), shared_by=(2, 3), **TABLES),
+    "shared blocks": Case((7, 8), (3, 4), shared_by=(3, 4), **TABLES),
+    "shared halos": Case((13, 7), (8, 5), shared_by=(4, 3), relative=True),
+    "shared line": Case((17,), 5, shared_by=4, **TABLES),
+    "shared volume": Case((3, 5, 4), (2, 3, 3), shared_by=(2, 1, 3), batch=1, **TABLES),
+    "shared strided": Case((11, 13), (5, 6), shared_by=(3, 4), stride=(2, 3), **TABLES),
+    "shared dilated": Case((13, 11), (3, 4), shared_by=(2, 3), dilation=(3, 2), **TABLES),
+    "shared dilated strided": Case((17, 13), (4, 3), shared_by=(3, 2), dilation=(2, 3), stride=(3, 2), **TABLES),
+    "shared causal": Case((7, 11), (4, 5), shared_by=(3, 2), causal=(True, False), **TABLES),
+    "shared causal dilated strided": Case((23,), 4, shared_by=3, causal=True, dilation=2, stride=3, **TABLES),
+    "shared causal zeros": Case((7, 6), 4, shared_by=3, causal=(True, False), border="zeros", **TABLES),
+    "shared causal wrap": Case((7, 5), (4, 7), shared_by=(2, 3), causal=True, border="wrap", **TABLES),
+    "shared causal shift": Case((7, 9), (4, 3), shared_by=2, causal=(False, True), border="shift", **TABLES),
+    "shared zeros": Case((7, 5), (4, 3), shared_by=(3, 2), border="zeros", **TABLES),
+    "shared shift": Case((9, 7), (5, 4), shared_by=(2, 3), border="shift", **TABLES),
+    "shared shift larger than a phase": Case((9,), 5, shared_by=3, dilation=2, border="shift", **TABLES),
+    "shared wrap": Case((5, 7), (4, 3), shared_by=(3, 2), border="wrap", **TABLES),
+    "shared, one axis each way": Case((6, 8), (3, 5), shared_by=(1, 5), border=("shift", "wrap"), **TABLES),
+    "shared by more than the map": Case((3, 2), (7, 5), shared_by=(6, 5), **TABLES),
+    "shared covers": Case((3, 4), (7, 4), shared_by=(2, 4), **TABLES),
     "scale zero": Case((5, 7), scale=0.0, **TABLES),
     "scale one": Case((5, 7), scale=1.0, **TABLES),
     "scale negative": Case((5, 7), scale=-0.7, **TABLES),
@@ -334,7 +359,8 @@ def cases(draw) -> Case:
     rank = draw(st.integers(1, 3))
     longest = {1: 17, 2: 6, 3: 4}[rank]
     size = tuple(draw(st.integers(1, longest)) for _ in range(rank))
-    border = draw(st.sampled_from(["mask", "zeros", "shift", "wrap"]))
+    borders = st.sampled_from(["mask", "zeros", "shift", "wrap"])
+    border = draw(st.one_of(borders, st.tuples(*[borders] * rank)))
     causal, dilation = (False,) * rank, (1,) * rank
     covers = draw(st.booleans())
     if covers:
@@ -345,9 +371,11 @@ def cases(draw) -> Case:
         kernel_size = tuple(draw(st.integers(1, {1: 2 * longest, 2: 8, 3: 4}[rank])) for _ in range(rank))
         causal = tuple(draw(st.booleans()) for _ in range(rank))
         dilation = tuple(draw(st.integers(1, 3)) for _ in range(rank))
+    shared = not covers and draw(st.booleans())
     return Case(
         size,
         kernel_size,
+        shared_by=tuple(draw(st.integers(1, k)) for k in kernel_size) if shared else 1,
         stride=tuple(draw(st.integers(1, 3)) for _ in range(rank)),
         dilation=dilation,
         causal=causal,
@@ -425,6 +453,10 @@ def test_attention_weights(name):
     _, expected, largest = oracle.attention(*inputs_of(case)[1:4], case.axes, *inputs_of(case)[4:], case.scale)
     found = ns.attention_weights(*inputs[:2], case.window, **arguments)
     assert_near("weights", found, expected, max(1, largest))
+    queries = torch.cartesian_prod(*(torch.arange(axis.queries) for axis in case.axes)).view(-1, case.rank)
+    some = queries[torch.randperm(len(queries))[:4]]
+    chosen = ns.attention_weights(*inputs[:2], case.window, queries=some, **arguments)
+    assert_near("chosen", chosen, expected[(slice(None), slice(None), *some.T.numpy())], max(1, largest))
 
 
 def refuses(contestant: Contestant, case: Case) -> bool:
@@ -436,7 +468,8 @@ def able(contestant: Contestant, case: Case) -> Case:
     """The case, or one that covers the map for a backend that takes no other."""
     if not refuses(contestant, case):
         return case
-    covering = replace(case, kernel_size=tuple(2 * n - 1 for n in case.size), border="mask", dilation=1, causal=False)
+    options = {"border": "mask", "dilation": 1, "causal": False, "shared_by": 1}
+    covering = replace(case, kernel_size=tuple(2 * n - 1 for n in case.size), **options)
     assert not refuses(contestant, covering)
     return covering
 
@@ -529,6 +562,8 @@ CONTAINED = {
     "wrap": Case((7, 11), 3, border="wrap", dtype=torch.float32, **TABLES),
     "stride": Case((7, 11), 3, stride=2, dtype=torch.float32, **TABLES),
     "causal": Case((19,), 4, causal=True, dtype=torch.float32, **TABLES),
+    "shared": Case((7, 11), (4, 3), shared_by=(2, 3), causal=(True, False), dtype=torch.float32, **TABLES),
+    "mask and wrap": Case((7, 11), 3, border=("mask", "wrap"), dtype=torch.float32, **TABLES),
     "covers": Case((3, 2), (5, 3), dtype=torch.float32, **TABLES),
     "half": Case((7, 11), 3, dtype=torch.bfloat16),
 }

@@ -35,7 +35,7 @@ def image(channels=8, size=(16, 16)):
 
 def layer(**options):
     kind = options.pop("kind", ns.LocalSelfAttention2d)
-    return kind(8, num_heads=2, **({"kernel_size": 5} if kind is ns.LocalSelfAttention2d else {}), **options).double()
+    return kind(8, num_heads=2, **({"kernel_size": 5} if kind is ns.LocalSelfAttention2d else {}) | options).double()
 
 
 def alone(module, transform, x=None):
@@ -137,6 +137,39 @@ def stirred(module):
 def test_on_a_torus_attention_commutes_with_every_roll(position):
     module = stirred(layer(border="wrap", position=position))
     assert equivariance_error(module, image(), Translation(3, -5)) < EXACT
+
+
+@pytest.mark.parametrize("position", ["relative", "bias", "rope", "mixed_rope"])
+def test_a_panorama_commutes_with_turning_around(position):
+    """Masked above and below, and a ring from left to right: every roll of the columns, and none of the rows."""
+    module = stirred(layer(border=("mask", "wrap"), position=position))
+    assert equivariance_error(module, image(), Translation(0, -5)) < EXACT
+    assert equivariance_error(module, image(), Translation(3, 0)) > 1e-2
+    row = alone(module, Translation(0, -5))
+    assert max(row.error, row.interior, row.own, row.border, row.stride, row.encoding) < EXACT
+    row = alone(module, Translation(3, -5))
+    assert row.border > 1e-2
+    assert max(row.interior, row.stride, row.encoding) < EXACT
+
+
+@pytest.mark.parametrize(
+    ("options", "period"),
+    [
+        ({"kernel_size": 4, "shared_by": 4}, 4),
+        ({"kernel_size": 6, "shared_by": 4, "border": "wrap"}, 4),
+        ({"kernel_size": 5, "shared_by": 2, "dilation": 2}, 4),
+        ({"kernel_size": 3, "shared_by": 2, "causal": True}, 2),
+        ({"kernel_size": 5, "shared_by": 4, "stride": 2}, 4),
+    ],
+)
+def test_where_queries_share_a_window_whole_groups_can_move(options, period):
+    x = torch.randn(1, 8, 32, 32, dtype=torch.float64)
+    module = stirred(layer(position="relative", **options))
+    assert reach_of(module, (32, 32), module(x).shape[2:]).period == (period, period)
+    assert alone(module, Translation(period, -2 * period), x).interior < EXACT
+    row = alone(module, Translation(options.get("stride", 1), 0), x)
+    assert row.stride > 1e-2
+    assert row.encoding < EXACT
 
 
 @pytest.mark.parametrize("position", ["learned", "sinusoidal"])
@@ -282,9 +315,8 @@ def test_convolutions_and_pools_have_borders_and_strides_only(name):
 
 
 def test_only_padding_cuts_a_kernel_off():
-    assert [name for name, module in CONVOLUTIONS.items() if not reach_of(module, (16, 16), (16, 16)).is_cut] == [
-        "circular"
-    ]
+    cut = {name: reach_of(module, (16, 16), (16, 16)).is_cut for name, module in CONVOLUTIONS.items()}
+    assert [name for name, axes in cut.items() if not any(axes)] == ["circular"]
 
 
 def test_rotations_have_parts_where_nothing_is_strided():

@@ -46,7 +46,7 @@ def by_loops(layer, x):
                 for a in range(i // block * block - halo, i // block * block + block + halo):
                     for b in range(j // block * block - halo, j // block * block + block + halo):
                         inside = 0 <= a < x.shape[1] and 0 <= b < x.shape[2]
-                        if inside or layer.border == "zeros":
+                        if inside or layer.window.border == "zeros":
                             key = k[n, a, b] if inside else torch.zeros_like(k[n, 0, 0])
                             key = key + layer.rows[a - i + middle] + layer.columns[b - j + middle]
                             logits.append(scale * (q[n, i, j] @ key))
@@ -158,7 +158,7 @@ def test_padding_votes_under_zeros_alone():
     [
         (lambda: ns.HaloSelfAttention2d(10, num_heads=4), ShapeError, "num_heads=4 must divide out_channels=10"),
         (lambda: ns.HaloSelfAttention2d(8, 12, value_ratio=5), ShapeError, "value_ratio=5 must divide out_channels=12"),
-        (lambda: ns.HaloSelfAttention2d(8, border="shift"), OptionError, "'mask' or 'zeros'; received 'shift'"),
+        (lambda: ns.HaloSelfAttention2d(8, border="reflect"), OptionError, "border must be one of .*'reflect'"),
         (lambda: ns.HaloSelfAttention2d(8, block_size=0), OptionError, "block_size must be .* received 0"),
         (lambda: ns.HaloSelfAttention2d(8, halo_size=-1), OptionError, "halo_size must be .* received -1"),
         (lambda: ns.HaloSelfAttention2d(8)(torch.randn(2, 4, 5, 5)), ShapeError, r"\(B, 8, H, W\).*\(2, 4, 5, 5\)"),

@@ -11,6 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ALL, assert_near
+from einops import rearrange
+from timm.models.swin_transformer import WindowAttention
 from torch import Tensor
 
 import nearsight as ns
@@ -360,3 +362,28 @@ def test_a_bias_of_minus_infinity_hides_a_cell(attend, border):
         expected, *_ = oracle.attention(*numbers[:3], axes, numbers[3])
     assert np.isfinite(expected).all()
     assert_near("result", found, expected, 10)
+
+
+@pytest.mark.parametrize("size", [(12, 8), (4, 4)])
+def test_swins_blocks_are_a_shared_window(size):
+    """timm's WindowAttention over a map that is cut into blocks. Swin's table goes by query minus key, ours by key minus
+    query: turned around, the one is the other."""
+    block, heads, channels = 4, 2, 16
+    theirs = WindowAttention(channels, heads, window_size=block).double()
+    torch.nn.init.normal_(theirs.relative_position_bias_table)
+    ours = ns.LocalSelfAttention2d(
+        channels, kernel_size=block, shared_by=block, num_heads=heads, position="bias", qkv_bias=True, out_proj=True
+    ).double()
+    table = theirs.relative_position_bias_table.view(2 * block - 1, 2 * block - 1, heads).permute(2, 0, 1).flip(1, 2)
+    state = {"qkv": theirs.qkv, "proj": theirs.proj}
+    ours.load_state_dict(
+        {"position.table": table}
+        | {f"{name}.weight": linear.weight[..., None, None] for name, linear in state.items()}
+        | {f"{name}.bias": linear.bias for name, linear in state.items()}
+    )
+    x = torch.randn(2, channels, *size, dtype=torch.float64)
+    blocks = rearrange(x, "b c (y p) (x q) -> (b y x) (p q) c", p=block, q=block)
+    expected = rearrange(
+        theirs(blocks), "(b y x) (p q) c -> b c (y p) (x q)", b=2, y=size[0] // block, p=block, q=block
+    )
+    torch.testing.assert_close(ours(x), expected)

@@ -66,8 +66,8 @@ def test_windows_that_groups_of_queries_share(case):
     for query, (first, last) in enumerate(WINDOWS[case]):
         seen = list(range(first, last + 1))
         assert natten_oracle.seen_along(cells, kernel_size, stride, 1, causal, query) == seen
-    axis = windows.Neighborhood(kernel_size, stride, 1, causal)
-    first, last = windows.window_of(axis, torch.arange(cells), torch.tensor(cells))
+    (axis,) = windows.window_of(1, kernel_size, stride, 1, causal).axes(1)
+    first, last = windows.seen_by(axis, torch.arange(cells), torch.tensor(cells))
     assert list(zip(first.tolist(), last.tolist(), strict=True)) == WINDOWS[case]
 
 
@@ -587,7 +587,7 @@ def _table_flipped(real):
 
 
 def _without_stride(real):
-    return lambda axis, step, steps: real(axis._replace(stride=1), step, steps)
+    return lambda rank, kernel_size, stride, dilation, is_causal: real(rank, kernel_size, 1, dilation, is_causal)
 
 
 def _without_phases(real):
@@ -598,10 +598,10 @@ FAULTS = {
     "the fused bias read backwards": (functional, "local_attention", _flipped, check_fused, "bias"),
     "rows and columns exchanged": (functional, "local_attention", _exchanged, check_fused, "two axes"),
     "the split bias read backwards": (split, "_biases", _table_flipped, check_split, "two axes"),
-    "no window stride": (windows, "window_of", _without_stride, check_fused, "shared windows"),
-    "dilation forgotten, split": (functional, "neighborhoods", _without_phases, check_split, "dilated"),
-    "dilation forgotten, fused": (functional, "neighborhoods", _without_phases, check_fused, "dilated"),
-    "dilation forgotten by a client's call": (functional, "neighborhoods", _without_phases, check_client, "DatLayer"),
+    "no window stride": (functional, "window_of", _without_stride, check_fused, "shared windows"),
+    "dilation forgotten, split": (functional, "window_of", _without_phases, check_split, "dilated"),
+    "dilation forgotten, fused": (functional, "window_of", _without_phases, check_fused, "dilated"),
+    "dilation forgotten by a client's call": (functional, "window_of", _without_phases, check_client, "DatLayer"),
     "the bias of a client read backwards": (split, "_biases", _table_flipped, check_client, "HydraLayer"),
 }
 

@@ -64,7 +64,10 @@ IN_HALF = {"half precision inside", "result in float32"}
 def textbook(query, key, value, window, *, bias=None, relative=None, scale=None, fault=None) -> Tensor:
     """(B, N, *out, D), (B, N, *in, D), (B, N, *in, E) -> (B, N, *out, E)"""
     size, dtype = key.shape[2:-1], query.dtype
-    axes = [oracle.Axis(n, a.kernel_size, a.stride, a.dilation, a.border, a.causal) for n, a in zipped(window, size)]
+    axes = [
+        oracle.Axis(n, a.kernel_size, a.stride, a.dilation, a.border, a.causal, a.shared_by)
+        for n, a in zipped(window, size)
+    ]
     cells, entries, takes_part = gathered_places(axes, fault)
     if fault not in IN_HALF:
         query, key, value = (x.to(torch.promote_types(dtype, torch.float32)) for x in (query, key, value))

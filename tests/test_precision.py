@@ -8,7 +8,6 @@ from torch import nn
 import nearsight as ns
 from nearsight.compat.natten.modules import NeighborhoodAttention2D
 from nearsight.conversion.gpsa import GatedPositionalSelfAttention
-from nearsight.layers import _halo_attention, _halo_axis
 
 HALF = [torch.bfloat16, torch.float16]
 
@@ -17,18 +16,6 @@ def assert_rounded_once(found, expected):
     """No further away than the rounding to the dtype of what was found."""
     eps = torch.finfo(found.dtype).eps
     torch.testing.assert_close(found.double(), expected, rtol=eps, atol=eps / 16)
-
-
-@pytest.mark.parametrize("border", ["mask", "zeros"])
-@pytest.mark.parametrize("dtype", HALF)
-def test_halo_attention(dtype, border):
-    torch.manual_seed(0)
-    query, key, value = (3 * torch.randn(1, 2, 12, 12, 32).to(dtype) for _ in range(3))
-    rows, columns = (2 * torch.randn(11, 32).to(dtype) for _ in range(2))
-    axes = [_halo_axis(12, 4, 1, 1, query.device)] * 2
-    tensors = (query, key, value, rows, columns)
-    expected = _halo_attention(*(tensor.double() for tensor in tensors), axes, border, 0.3)
-    assert_rounded_once(_halo_attention(*tensors, axes, border, 0.3), expected)
 
 
 @pytest.mark.parametrize("dtype", HALF)

@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 
 import nearsight as ns
 from nearsight.errors import DtypeError, NearsightError, OptionError, ShapeError
-from nearsight.layers import BlockWindow
 from nearsight.window import Axis
 
 axes = st.builds(
@@ -28,13 +27,13 @@ axes = st.builds(
     dilation=st.integers(1, 5),
     border=st.sampled_from(["mask", "zeros", "shift", "wrap"]),
     causal=st.booleans(),
-)
+    shared_by=st.integers(1, 25),
+).map(lambda axis: axis._replace(shared_by=min(axis.shared_by, axis.kernel_size)))
 
 
 def window_of(axis: oracle.Axis) -> ns.Window:
-    return ns.Window(
-        axis.kernel_size, stride=axis.stride, dilation=axis.dilation, border=axis.border, causal=axis.causal
-    )
+    options = {name: getattr(axis, name) for name in ("stride", "dilation", "border", "causal", "shared_by")}
+    return ns.Window(axis.kernel_size, **options)
 
 
 @given(axes)
@@ -56,7 +55,7 @@ def test_places_of_chosen_queries(axis, data):
     assert torch.equal(ours.neighbours(axis.cells, queries), ours.neighbours(axis.cells)[queries])
 
 
-@pytest.mark.parametrize("axis", [Axis(1599), Axis(1599, border="shift", dilation=2), BlockWindow(100, 700)])
+@pytest.mark.parametrize("axis", [Axis(1599), Axis(1599, border="shift", dilation=2), Axis(1500, shared_by=100)])
 def test_places_are_kept_by_nobody_and_are_no_python_objects(axis):
     tracemalloc.start()
     try:
@@ -88,6 +87,34 @@ def test_covers_means_all_cells_once_and_nothing_else(axis):
     # The other way round it need not see every chance; but these it has to.
     if axis.border in ("mask", "shift") and not axis.causal and axis.dilation == 1 and axis.stride == 1:
         assert window_of(axis).covers((axis.cells,)) == sees_all
+
+
+SHARED = {  # of six or seven cells in a row: for each query the cells that it sees
+    "Swin's blocks": (7, ns.Window(3, shared_by=3), ["012", "012", "012", "345", "345", "345", "6"]),
+    "HaloNet's blocks of 2 with a halo of 1": (
+        6,
+        ns.Window(4, shared_by=2),
+        ["012", "012", "1234", "1234", "345", "345"],
+    ),
+    "NATTEN's stride": (7, ns.Window(4, shared_by=3, border="shift"), ["0123"] * 3 + ["2345"] * 3 + ["3456"]),
+    "causal": (7, ns.Window(3, shared_by=2, causal=True), ["0", "01", "12", "123", "34", "345", "456"]),
+    "causal shift": (
+        7,
+        ns.Window(3, shared_by=2, causal=True, border="shift"),
+        ["0", "01", "12", "123", "34", "345", "456"],
+    ),
+    "dilated": (7, ns.Window(2, shared_by=2, dilation=2), ["02", "13", "02", "13", "46", "5", "46"]),
+    "every second query": (7, ns.Window(3, shared_by=3, stride=2), ["012", "012", "345", "6"]),
+    "around": (6, ns.Window(4, shared_by=2, border="wrap"), ["5012", "5012", "1234", "1234", "3450", "3450"]),
+}
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_shared_windows_counted_by_hand(name):
+    cells, window, seen = SHARED[name]
+    (axis,) = window.axes(1)
+    found = ["".join(str(int(cell)) for cell, _ in places if cell >= 0) for places in axis.neighbours(cells)]
+    assert found == seen
 
 
 def test_everywhere_covers():
@@ -133,11 +160,25 @@ WRONG = {
     "bool stride": ((3,), {"stride": (1, True)}, DtypeError, r"stride must be an int.*received \(1, True\)"),
     "text": (("7",), {}, DtypeError, "kernel_size must be an int.*received '7'"),
     "nothing": ((None,), {}, DtypeError, "kernel_size must be an int.*received None"),
-    "unknown border": ((3,), {"border": "reflect"}, OptionError, "mask, zeros, shift, wrap; received 'reflect'"),
+    "unknown border": (
+        (3,),
+        {"border": "reflect"},
+        OptionError,
+        "mask, zeros, shift, wrap, .* per axis; received 'reflect'",
+    ),
     "border in capitals": ((3,), {"border": "Mask"}, OptionError, "received 'Mask'"),
+    "unknown border of an axis": ((3,), {"border": ("wrap", "mirror")}, OptionError, r"received \('wrap', 'mirror'\)"),
+    "borders of other axes": (((3, 5),), {"border": ("mask",)}, ShapeError, "'kernel_size': 2, 'border': 1"),
     "border None": ((3,), {"border": None}, OptionError, "received None"),
     "causal int": ((3,), {"causal": 1}, DtypeError, "causal must be a bool.*received 1"),
     "causal text": ((3,), {"causal": ("yes", False)}, DtypeError, "causal must be a bool.*'yes'"),
+    "shared by 0": ((3,), {"shared_by": 0}, OptionError, "shared_by must be at least 1; received 0"),
+    "shared by more than it holds": (
+        ((5, 3),),
+        {"shared_by": 4},
+        OptionError,
+        r"received shared_by=4, kernel_size=\(5, 3\)",
+    ),
     "unequal lengths": (((3, 5),), {"stride": (1, 2, 3)}, ShapeError, "'kernel_size': 2, 'stride': 3"),
     "four axes": (((3, 3, 3, 3),), {}, ShapeError, "1 to 3 axes; received 4"),
     "no axes": (((),), {}, ShapeError, "1 to 3 axes; received 0"),

@@ -5,58 +5,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from dataclasses import fields
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
-from .attention import attention_weights, global_attention, local_attention
-from .attention.chosen import weights_of
+from .attention import attention_weights, local_attention
 from .errors import OptionError, ShapeError
 from .positions import Position, PositionLike, RelativePosition, Tables, position_encoding
 from .precision import wide_of, without_autocast
 from .projection import POINTWISE, is_repeatable, project, records_plainly
 from .recompute import keep_in_place_of
 from .window import Window
-
-
-@dataclass(frozen=True)
-class BlockWindow:
-    """The memory block of blocked attention: all queries of a block see that block and a halo around it.
-
-    It answers what a :class:`Window` and its axes answer about geometry. A query at cell c sees the cells from
-    ``(c // block_size) * block_size - halo_size`` on, ``kernel_size = block_size + 2 * halo_size`` of them per axis; a
-    position table has ``2 * kernel_size - 1`` entries, indexed by offset + kernel_size - 1.
-    """
-
-    block_size: int
-    halo_size: int = 0
-    stride: int = 1
-    border: str = "mask"
-
-    @property
-    def kernel_size(self) -> int:
-        return self.block_size + 2 * self.halo_size
-
-    def axes(self, rank: int) -> tuple[BlockWindow, ...]:
-        """The rule along each axis: one for all."""
-        return (self,) * rank
-
-    def output_size(self, in_size: Sequence[int]) -> tuple[int, ...]:
-        return tuple(-(-cells // self.stride) for cells in in_size)
-
-    def neighbours(self, cells: int, queries: Tensor | None = None) -> Tensor:
-        """As :meth:`nearsight.window.Axis.neighbours`."""
-        if queries is None:
-            queries = torch.arange(-(-cells // self.stride), device="cpu")
-        query = queries[:, None] * self.stride
-        first = query // self.block_size * self.block_size - self.halo_size
-        place = first + torch.arange(self.kernel_size, device=queries.device)
-        cell = torch.where((place >= 0) & (place < cells), place, -2 if self.border == "zeros" else -1)
-        return torch.stack((cell, place - query + self.kernel_size - 1), -1)
 
 
 @runtime_checkable
@@ -70,7 +32,7 @@ class AttentionLayer(Protocol):
     rank: int
     num_heads: int
 
-    def window_on(self, size: Sequence[int]) -> Window | BlockWindow:
+    def window_on(self, size: Sequence[int]) -> Window:
         """The memory block on a map of ``size`` cells."""
         ...
 
@@ -243,9 +205,7 @@ class SelfAttention(_Projecting):
         window = self.window_on(batched.shape[2:])
         query, key, _ = self._heads(self.position.embed(batched), window)
         tables = self._tables(window, key)
-        if queries is None:
-            return attention_weights(query, key, window, **tables, scale=self.scale)
-        return weights_of(queries, query, key, window.axes(self.rank), **tables, scale=self.scale)
+        return attention_weights(query, key, window, queries=queries, **tables, scale=self.scale)
 
     def tables_on(self, size: Sequence[int]) -> Tables:
         """The position tables on a map of ``size`` cells, ``(bias, relative)``; None for what there is not."""
@@ -296,13 +256,9 @@ class SelfAttention(_Projecting):
         parts = [f"{self.in_channels}, {self.out_channels}", f"num_heads={self.num_heads}"]
         parts += [f"qk_channels={self.qk_channels}"] if self.qk_channels != self.out_channels else []
         if self.window is not None:
-            defaults = {"stride": 1, "dilation": 1, "border": "mask", "causal": False}
-            parts.insert(1, f"kernel_size={self.window.kernel_size}")
-            parts += [
-                f"{name}={getattr(self.window, name)!r}"
-                for name, default in defaults.items()
-                if getattr(self.window, name) != default
-            ]
+            options = {field.name: (getattr(self.window, field.name), field.default) for field in fields(self.window)}
+            parts.insert(1, f"kernel_size={options.pop('kernel_size')[0]}")
+            parts += [f"{name}={value!r}" for name, (value, default) in options.items() if value != default]
         parts += [f"scale={self.scale}"] if self.scale is not None else []
         parts += [f"backend={self.backend!r}"] if self.backend is not None else []
         return ", ".join(parts)
@@ -317,8 +273,9 @@ class _Local(SelfAttention):
         *,
         stride: int | tuple[int, ...] = 1,
         dilation: int | tuple[int, ...] = 1,
-        border: str = "mask",
+        border: str | tuple[str, ...] = "mask",
         causal: bool | tuple[bool, ...] = False,
+        shared_by: int | tuple[int, ...] = 1,
         num_heads: int = 8,
         qk_channels: int | None = None,
         position: PositionLike = "relative",
@@ -331,7 +288,9 @@ class _Local(SelfAttention):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        window = Window(kernel_size, stride=stride, dilation=dilation, border=border, causal=causal)
+        window = Window(
+            kernel_size, stride=stride, dilation=dilation, border=border, causal=causal, shared_by=shared_by
+        )
         window.axes(self.rank)
         super().__init__(
             in_channels,
@@ -388,7 +347,7 @@ class LocalSelfAttention2d(_Local):
 
     Args:
         in_channels, out_channels: borders of the layer; out_channels None means in_channels.
-        kernel_size, stride, dilation, border, causal: the memory block, see :class:`Window`.
+        kernel_size, stride, dilation, border, causal, shared_by: the memory block, see :class:`Window`.
         num_heads: heads split the width: each has qk_channels // num_heads channels of queries and keys, head_dim, and
             out_channels // num_heads of values.
         qk_channels: channels of queries and keys; None means out_channels, as the paper. Fewer of them leave room for more
@@ -540,8 +499,8 @@ class HaloSelfAttention2d(_Projecting):
         block_size, halo_size: in cells.
         stride: the output keeps every ``stride``-th query.
         value_ratio: channels of the values, and so of the output, for one channel of queries and keys.
-        border: ``"mask"`` or ``"zeros"``.
-        num_heads, scale, qkv_bias, device, dtype: as in :class:`LocalSelfAttention2d`.
+        border: see :class:`Window`.
+        num_heads, scale, qkv_bias, backend, device, dtype: as in :class:`LocalSelfAttention2d`.
 
     Raises:
         ShapeError: widths that heads or ``value_ratio`` do not divide, an input of other channels or rank.
@@ -563,10 +522,11 @@ class HaloSelfAttention2d(_Projecting):
         halo_size: int = 3,
         stride: int = 1,
         value_ratio: float = 1.0,
-        border: str = "mask",
+        border: str | tuple[str, str] = "mask",
         num_heads: int = 8,
         scale: float | None = None,
         qkv_bias: bool = False,
+        backend: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -579,15 +539,14 @@ class HaloSelfAttention2d(_Projecting):
         for name, value, least in (("block_size", block_size, 1), ("halo_size", halo_size, 0), ("stride", stride, 1)):
             if not isinstance(value, int) or value < least:
                 raise OptionError(f"{name} must be an int of at least {least}; received {value!r}")
-        if border not in ("mask", "zeros"):
-            raise OptionError(f"border must be 'mask' or 'zeros'; received {border!r}")
         self.in_channels, self.out_channels, self.width = in_channels, out_channels, width
         self.block_size, self.halo_size, self.stride = block_size, halo_size, stride
-        self.border, self.num_heads, self.scale = border, num_heads, scale
+        self.window = Window(block_size + 2 * halo_size, stride=stride, border=border, shared_by=block_size)
+        self.num_heads, self.scale, self.backend = num_heads, scale, backend
         self._hold_projections(apart=True, bias=qkv_bias)
-        entries, head_dim = 2 * (block_size + 2 * halo_size) - 1, width // num_heads
-        self.rows = nn.Parameter(torch.randn(entries, head_dim))
-        self.columns = nn.Parameter(torch.randn(entries, head_dim))
+        rows, columns = self.window.table_size(2)
+        self.rows = nn.Parameter(torch.randn(rows, width // num_heads))
+        self.columns = nn.Parameter(torch.randn(columns, width // num_heads))
         self.reset_parameters()
         if device is not None or dtype is not None:
             self.to(device=device, dtype=dtype)
@@ -599,10 +558,8 @@ class HaloSelfAttention2d(_Projecting):
     def forward(self, x: Tensor) -> Tensor:
         batched = self._batched(x)
         query, key, value = self._heads(batched)
-        axes = [_halo_axis(n, self.block_size, self.halo_size, self.stride, x.device) for n in x.shape[-2:]]
-        scale = query.shape[-1] ** -0.5 if self.scale is None else self.scale
-        with without_autocast(x.device.type):
-            out = _halo_attention(query, key, value, self.rows, self.columns, axes, self.border, scale)
+        relative = self._relative()
+        out = local_attention(query, key, value, self.window, relative=relative, scale=self.scale, backend=self.backend)
         y = merge_heads(out, like=batched)
         return y if x.ndim == 4 else y.squeeze(0)
 
@@ -612,12 +569,15 @@ class HaloSelfAttention2d(_Projecting):
         With ``queries`` (Q, 2), the index of each along both axes of the output, those alone: (B, N, Q, span, span).
         """
         query, key, _ = self._heads(self._batched(x))
-        relative = [table.expand(self.num_heads, -1, -1) for table in (self.rows, self.columns)]
-        return _weights_in_blocks(queries, query, key, self.window_on(key.shape[2:-1]), relative, self.scale)
+        relative = self._relative()
+        return attention_weights(query, key, self.window, queries=queries, relative=relative, scale=self.scale)
 
-    def window_on(self, size: Sequence[int]) -> BlockWindow:
+    def _relative(self) -> list[Tensor]:
+        return [table.expand(self.num_heads, -1, -1) for table in (self.rows, self.columns)]
+
+    def window_on(self, size: Sequence[int]) -> Window:
         """The memory block, the same on a map of any size."""
-        return BlockWindow(self.block_size, self.halo_size, self.stride, self.border)
+        return self.window
 
     def tables_on(self, size: Sequence[int]) -> Tables:
         """The position tables, ``(None, relative)``: one vector per row and per column offset, shared by the heads."""
@@ -644,80 +604,10 @@ class HaloSelfAttention2d(_Projecting):
         parts += [f"stride={self.stride}"] if self.stride != 1 else []
         parts += [f"num_heads={self.num_heads}"]
         parts += [f"width={self.width}"] if self.width != self.out_channels else []
-        parts += [f"border={self.border!r}"] if self.border != "mask" else []
+        parts += [f"border={self.window.border!r}"] if self.window.border != "mask" else []
         parts += [f"scale={self.scale}"] if self.scale is not None else []
+        parts += [f"backend={self.backend!r}"] if self.backend is not None else []
         return ", ".join(parts)
-
-
-class _HaloAxis(NamedTuple):
-    """One axis cut into G blocks, each with m slots for its queries and a span of S cells."""
-
-    queries: Tensor  # (G, m) the query in each slot; slots that a block does not need hold any other
-    cells: Tensor  # (G, S) the cell in each place of the span
-    inside: Tensor  # (G, S) whether that place lies on the map
-    entries: Tensor  # (G, m, S) the pair's index into a position table
-    position: Tensor  # (queries,) where each query is found in the flattened slots
-
-
-def _halo_axis(cells: int, block: int, halo: int, stride: int, device: torch.device) -> _HaloAxis:
-    # Rounded up without numbers below zero: ONNX divides those towards zero, and sizes may be symbols.
-    blocks, slots, span = (cells + block - 1) // block, (block + stride - 1) // stride, block + 2 * halo
-    count = (cells + stride - 1) // stride
-    query = torch.arange(count, device=device)
-    start = block * torch.arange(blocks, device=device)
-    first = (start + stride - 1) // stride  # the first query that lies in each block
-    queries = first[:, None] + torch.arange(slots, device=device)
-    places = start[:, None] + torch.arange(-halo, block + halo, device=device)
-    entries = places[:, None] - stride * queries[..., None] + span - 1
-    home = stride * query // block
-    return _HaloAxis(
-        queries=queries.clamp(max=count - 1),
-        cells=places.clamp(0, cells - 1),
-        inside=(places >= 0) & (places < cells),
-        entries=entries.clamp(0, 2 * span - 2),
-        position=slots * home + query - first[home],
-    )
-
-
-def _halo_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    rows: Tensor,
-    columns: Tensor,
-    axes: Sequence[_HaloAxis],
-    border: str,
-    scale: float,
-) -> Tensor:
-    """Softmax attention of blocks of queries to their spans: query (B, N, *out, D), key and value (B, N, *in, D or E).
-
-    In float32 or wider inside, as the operation.
-    """
-    y, x = axes
-    wide = wide_of(query)
-    q = scale * _pick(query.to(wide), y.queries, x.queries)  # B, N, G, H, p, q, D: blocks, then slots
-    k, v = (
-        _pick(tensor.to(wide), y.cells, x.cells) for tensor in (key, value)
-    )  # B, N, G, H, s, t, D: blocks, then spans
-    inside = y.inside[:, None, :, None] & x.inside[:, None, :]
-    if border == "zeros":
-        k, v = (tensor.masked_fill(~inside[..., None], 0) for tensor in (k, v))
-    logits = torch.einsum("b n g h p q d, b n g h s t d -> b n g h p q s t", q, k)
-    logits = logits + torch.einsum("b n g h p q d, g p s d -> b n g h p q s", q, rows[y.entries].to(wide))[..., None]
-    across = torch.einsum("b n g h p q d, h q t d -> b n g h p q t", q, columns[x.entries].to(wide))
-    logits = logits + across[..., None, :]
-    if border == "mask":
-        logits = logits.masked_fill(~inside[:, :, None, None], float("-inf"))
-    weights = logits.flatten(-2).softmax(-1).view_as(logits)
-    out = torch.einsum("b n g h p q s t, b n g h s t e -> b n g h p q e", weights, v)
-    out = rearrange(out, "b n g h p q e -> b n (g p) (h q) e").to(value.dtype)
-    return out.index_select(2, y.position).index_select(3, x.position)
-
-
-def _pick(tensor: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Cut a map by an index per axis: (B, N, *map, D), (G, p), (H, q) -> (B, N, G, H, p, q, D)."""
-    tensor = tensor.index_select(2, rows.flatten()).unflatten(2, rows.shape)
-    return tensor.index_select(4, columns.flatten()).unflatten(4, columns.shape).movedim(4, 3)
 
 
 class AttentionStem2d(nn.Module):
@@ -783,7 +673,8 @@ class AttentionStem2d(nn.Module):
         self.row = nn.Parameter(torch.randn(kernel_size, head_dim))
         self.column = nn.Parameter(torch.randn(kernel_size, head_dim))
         self.mixture = nn.Parameter(torch.randn(mixtures, head_dim))
-        self.position = RelativePosition(num_heads, head_dim, Window.everywhere((kernel_size,) * 2).table_size(2))
+        self.window = Window(kernel_size, shared_by=kernel_size)
+        self.position = RelativePosition(num_heads, head_dim, self.window.table_size(2))
         self.norm = nn.BatchNorm2d(out_channels)
         for projection in (self.qk, self.value):
             nn.init.normal_(projection.weight, std=in_channels**-0.5)
@@ -792,12 +683,11 @@ class AttentionStem2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         self._check(x)
-        query_key_value = torch.cat([self.qk(x), self._values(x)], 1)
-        rows = [
-            torch.cat([self._attend(tile) for tile in _tiles(strip, 3, self.kernel_size)], 3)
-            for strip in _tiles(query_key_value, 2, self.kernel_size)
-        ]
-        return F.max_pool2d(self.norm(torch.cat(rows, 2)), self.kernel_size, ceil_mode=True)
+        query, key = self._query_key(x)
+        value = split_heads(self._values(x), self.num_heads)
+        _, relative = self.tables_on(x.shape[2:])
+        out = local_attention(query, key, value, self.window, relative=relative, scale=self.scale, backend=self.backend)
+        return F.max_pool2d(self.norm(merge_heads(out, like=x)), self.kernel_size, ceil_mode=True)
 
     def attention_weights(self, x: Tensor, queries: Tensor | None = None) -> Tensor:
         """The weights before the max-pool, of every pixel over those of its block: (B, N, H, W, kernel_size, kernel_size).
@@ -805,18 +695,16 @@ class AttentionStem2d(nn.Module):
         With ``queries`` (Q, 2), row and column of each, those alone: (B, N, Q, kernel_size, kernel_size).
         """
         self._check(x)
-        query, key = (split_heads(tensor, self.num_heads) for tensor in self.qk(x).chunk(2, 1))
-        window = self.window_on(x.shape[2:])
-        return _weights_in_blocks(queries, query, key, window, self.tables_on(x.shape[2:])[1], self.scale)
+        _, relative = self.tables_on(x.shape[2:])
+        return attention_weights(*self._query_key(x), self.window, queries=queries, relative=relative, scale=self.scale)
 
-    def window_on(self, size: Sequence[int]) -> BlockWindow:
+    def window_on(self, size: Sequence[int]) -> Window:
         """The memory block, the same on an image of any size."""
-        return BlockWindow(self.kernel_size)
+        return self.window
 
     def tables_on(self, size: Sequence[int]) -> Tables:
         """The position tables, ``(None, relative)``."""
-        block = (self.kernel_size,) * 2
-        return self.position.tables(Window.everywhere(block), block)
+        return self.position.tables(self.window, size)
 
     def mixing(self) -> Tensor:
         """p: how much of each value matrix a place of the block uses, (mixtures, kernel_size, kernel_size).
@@ -831,39 +719,17 @@ class AttentionStem2d(nn.Module):
         if x.ndim != 4 or x.shape[1] != self.in_channels:
             raise ShapeError(f"AttentionStem2d takes (B, {self.in_channels}, H, W); received {tuple(x.shape)}")
 
+    def _query_key(self, x: Tensor) -> list[Tensor]:
+        return [split_heads(tensor, self.num_heads) for tensor in self.qk(x).chunk(2, 1)]
+
     def _values(self, x: Tensor) -> Tensor:
         rows, columns = (torch.arange(size, device=x.device) % self.kernel_size for size in x.shape[2:])
         p = self.mixing()[:, rows][:, :, columns]
         values = self.value(x).unflatten(1, (-1, self.out_channels))
         return (p[:, None] * values.to(wide_of(values))).sum(1).to(values.dtype)
 
-    def _attend(self, tile: Tensor) -> Tensor:
-        """Global attention inside every block of a tile, whose sides are one block or a multiple of one."""
-        block = [min(self.kernel_size, size) for size in tile.shape[2:]]
-        grid = [size // side for size, side in zip(tile.shape[2:], block, strict=True)]
-        split = "b (three n d) (y p) (x q) -> three (b y x) n p q d"
-        query, key, value = rearrange(tile, split, three=3, n=self.num_heads, p=block[0], q=block[1])
-        _, relative = self.position.tables(Window.everywhere(block), block)
-        out = global_attention(query, key, value, relative=relative, scale=self.scale, backend=self.backend)
-        return rearrange(out, "(b y x) n p q d -> b (n d) (y p) (x q)", y=grid[0], x=grid[1])
-
     def extra_repr(self) -> str:
         return f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, num_heads={self.num_heads}"
-
-
-def _weights_in_blocks(
-    queries: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    window: BlockWindow,
-    relative: Sequence[Tensor] | None,
-    scale: float | None,
-) -> Tensor:
-    """The weights of all queries, (B, N, *out, *span), or of those chosen, (B, N, Q, *span)."""
-    out = query.shape[2:-1]
-    chosen = torch.cartesian_prod(*[torch.arange(n, device=query.device) for n in out]) if queries is None else queries
-    weights = weights_of(chosen, query, key, window.axes(2), relative=relative, scale=scale)
-    return weights.unflatten(2, out) if queries is None else weights
 
 
 def split_parts(joined: Tensor, widths: Sequence[int]) -> tuple[Tensor, ...]:
@@ -911,12 +777,6 @@ def merge_heads(x: Tensor, like: Tensor) -> Tensor:
     if not like.is_contiguous() and like.movedim(1, -1).is_contiguous():
         return x.movedim(1, -2).flatten(-2).contiguous().movedim(-1, 1)
     return x.movedim(-1, 2).flatten(1, 2).contiguous()
-
-
-def _tiles(x: Tensor, dim: int, block: int) -> list[Tensor]:
-    """Cut an axis into the part that whole blocks fill and the rest, if any."""
-    rest = x.shape[dim] % block
-    return [tile for tile in x.split([x.shape[dim] - rest, rest], dim) if tile.shape[dim]]
 
 
 def _check_channels(num_heads: int, in_channels: int, **split: int) -> None:

@@ -528,8 +528,10 @@ def _rotate(query: Tensor, key: Tensor, frequencies: Tensor, window: Window) -> 
     """Turn query and key by (heads or 1, axes, pairs) frequencies, in float32 or wider."""
     axes, size = window.axes(query.ndim - 3), key.shape[2:-1]
     frequencies = frequencies.to(_wide(frequencies)["dtype"])
-    if window.border == "wrap":
-        frequencies = _whole_turns(frequencies, size)
+    around = [axis.border == "wrap" for axis in axes]
+    if any(around):
+        whole = torch.tensor(around, device=frequencies.device)[:, None]
+        frequencies = torch.where(whole, _whole_turns(frequencies, size), frequencies)
     return _turn(query, frequencies, [axis.stride for axis in axes]), _turn(key, frequencies, [1] * len(axes))
 
 

@@ -8,7 +8,7 @@ Integers only. The arithmetic of :class:`Axis` is written with operators alone, 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, fields
 from typing import Any
 
 import torch
@@ -34,9 +34,9 @@ def smaller(a: Any, b: Any) -> Any:
 class Axis:
     """A window along one axis: the formulas of the module's geometry.
 
-    A query at cell ``c = p * stride`` lies on the dilation phase ``c % dilation``, the grid of every ``dilation``-th cell,
-    and sees ``kernel_size`` consecutive *steps* of that grid, from :meth:`first_step` on. Step ``t`` of phase ``f`` is the
-    cell ``f + t * dilation``.
+    A query at cell ``c = p * stride`` lies on the dilation phase ``c % dilation``, the grid of every ``dilation``-th cell.
+    The *steps* of that grid are counted from its first cell: step ``t`` of phase ``f`` is the cell ``f + t * dilation``. The
+    query sees ``kernel_size`` consecutive steps, from :meth:`first_step` on: those around its :meth:`leader`.
     """
 
     kernel_size: int
@@ -44,21 +44,32 @@ class Axis:
     dilation: int = 1
     border: str = "mask"
     causal: bool = False
+    shared_by: int = 1
 
     @property
     def left(self) -> int:
-        """How many steps before the query the window begins; an even window has one more to the left."""
+        """How many steps before the leader the window begins; an even window has one more to the left."""
         return self.kernel_size - 1 if self.causal else self.kernel_size // 2
+
+    @property
+    def masks(self) -> bool:
+        """Whether what lies outside the map takes no part."""
+        return self.border in ("mask", "shift")
+
+    @property
+    def by_offset(self) -> bool:
+        """Whether a place of the window lies at another offset for another query, so that tables go by offsets."""
+        return self.border == "shift" or self.shared_by > 1
 
     @property
     def table_size(self) -> int:
         """Entries of a position table: one per offset that can occur."""
-        return 2 * self.kernel_size - 1 if self.border == "shift" else self.kernel_size
+        return 2 * self.kernel_size - 1 if self.by_offset else self.kernel_size
 
     @property
     def offsets(self) -> range:
         """Key cell minus query cell, for every entry of a position table."""
-        zero = self.kernel_size - 1 if self.border == "shift" else self.left
+        zero = self.kernel_size - 1 if self.by_offset else self.left
         return range(-zero * self.dilation, (self.table_size - zero) * self.dilation, self.dilation)
 
     def output_size(self, cells: Any) -> Any:
@@ -68,28 +79,40 @@ class Axis:
         """How many cells lie on a dilation phase."""
         return (cells - phase + self.dilation - 1) // self.dilation
 
+    def leader(self, query_step: Any, steps: Any) -> Any:
+        """The step that the window of a query is laid around: its own, or the middle one of the ``shared_by`` that share it.
+
+        On a causal axis it is the last of them that there is.
+        """
+        if self.shared_by == 1:
+            return query_step
+        first = query_step // self.shared_by * self.shared_by
+        if self.causal:
+            return smaller(first + self.shared_by - 1, steps - 1)
+        return first + self.shared_by // 2
+
     def first_step(self, query_step: Any, steps: Any) -> Any:
         """Where the window of a query begins on its phase of ``steps`` cells; below zero if it hangs over the edge."""
-        first = query_step - self.left
+        first = self.leader(query_step, steps) - self.left
         if self.border == "shift" and not self.causal:
             return larger(smaller(first, steps - self.kernel_size), 0 * first)
         return first
 
+    def may_see(self, step: Any, query_step: Any) -> Any:
+        """Whether a step of the window may take part: on a causal axis none behind the query does, whatever the border."""
+        return step <= query_step if self.causal else True
+
     def entry(self, step: Any, query_step: Any, first_step: Any) -> Any:
         """The index into a position table for the cell at ``step``."""
-        if self.border == "shift":
+        if self.by_offset:
             return step - query_step + self.kernel_size - 1
         return step - first_step
 
     def covers(self, cells: int) -> bool:
         """Whether every query takes every cell into account exactly once and nothing else votes."""
-        if self.border not in ("mask", "shift") or self.causal:
+        if not self.masks or self.causal or not (self.dilation == 1 or cells <= 1):
             return False
-        if self.border == "shift":
-            reach = self.kernel_size >= cells
-        else:
-            reach = self.left >= cells - 1 and self.kernel_size - 1 - self.left >= cells - 1
-        return reach and (self.dilation == 1 or cells <= 1)
+        return self.first_step(0, cells) + self.kernel_size >= cells and self.first_step(cells - 1, cells) <= 0
 
     def neighbours(self, cells: int, queries: Tensor | None = None) -> Tensor:
         """The ``(cell, entry)`` of each of the ``kernel_size`` places of every query, (queries, kernel_size, 2).
@@ -111,7 +134,12 @@ class Axis:
             cell = cell % cells
         else:
             cell = torch.where((place >= 0) & (place < steps), cell, -2 if self.border == "zeros" else -1)
+        if self.causal:
+            cell = torch.where(self.may_see(place, step), cell, -1)
         return torch.stack((cell, entry), -1)
+
+
+PER_AXIS = tuple(field.name for field in fields(Axis))  # a constant, which torch.compile can follow
 
 
 @dataclass(frozen=True)
@@ -121,6 +149,12 @@ class Window:
     Along an axis of n cells with kernel k, dilation d and stride s, query p sits at cell c = p*s and sees the cells at the
     offsets ``o_j = (j - k//2) * d``, ``j = 0 .. k-1``; an even k reaches one further to the left. With ``causal`` the block
     ends at the query: ``o_j = (j - (k-1)) * d``.
+
+    With ``shared_by=g`` the queries of g neighbouring cells share one window. Where a query's cell is step ``t`` of its
+    dilation phase, the window is that of the step ``t // g * g + g // 2``, the middle one of its group; on a causal axis
+    that of the group's last, of which a query sees what is not behind it. So g = 1 slides (SASA, NAT); k = block + 2 halo
+    with g = block is HaloNet's (Vaswani et al. 2021, arXiv:2103.12731), g = k Swin's blocks (Liu et al. 2021,
+    arXiv:2103.14030), and ``border="shift"`` with g is NATTEN's ``stride`` (its version 0.20).
 
     Args:
         kernel_size: cells per axis; may be larger than the map.
@@ -133,34 +167,42 @@ class Window:
             ``"shift"``: the block slides inwards so that every query sees exactly k cells per axis (NATTEN's rule), or all
             of them on a smaller map.
             ``"wrap"``: indices modulo n, a torus.
+            One rule per axis, as ``("mask", "wrap")``, makes panoramas and globes.
         causal: hide what lies behind the query, for all axes or one value per axis. With ``"shift"`` a causal axis is not
             slid but masked.
+        shared_by: how many neighbouring cells' queries share a window; at most ``kernel_size``.
 
     Every value is one for all axes or a tuple with one per axis.
 
     Raises:
-        OptionError: a size below 1, an unknown border.
+        OptionError: a size below 1, an unknown border, a window shared by more cells than it holds.
         ShapeError: tuples of different lengths, or more than three axes.
 
     Example:
         >>> Window(7, stride=2).output_size((56, 29))
         (28, 15)
+        >>> Window(14, shared_by=8).offsets(2) == Window(14, border="shift").offsets(2)  # HaloNet: blocks of 8, halos of 3
+        True
     """
 
     kernel_size: int | tuple[int, ...]
     _: KW_ONLY
     stride: int | tuple[int, ...] = 1
     dilation: int | tuple[int, ...] = 1
-    border: str = "mask"
+    border: str | tuple[str, ...] = "mask"
     causal: bool | tuple[bool, ...] = False
+    shared_by: int | tuple[int, ...] = 1
 
     def __post_init__(self) -> None:
-        for name in ("kernel_size", "stride", "dilation"):
+        for name in ("kernel_size", "stride", "dilation", "shared_by"):
             object.__setattr__(self, name, _positive_ints(name, getattr(self, name)))
         object.__setattr__(self, "causal", _bools(self.causal))
-        if self.border not in BORDERS:
-            raise OptionError(f"border must be one of {', '.join(BORDERS)}; received {self.border!r}")
-        _ = self.rank
+        object.__setattr__(self, "border", _borders(self.border))
+        if any(axis.shared_by > axis.kernel_size for axis in self.axes(self.rank or 1)):
+            raise OptionError(
+                "shared_by must be at most kernel_size, or some cells would be seen by none; "
+                f"received shared_by={self.shared_by}, kernel_size={self.kernel_size}"
+            )
 
     @classmethod
     def everywhere(cls, in_size: Sequence[int]) -> Window:
@@ -170,7 +212,7 @@ class Window:
     @property
     def rank(self) -> int | None:
         """The number of axes, or None while every value is one for all of them."""
-        values = {name: getattr(self, name) for name in ("kernel_size", "stride", "dilation", "causal")}
+        values = {name: getattr(self, name) for name in PER_AXIS}
         ranks = {name: len(value) for name, value in values.items() if isinstance(value, tuple)}
         if len(set(ranks.values())) > 1:
             raise ShapeError(f"a window needs one value for all axes or the same number of them; received {ranks}")
@@ -187,7 +229,7 @@ class Window:
         """
         if self.rank not in (None, rank):
             raise ShapeError(f"{self} has {self.rank} axes but the map has {rank}: give one value per axis of the map")
-        columns = (self.kernel_size, self.stride, self.dilation, self.border, self.causal)
+        columns = [getattr(self, name) for name in PER_AXIS]
         spread = [value if isinstance(value, tuple) else (value,) * rank for value in columns]
         return tuple(Axis(*values) for values in zip(*spread, strict=True))
 
@@ -196,7 +238,7 @@ class Window:
         return tuple(axis.output_size(n) for axis, n in zip(self.axes(len(in_size)), in_size, strict=True))
 
     def table_size(self, rank: int) -> tuple[int, ...]:
-        """Entries of a position table per axis: k, or 2k-1 with ``border="shift"``."""
+        """Entries of a position table per axis: k, or 2k-1 where the block shifts or is shared."""
         return tuple(axis.table_size for axis in self.axes(rank))
 
     def offsets(self, rank: int) -> tuple[tuple[int, ...], ...]:
@@ -223,3 +265,13 @@ def _bools(value: Any) -> bool | tuple[bool, ...]:
     if not all(isinstance(one, bool) for one in values):
         raise DtypeError(f"causal must be a bool or one bool per axis; received {value!r}")
     return tuple(values) if isinstance(value, (tuple, list)) else value
+
+
+def _borders(value: Any) -> str | tuple[str, ...]:
+    values = tuple(value) if isinstance(value, (tuple, list)) else (value,)
+    for one in values:
+        if not isinstance(one, str) or one not in BORDERS:
+            raise OptionError(
+                f"border must be one of {', '.join(BORDERS)}, for all axes or one per axis; received {value!r}"
+            )
+    return values if isinstance(value, (tuple, list)) else value

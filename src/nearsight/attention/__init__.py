@@ -34,6 +34,8 @@ __all__ = [
 # being chosen, not from being named. `attend` gets as many query heads as keys, unless the backend says `takes_groups`.
 BACKENDS: tuple[ModuleType, ...] = (native, natten, flex, dense, blocked, reference)
 
+GATHERED = 2**22  # numbers of the keys: 16 MB in float32; of chosen queries so many are gathered at a time
+
 
 @overload
 def local_attention(
@@ -87,8 +89,8 @@ def local_attention(
         query       (B, N, *out, D), one entry per output cell, out = window.output_size(in)
         key         (B, N, *in, D), or fewer heads: see below
         value       (B, N, *in, E); E may differ from D
-        bias        (N, *kernel_size), or (N, *(2k-1)) with border "shift": one entry per relative offset
-        relative    one tensor per axis, each (N, k, D), or (N, 2k-1, D) with border "shift"
+        bias        (N, *table_size): an entry per relative offset, k per axis, or 2k-1 where blocks shift or are shared
+        relative    one tensor per axis, each (N, entries, D)
         returns     (B, N, *out, E), dtype and device of query; with ``return_lse`` also the log-sum-exp (B, N, *out)
 
         One, two or three map axes. Any strides: a permuted view of (B, C, H, W) or of (B, H, W, N, D) goes in without a
@@ -228,6 +230,7 @@ def attention_weights(
     key: Tensor,
     window: Window,
     *,
+    queries: Tensor | None = None,
     bias: Tensor | None = None,
     relative: Sequence[Tensor] | None = None,
     scale: float | None = None,
@@ -236,15 +239,43 @@ def attention_weights(
 
     Places of the block that take no part have weight zero, so the weights of every query sum to one; those of a query that
     sees no key are all zero.
-    Raises what :func:`local_attention` raises.
+
+    Args:
+        queries: (Q, rank), the index of each along every axis of the output: of those alone, (B, N, Q, *kernel_size), in
+            memory that does not grow with the map. None is all of them.
+
+    Raises what :func:`local_attention` raises, and ShapeError for a query that is not there.
 
     Example:
         >>> q = k = torch.randn(1, 2, 9, 9, 16)
         >>> attention_weights(q, k, Window(3)).shape
         torch.Size([1, 2, 9, 9, 3, 3])
+        >>> attention_weights(q, k, Window(3), queries=torch.tensor([[0, 0], [4, 7]])).shape
+        torch.Size([1, 2, 2, 3, 3])
     """
-    scores = attention_scores(query, key, window, bias=bias, relative=relative, scale=scale)
-    return softmax(scores, query.ndim - 3)
+    if queries is None:
+        scores = attention_scores(query, key, window, bias=bias, relative=relative, scale=scale)
+        return softmax(scores, query.ndim - 3)
+    problem = describe(query, key, key, window, bias, relative)
+    _check_queries(queries, problem)
+    key, scale = key.repeat_interleave(problem.groups, 1), _scale(scale, problem)
+    per_query = query.shape[0] * query.shape[1] * query.shape[-1] * math.prod(axis.kernel_size for axis in problem.axes)
+    with without_autocast(problem.device):
+        parts = [
+            softmax(reference.attention_scores(query, key, problem, bias, relative, scale, some), problem.rank)
+            for some in queries.to(query.device).split(max(1, GATHERED // max(per_query, 1)))
+        ]
+    return torch.cat(parts, 2)
+
+
+def _check_queries(queries: Tensor, problem: Problem) -> None:
+    if queries.ndim != 2 or queries.shape[1] != problem.rank:
+        raise ShapeError(
+            f"queries must be (Q, {problem.rank}), an index per axis of the map; received {tuple(queries.shape)}"
+        )
+    limit = torch.tensor(problem.out_size, device=queries.device)
+    if ((queries < 0) | (queries >= limit)).any():
+        raise ShapeError(f"queries must lie in an output of {problem.out_size}; received {queries.tolist()}")
 
 
 def merge_attentions(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from math import gcd, isqrt, prod
+from math import gcd, isqrt, lcm, prod
 from typing import Any, NamedTuple
 
 import torch
@@ -102,9 +102,9 @@ def _block_size(problem: Problem) -> int:
         pairs, cells = 1, 1
         for axis, parts, most, n in zip(problem.axes, phases, longest, problem.in_size, strict=True):
             blocks = -(-most // block)
-            size = -(-most // blocks)
-            span = (size - 1) * axis.stride + axis.kernel_size
-            cells *= parts * blocks * (min(span, n) if axis.border in ("mask", "shift") else span)
+            size = _whole_groups(axis, -(-most // blocks))
+            span = _span(axis, size)
+            cells *= parts * blocks * (min(span, n) if axis.masks else span)
             pairs *= size
         return cells * (pairs * (depth + 25) + 50 * depth)
 
@@ -124,7 +124,7 @@ class AxisBlocks(NamedTuple):
     queries: Tensor  # (G, b) the query in each place; places past the end repeat the last one
     out: Tensor  # (queries,) where each query is found in the flattened blocks
     cells: Tensor  # (G, S) the cell in each place of the span
-    zero: Tensor | None  # (G, S) places outside the map that vote as zeros
+    zero: Tensor  # (G, S) places outside the map that vote as zeros
     visible: Tensor  # (G, b, S) whether the query's window holds the cell
     entries: Tensor  # (G, b, S) the pair's index into a position table
 
@@ -145,8 +145,7 @@ def _combine(axes: list[AxisBlocks], problem: Problem) -> Places:
     visible, inside = (torch.ones((), dtype=torch.bool, device=axes[0].out.device) for _ in range(2))
     for axis, cut in enumerate(axes):
         visible = visible & _align(cut.visible, rank, axis)
-        if cut.zero is not None:
-            inside = inside & ~_align(cut.zero, rank, axis)
+        inside = inside & ~_align(cut.zero, rank, axis)
     queries = _flat_index([_align(cut.queries, rank, axis) for axis, cut in enumerate(axes)], problem.out_size)
     cells = _flat_index([_align(cut.cells, rank, axis) for axis, cut in enumerate(axes)], problem.in_size)
     grid = [_align(cut.out // block, rank, axis) for axis, (cut, block) in enumerate(zip(axes, blocks, strict=True))]
@@ -155,7 +154,7 @@ def _combine(axes: list[AxisBlocks], problem: Problem) -> Places:
         queries=queries.flatten(rank),
         cells=cells.flatten(rank),
         out=_flat_index([*grid, *place], [*groups, *blocks]).flatten(),
-        zero=None if axes[0].zero is None else ~inside.flatten(rank)[..., None],
+        zero=~inside.flatten(rank)[..., None] if any(axis.border == "zeros" for axis in problem.axes) else None,
         hidden=~visible.flatten(rank, 2 * rank - 1).flatten(rank + 1),
     )
 
@@ -190,9 +189,10 @@ def _cut(axis: Axis, cells: Any, device: torch.device, block: int) -> AxisBlocks
     groups = smaller(_groups(axis), queries)
     longest = (queries + groups - 1) // groups
     blocks = (longest + block - 1) // block
-    block = (longest + blocks - 1) // blocks  # no larger than it need be: what pads the last block is wasted
+    # No larger than it need be: what pads the last block is wasted.
+    block = _whole_groups(axis, (longest + blocks - 1) // blocks)
     span = _span(axis, block)
-    if axis.border in ("mask", "shift"):
+    if axis.masks:
         # No cell outside takes part, so the span need not reach there.
         span = smaller(span, axis.steps(0, cells))
     return _lay_out(axis, cells, device, groups, blocks, block, span)
@@ -203,7 +203,7 @@ def _cut_any_size(axis: Axis, cells: Any, device: torch.device, block: int) -> A
 
     Every other size is a number then, so that PyTorch has one short formula to reason about.
     """
-    groups = _groups(axis)
+    groups, block = _groups(axis), _whole_groups(axis, block)
     blocks = (axis.output_size(cells) + groups * block - 1) // (groups * block)
     return _lay_out(axis, cells, device, groups, blocks, block, _span(axis, block))
 
@@ -213,9 +213,29 @@ def _groups(axis: Axis) -> int:
     return axis.dilation // gcd(axis.stride, axis.dilation)
 
 
-def _span(axis: Axis, block: int) -> Any:
-    """Cells that the windows of a block reach; neighbouring queries of a group are so many steps of a phase apart."""
-    return (block - 1) * (axis.stride // gcd(axis.stride, axis.dilation)) + axis.kernel_size
+def _apart(axis: Axis) -> int:
+    """Neighbouring queries of a phase are so many of its steps apart."""
+    return axis.stride // gcd(axis.stride, axis.dilation)
+
+
+def _whole_groups(axis: Axis, block: Any) -> Any:
+    """So many queries or a few more, so that no block ends between queries that share a window."""
+    if axis.shared_by == 1:
+        return block
+    several = lcm(axis.shared_by, _apart(axis)) // _apart(axis)
+    return (block + several - 1) // several * several
+
+
+def _span(axis: Axis, block: Any) -> Any:
+    """Steps that the windows of a block reach.
+
+    From the first query to the last there are ``(block - 1) * _apart(axis)`` steps, and to the last window as many as there
+    are in whole groups: those rounded down where the block begins with a group, as it does but on phases whose first query
+    lies within one.
+    """
+    between, g = (block - 1) * _apart(axis), axis.shared_by
+    begins_with_a_group = (_groups(axis) - 1) * axis.stride < axis.dilation
+    return (between if begins_with_a_group else between + g - 1) // g * g + axis.kernel_size
 
 
 def _lay_out(
@@ -230,14 +250,16 @@ def _lay_out(
     steps = axis.steps(phase, cells)
     first = _settled(axis.first_step(step, steps))
     start = first[..., :1]
-    if axis.border in ("mask", "shift"):
+    if axis.masks:
         start = larger(smaller(start, steps - span), 0 * start)
     place = start + torch.arange(span, device=device)
     offset = place[..., None, :] - first[..., None]
     visible = (offset >= 0) & (offset < axis.kernel_size)
     inside = (place >= 0) & (place < steps)
-    if axis.border in ("mask", "shift"):
+    if axis.masks:
         visible = visible & inside[..., None, :]
+    if axis.causal and axis.shared_by > 1:
+        visible = visible & axis.may_see(place[..., None, :], step[..., None])
     entries = axis.entry(place[..., None, :], step[..., None], first[..., None]).clamp(0, axis.table_size - 1)
     cell = phase + place * axis.dilation
     padding = query >= queries
@@ -248,7 +270,7 @@ def _lay_out(
         cells=(cell % torch.full_like(cell, cells) if axis.border == "wrap" else cell.clamp(0, cells - 1)).flatten(
             0, 1
         ),
-        zero=~inside.flatten(0, 1) if axis.border == "zeros" else None,
+        zero=(~inside if axis.border == "zeros" else torch.zeros_like(inside)).flatten(0, 1),
         # Padding sees everything: what it computes is thrown away, but a softmax over nothing would be NaN.
         visible=(visible | padding[..., None]).flatten(0, 1),
         entries=entries.flatten(0, 1),

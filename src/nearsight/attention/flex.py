@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """FlexAttention: the graphics card's default. PyTorch compiles a kernel out of the window's mask and the position terms.
 
-The map is laid out as a row of cells. Which pairs a window holds is a comparison of two numbers per axis, taken from the
+The map is laid out as a row of cells. Which pairs a window holds is a comparison of three numbers per axis, taken from the
 geometry of :mod:`nearsight.window`; which blocks of pairs are empty is worked out once per problem and kept. Position terms
 are added to the scores, bias by its table and q.r from a product per axis, so that both have their gradients. The borders
 "zeros" and "wrap" lay the cells off the map beside it: a margin of zeros, or of the cells that follow around the torus.
@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..window import Axis
+from ..window import Axis, smaller
 from .once import first_order
 from .problem import Problem, laid_apart
 
@@ -91,9 +91,10 @@ def attend(
 
 
 class Line(NamedTuple):
-    """One axis: the cell at ``place`` is in the window of a query if ``0 <= place - first < kernel_size``."""
+    """One axis: the cell at ``place`` is in the window of a query if ``first <= place < end``."""
 
     first: Tensor  # (queries,)
+    end: Tensor  # (queries,)
     entry: Tensor  # (queries,) the table's entry for the cell at ``first``; those of the next cells follow
     place: Tensor  # (cells,)
 
@@ -113,16 +114,15 @@ def _plan(axes: tuple[Axis, ...], in_size: tuple[int, ...], device: torch.device
     lines = [_line(axis, n, device) for axis, n in zip(axes, in_size, strict=True)]
     out_size, cells = [line.first.numel() for line in lines], [line.place.numel() for line in lines]
     flat = tuple(
-        Line(*(_flat(one, axis, size) for one, size in zip(line, (out_size, out_size, cells), strict=True)))
+        Line(*(_flat(one, axis, size) for one, size in zip(line, (*[out_size] * 3, cells), strict=True)))
         for axis, line in enumerate(lines)
     )
-    kernel_size = tuple(axis.kernel_size for axis in axes)
-    held = _held_blocks([_holds(line, k) for line, k in zip(lines, kernel_size, strict=True)])
+    held = _held_blocks([(line.first[:, None] <= line.place) & (line.place < line.end[:, None]) for line in lines])
     blocks = BlockMask.from_kv_blocks(
         held.sum(-1, dtype=torch.int32)[None, None],
         held.int().argsort(dim=-1, descending=True, stable=True).int()[None, None],
         BLOCK_SIZE=BLOCK,
-        mask_mod=_mask(flat, kernel_size),
+        mask_mod=_mask(flat),
         seq_lengths=(prod(out_size), prod(cells)),
     )
     return Plan(flat, tuple(axis.table_size for axis in axes), blocks)
@@ -134,9 +134,11 @@ def _line(axis: Axis, cells: int, device: torch.device) -> Line:
     query = torch.arange(axis.output_size(cells), device=device) * axis.stride
     step, phase = query // axis.dilation, query % axis.dilation
     first = axis.first_step(step, axis.steps(phase, cells))
+    end = smaller(first + axis.kernel_size, step + 1) if axis.causal else first + axis.kernel_size
     apart = cells + 4 * axis.kernel_size  # so far that no window reaches from one dilation phase into the next
     return Line(
         first=phase * apart + first,
+        end=phase * apart + end,
         entry=axis.entry(first, step, first) + 0 * first,
         place=cell % axis.dilation * apart + cell // axis.dilation,
     )
@@ -144,9 +146,10 @@ def _line(axis: Axis, cells: int, device: torch.device) -> Line:
 
 def _margin(axis: Axis) -> tuple[int, int]:
     """How many cells off the map, before and after it, have a part in the softmax."""
-    if axis.border in ("mask", "shift"):
+    if axis.masks:
         return 0, 0
-    return axis.left * axis.dilation, (axis.kernel_size - 1 - axis.left) * axis.dilation
+    after = 0 if axis.causal else axis.kernel_size - 1 - axis.left + axis.shared_by // 2
+    return axis.left * axis.dilation, after * axis.dilation
 
 
 def _flat(numbers: Tensor, axis: int, size: Sequence[int]) -> Tensor:
@@ -154,12 +157,6 @@ def _flat(numbers: Tensor, axis: int, size: Sequence[int]) -> Tensor:
     shape = [1] * len(size)
     shape[axis] = -1
     return numbers.int().view(shape).expand(*size).flatten()
-
-
-def _holds(line: Line, kernel_size: int) -> Tensor:
-    """Whether the window of a query holds a cell, along one axis: (queries, cells)."""
-    offset = line.place - line.first[:, None]
-    return (offset >= 0) & (offset < kernel_size)
 
 
 def _held_blocks(holds: list[Tensor]) -> Tensor:
@@ -175,12 +172,11 @@ def _held_blocks(holds: list[Tensor]) -> Tensor:
     return torch.stack(found)
 
 
-def _mask(lines: tuple[Line, ...], kernel_size: tuple[int, ...]) -> Callable[..., Tensor]:
+def _mask(lines: tuple[Line, ...]) -> Callable[..., Tensor]:
     def mask(batch: Tensor, head: Tensor, query: Tensor, cell: Tensor) -> Tensor:
         held = query >= 0
-        for line, k in zip(lines, kernel_size, strict=True):
-            offset = line.place[cell] - line.first[query]
-            held = held & (offset >= 0) & (offset < k)
+        for line in lines:
+            held = held & (line.first[query] <= line.place[cell]) & (line.place[cell] < line.end[query])
         return held
 
     return mask

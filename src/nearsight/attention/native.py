@@ -58,6 +58,10 @@ def why_not(problem: Problem) -> str | None:
         return f"the native kernel takes float32 and bfloat16; the tensors are {problem.dtype}"
     if problem.forward_ad:
         return "the native kernel has no forward-mode derivative"
+    if any(axis.shared_by > 1 for axis in problem.axes):
+        return "the native kernel gives every query a window of its own"
+    if len({axis.border for axis in problem.axes}) > 1:
+        return "the native kernel has one border for all axes"
     if problem.head_dim < 1 or problem.value_dim < 1:
         return "the native kernel takes vectors of at least one channel"
     # A compiler knows sizes by their symbols only; then the kernel itself has to refuse, when it runs.

@@ -50,6 +50,8 @@ def why_not(problem: Problem) -> str | None:
         return "NATTEN's log-sum-exp has no gradient"
     if any(axis.border != "shift" for axis in problem.axes):
         return "NATTEN's windows slide inwards: border='shift'"
+    if any(axis.shared_by != 1 for axis in problem.axes):
+        return "windows that queries share, NATTEN's stride, have not been held against its kernels: shared_by=1"
     if any(axis.stride != 1 for axis in problem.axes):
         return "NATTEN computes every query: stride=1"
     if any(

@@ -12,8 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..attention import local_attention
-from ..attention.chosen import weights_of
+from ..attention import attention_weights, local_attention
 from ..errors import OptionError, ShapeError
 from ..layers import split_heads
 from ..precision import without_autocast
@@ -181,7 +180,7 @@ class GatedPositionalSelfAttention(nn.Module):
         weights = self._hats()[:, None].expand(len(x), -1, len(chosen), *self._block())
         if self.content:
             query, key, _ = self._query_key(padded)
-            content = weights_of(chosen.minimum(count - 1) + first, query, key, self._window().axes(self.rank))
+            content = attention_weights(query, key, self._window(), queries=chosen.minimum(count - 1) + first)
             weights = weights + self._gates().view(-1, 1, *[1] * self.rank) * (content - weights)
         weights = weights * (chosen < count).all(1).to(weights).view(-1, *[1] * self.rank)
         weights = weights if self._is_same() else self._centred(weights)

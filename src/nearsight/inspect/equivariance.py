@@ -17,7 +17,7 @@ from ..models.modes import evaluating
 from ..pages.drawings import BLUE, GREY, INK, ORANGE, SKY, _figure, _in_style
 from ..private import tree_map
 from .layer_list import layers_of
-from .reach import Reach, closes, everywhere, inside_of, reach_of, strides_of
+from .reach import Reach, closes, inside_of, reach_of, strides_of
 from .transforms import Transform
 
 if TYPE_CHECKING:
@@ -198,24 +198,30 @@ class _Path:
     def __init__(self, size: Sequence[int]) -> None:
         self.size = size
         self.low = self.high = (0.0,) * len(size)  # in pixels
-        self.touched = False
+        self.touched = (False,) * len(size)
         self.torus = True
 
     def extend(self, in_size: Sequence[int], out_size: Sequence[int], reach: Reach) -> None:
-        self.touched = self.touched or (reach.is_cut and max(*reach.low, *reach.high) > 0)
         self.torus = self.torus and closes(in_size, out_size, reach.period)
-        if self.touched:
-            pixels = strides_of(self.size, in_size)
-            mixes_all = 1 in (prod(in_size), prod(out_size))  # squeeze-and-excitation: it comes back to all cells
-            self.low = _sum(self.low, (inf if mixes_all else low for low in reach.low), pixels)
-            self.high = _sum(self.high, (inf if mixes_all else high for high in reach.high), pixels)
+        edges = zip(self.touched, reach.is_cut, reach.low, reach.high, strict=True)
+        self.touched = tuple(before or (is_cut and max(low, high) > 0) for before, is_cut, low, high in edges)
+        low, high = reach.low, reach.high
+        if any(self.touched) and 1 in (
+            prod(in_size),
+            prod(out_size),
+        ):  # squeeze-and-excitation: it comes back to all cells
+            self.touched = (True,) * len(self.size)
+            low = high = (inf,) * len(self.size)
+        pixels = strides_of(self.size, in_size)
+        self.low, self.high = self._sum(self.low, low, pixels), self._sum(self.high, high, pixels)
 
     def inside(self, out_size: Sequence[int]) -> Tensor:
-        return inside_of(self.size, out_size, self.low, self.high) if self.touched else everywhere(out_size)
+        return inside_of(self.size, out_size, self.low, self.high)
 
-
-def _sum(total: Sequence[float], cells: Any, pixels: Sequence[float]) -> tuple[float, ...]:
-    return tuple(a + b * c for a, b, c in zip(total, cells, pixels, strict=True))
+    def _sum(self, total: Sequence[float], cells: Sequence[float], pixels: Sequence[float]) -> tuple[float, ...]:
+        """Along an axis on which no edge has been seen there is nothing to add up."""
+        steps = zip(self.touched, total, cells, pixels, strict=True)
+        return tuple(a + b * c if touched else a for touched, a, b, c in steps)
 
 
 def _record(model: nn.Module, batch: Tensor) -> list[_Call]:
@@ -261,7 +267,9 @@ def _row(one: _Call, other: _Call, size: tuple[int, ...], transform: Transform, 
         return None
     y, moved, out_size = y_map.first(one.output), y_map.first(other.output), y_map.size(one.output)
     in_size = size if x_map is None else x_map.size(one.args[0])
-    reach = Reach((inf,) * 2, (inf,) * 2, True, (1, 1)) if x_map is None else reach_of(one.module, in_size, out_size)
+    reach = (
+        Reach((inf,) * 2, (inf,) * 2, (True,) * 2, (1, 1)) if x_map is None else reach_of(one.module, in_size, out_size)
+    )
     path.extend(in_size, out_size, reach)
     after = transform.after(strides_of(size, out_size))
     error, interior = _errors(moved, y, after, path.inside(out_size), path.torus)
@@ -291,7 +299,7 @@ def _own(
 ) -> dict[str, float | None]:
     """The last four fields of :class:`LayerError`."""
     x, size, out_size = x_map.first(call.args[0]), x_map.size(call.args[0]), tuple(y.shape[2:])
-    inside = inside_of(size, out_size, reach.low, reach.high) if reach.is_cut else everywhere(out_size)
+    inside = inside_of(size, out_size, *reach.cut())
 
     def errors(transform: Transform) -> tuple[float | None, float | None]:
         moved = y_map.first(call.again(x_map.back(transform(x))))

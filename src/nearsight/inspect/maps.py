@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import OptionError, ShapeError
-from ..layers import AttentionLayer, BlockWindow
+from ..layers import AttentionLayer
 from ..models.modes import evaluating
 from ..window import Window
 
@@ -36,7 +36,7 @@ class AttentionMap:
 
     layer: str
     weights: Tensor
-    window: Window | BlockWindow
+    window: Window
     map_size: tuple[int, ...]
     image_size: tuple[int, ...]
     queries: tuple[tuple[int, ...], ...] | None = None
@@ -133,7 +133,7 @@ class AttentionMap:
             size, pixels = self.cell_size[axis], self.image_size[axis]
             own = _centres(axes[axis].stride * queries, size)
             apart = np.abs(np.where(cells < 0, np.nan, _centres(cells, size)) - own[:, None])
-            if self.window.border == "wrap":
+            if axes[axis].border == "wrap":
                 apart = np.minimum(apart, pixels - apart)
             square = square + self._spread(apart**2, axis)
         return square.sqrt().float()

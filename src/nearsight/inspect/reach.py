@@ -4,14 +4,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import inf, lcm
+from math import gcd, inf, lcm
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..layers import AttentionLayer, BlockWindow
-from ..window import Window
+from ..layers import AttentionLayer
+from ..window import Axis, Window
 
 
 class Reach(NamedTuple):
@@ -19,37 +19,44 @@ class Reach(NamedTuple):
 
     low: tuple[float, ...]  # so many cells before it
     high: tuple[float, ...]  # and behind it
-    is_cut: bool  # whether the edge of the map cuts off what hangs over it
+    is_cut: tuple[bool, ...]  # whether the edge of the map cuts off what hangs over it
     period: tuple[int, ...]  # shifts by multiples of it take outputs to outputs
+
+    def cut(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """``low`` and ``high`` where the edge cuts; elsewhere no cell is near an edge."""
+        low, high = (
+            tuple(cells if is_cut else 0.0 for cells, is_cut in zip(side, self.is_cut, strict=True))
+            for side in (self.low, self.high)
+        )
+        return low, high
 
 
 def reach_of(module: nn.Module, size: Sequence[int], out_size: Sequence[int]) -> Reach:
     """Of attention by its window, of convolutions and pools by their kernel; all else is taken to work cell by cell."""
     if isinstance(module, AttentionLayer):
-        window = module.window_on(size)
-        return _block_reach(window, size, out_size) if isinstance(window, BlockWindow) else _window_reach(window, size)
+        return _window_reach(module.window_on(size), size)
     if isinstance(module, (nn.Conv2d, nn.AvgPool2d, nn.MaxPool2d)):
         return _kernel_reach(module, size, out_size)
     cells = 0.0 if tuple(size) == tuple(out_size) else inf
-    return Reach((cells,) * len(size), (cells,) * len(size), cells > 0, (1,) * len(size))
+    return Reach(*[(one,) * len(size) for one in (cells, cells, cells > 0, 1)])
 
 
 def _window_reach(window: Window, size: Sequence[int]) -> Reach:
     axes = window.axes(len(size))
-    period = tuple(axis.stride for axis in axes)
     if window.covers(size):  # no block is cut: from everywhere the whole map is seen
-        return Reach((inf,) * len(size), (inf,) * len(size), False, period)
-    low = tuple(float(axis.left * axis.dilation) for axis in axes)
-    high = tuple(float((axis.kernel_size - 1 - axis.left) * axis.dilation) for axis in axes)
-    return Reach(low, high, window.border != "wrap", period)
+        return Reach(*[(one,) * len(size) for one in (inf, inf, False)], tuple(axis.stride for axis in axes))
+    return Reach(*zip(*map(_axis_reach, axes), strict=True))
 
 
-def _block_reach(window: BlockWindow, size: Sequence[int], out_size: Sequence[int]) -> Reach:
-    strides = [int(stride) for stride in strides_of(size, out_size)]
-    before = [0 if stride % window.block_size == 0 else window.block_size - 1 for stride in strides]
-    low = tuple(float(window.halo_size + cells) for cells in before)
-    high = (float(window.halo_size + window.block_size - 1),) * len(size)
-    return Reach(low, high, True, tuple(lcm(window.block_size, stride) for stride in strides))
+def _axis_reach(axis: Axis) -> tuple[float, float, bool, int]:
+    """The four of :class:`Reach` along one axis."""
+    g = axis.shared_by
+    middle = g - 1 if axis.causal else g // 2  # of the queries that share a window it is laid around this one
+    last = g - (gcd(g, axis.stride) if axis.dilation == 1 else 1)  # and this is the last of them that there is
+    behind = 0 if axis.causal else axis.kernel_size - 1 - axis.left + middle
+    period = lcm(axis.stride, g * axis.dilation) if g > 1 else axis.stride
+    low, high = ((axis.left - middle + last) * axis.dilation, behind * axis.dilation)
+    return float(low), float(high), axis.border != "wrap", period
 
 
 def _kernel_reach(
@@ -64,7 +71,8 @@ def _kernel_reach(
         declared = p <= -(-(n + 2 * pad - over - 1) // step) + 1
         low.append(float(pad if declared else over))  # what pads by itself may do so on either side
         high.append(float(over - pad if declared else over))
-    return Reach(tuple(low), tuple(high), getattr(module, "padding_mode", "zeros") != "circular", stride)
+    is_cut = getattr(module, "padding_mode", "zeros") != "circular"
+    return Reach(tuple(low), tuple(high), (is_cut,) * len(size), stride)
 
 
 def _pair(value: Any) -> tuple[int, int]:

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..attention import attention_weights, local_attention
-from ..attention.chosen import weights_of
 from ..errors import OptionError, ShapeError
 from ..positions import Tables
 from ..window import Window
@@ -259,9 +258,7 @@ class NeighbourhoodAttention(nn.Module):
     def attention_weights(self, x: Tensor, queries: Tensor | None = None) -> Tensor:
         """The weights of every query, (B, N, H, W, k, k), or of those in ``queries`` (Q, 2) alone, (B, N, Q, k, k)."""
         query, key, _ = self._project(x)
-        if queries is None:
-            return attention_weights(query, key, self.window, bias=self.rpb)
-        return weights_of(queries, query, key, self.window.axes(2), bias=self.rpb)
+        return attention_weights(query, key, self.window, queries=queries, bias=self.rpb)
 
     def window_on(self, size: Sequence[int]) -> Window:
         """The memory block, the same on a map of any size."""

@@ -21,8 +21,8 @@ def to_csv(rows: Sequence[Any]) -> str:
 
     Example:
         >>> print(to_csv([Axis(3, border="wrap")]), end="")
-        kernel_size,stride,dilation,border,causal
-        3,1,1,wrap,False
+        kernel_size,stride,dilation,border,causal,shared_by
+        3,1,1,wrap,False,1
     """
     names = [field.name for field in fields(rows[0])]
     return write_csv(names, ([_cell(getattr(row, name)) for name in names] for row in rows))

@@ -20,9 +20,9 @@ from ...attention import merge_attentions as merge
 from ...attention.problem import describe
 from ...errors import OptionError, ShapeError
 from ...window import Window
-from . import grouped, split
+from . import split
 from .traced import AV, FUSED, QK, as_one_node
-from .windows import cells_of, neighborhoods, without_autocast
+from .windows import cells_of, window_of, without_autocast
 
 __all__ = ["attention", "merge_attentions", "na1d", "na2d", "na3d", "neighborhood_attention_generic"]
 __all__ += [f"na{rank}d_{part}" for rank in (1, 2, 3) for part in ("qk", "av", "qk_with_bias")]
@@ -122,44 +122,35 @@ def neighborhood_attention_generic(
     rank = query.ndim - 3
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         _check_rank(name, tensor, rank, "(batch, *map, heads, head_dim)")
-    axes = neighborhoods(rank, kernel_size, stride, dilation, is_causal)
-    if rpb is not None and any(axis.stride > 1 for axis in axes):
+    window = window_of(rank, kernel_size, stride, dilation, is_causal)
+    axes = window.axes(rank)
+    if rpb is not None and any(axis.shared_by > 1 for axis in axes):
         raise OptionError("rpb and stride never met in one NATTEN: rpb is up to 0.17.5, stride from 0.20 on")
     if (additional_keys is None) != (additional_values is None):
         raise ShapeError("additional_keys and additional_values go together; received one of them")
 
     def call(query: Tensor, key: Tensor, value: Tensor, rpb: Tensor | None, *additional: Tensor) -> Any:
-        return _attend(query, key, value, axes, rpb, scale, additional, return_lse)
+        return _attend(query, key, value, window, rpb, scale, additional, return_lse)
 
     additional = () if additional_keys is None else (additional_keys, additional_values)
     cells = cells_of(axes) + (0 if additional_keys is None else additional_keys.shape[1])
     return as_one_node(FUSED[rank], cells, call, query, key, value, rpb, *additional)
 
 
-def _attend(query, key, value, axes: split.Axes, rpb, scale, additional, return_lse: bool) -> Any:
+def _attend(query, key, value, window: Window, rpb, scale, additional, return_lse: bool) -> Any:
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     heads_first = query.movedim(-2, 1), key.movedim(-2, 1), value.movedim(-2, 1)
     wants_lse: Any = return_lse or bool(additional)
-    if any(axis.stride > 1 for axis in axes):
-        found = _grouped(*heads_first, axes, scale)
-    else:
-        kernel_size, _, dilation, causal = zip(*axes, strict=True)
-        window = Window(kernel_size, dilation=dilation, border="shift", causal=causal)
-        found = local_attention(*heads_first, window, bias=rpb, scale=scale, return_lse=wants_lse)
+    found = local_attention(*heads_first, window, bias=rpb, scale=scale, return_lse=wants_lse)
     if isinstance(found, Tensor):
         return found.movedim(1, -2)
     out, lse = found[0].movedim(1, -2), found[1].movedim(1, -1)
     if additional:
-        rank = len(axes)
+        rank = query.ndim - 3
         others = attention(query.flatten(1, rank), *additional, scale=scale, return_lse=True)
         outs, lses = zip((out, lse), (tensor.unflatten(1, query.shape[1 : 1 + rank]) for tensor in others), strict=True)
         out, lse = merge(outs, lses)
     return (out, lse) if return_lse else out
-
-
-def _grouped(query: Tensor, key: Tensor, value: Tensor, axes: split.Axes, scale: float) -> tuple[Tensor, Tensor]:
-    groups = describe(query, key, value, Window(1), None, None).groups
-    return grouped.attend(query, key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1), axes, scale)
 
 
 def _fused(rank: int) -> Callable:
@@ -264,12 +255,13 @@ def _qk(rank: int) -> Callable:
         is_causal: Causal = False,
         rpb: Tensor | None = None,
     ) -> Tensor:
-        axes = neighborhoods(rank, kernel_size, 1, dilation, is_causal)
+        window = window_of(rank, kernel_size, 1, dilation, is_causal)
         _check_map("query", query, rank, "head_dim")
         if not isinstance(key, Tensor) or key.shape != query.shape:
             received = tuple(key.shape) if isinstance(key, Tensor) else type(key).__name__
             raise ShapeError(f"key must have the shape of query, {tuple(query.shape)}; received {received}")
-        describe(query, key, key, Window(tuple(axis.kernel_size for axis in axes), border="shift"), rpb, None)
+        describe(query, key, key, window, rpb, None)
+        axes = window.axes(rank)
 
         def call(query: Tensor, key: Tensor, rpb: Tensor | None, additional_keys: Tensor | None) -> Tensor:
             logits = split.qk(query, key, axes, rpb)
@@ -306,9 +298,10 @@ def _av(rank: int) -> Callable:
         additional_values: Tensor | None = None,
         is_causal: Causal = False,
     ) -> Tensor:
-        axes = neighborhoods(rank, kernel_size, 1, dilation, is_causal)
+        window = window_of(rank, kernel_size, 1, dilation, is_causal)
         _check_map("attn", attn, rank, "weights")
         _check_map("value", value, rank, "head_dim")
+        axes = window.axes(rank)
         cells = cells_of(axes)
         others = 0 if additional_values is None else additional_values.shape[-2]
         if attn.shape != (*value.shape[:-1], cells + others):

@@ -15,7 +15,7 @@ from ...errors import OptionError, ShapeError
 from ...precision import wide_of, without_autocast
 from .context import NattenContext
 from .functional import na1d_av, na1d_qk, na2d_av, na2d_qk, na3d_av, na3d_qk, neighborhood_attention_generic
-from .windows import neighborhoods
+from .windows import natten_values, window_of
 
 __all__ = [
     "NeighborhoodAttention1D",
@@ -100,13 +100,13 @@ class NeighborhoodAttentionGeneric(nn.Module):
         if embed_dim % num_heads:
             raise ShapeError(f"num_heads must divide embed_dim; received num_heads={num_heads}, embed_dim={embed_dim}")
         kernel_size = _with_depth(kernel_size, kernel_size_d)
-        axes = neighborhoods(na_dim, kernel_size, stride, _with_depth(dilation or 1, dilation_d), is_causal)
+        window = window_of(na_dim, kernel_size, stride, _with_depth(dilation or 1, dilation_d), is_causal)
         self.na_dim = na_dim
         self.embed_dim = embed_dim
         self.num_heads = num_heads
         self.head_dim = embed_dim // num_heads
         self.scale = self.head_dim**-0.5 if qk_scale is None else qk_scale
-        self.kernel_size, self.stride, self.dilation, self.is_causal = zip(*axes, strict=True)
+        self.kernel_size, self.stride, self.dilation, self.is_causal = natten_values(window.axes(na_dim))
         self.qkv = nn.Linear(embed_dim, 3 * embed_dim, bias=qkv_bias)
         self.rpb = (
             nn.Parameter(torch.zeros(num_heads, *(2 * k - 1 for k in self.kernel_size))) if rel_pos_bias else None

@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn.functional import pad
 
+from ...window import Axis
 from .windows import (
     Blocks,
-    Neighborhood,
     align,
     cut,
     flat_index,
@@ -32,7 +32,7 @@ from .windows import (
     without_autocast,
 )
 
-Axes = tuple[Neighborhood, ...]
+Axes = tuple[Axis, ...]
 Parts = Iterator[tuple[Sequence[Blocks], Tensor]]
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 from ...errors import OptionError
-from .windows import neighborhoods
+from .windows import natten_values, window_of
 
 __all__ = ["check_all_args"]
 
@@ -25,5 +25,5 @@ def check_all_args(na_dim: int, *args: Any) -> tuple[tuple, ...]:
             f"check_all_args takes kernel_size, dilation and is_causal, with stride before dilation or not; received {args}"
         )
     with_stride = args if len(args) == 4 else (args[0], 1, *args[1:])
-    kernel_size, stride, dilation, is_causal = zip(*neighborhoods(na_dim, *with_stride), strict=True)
+    kernel_size, stride, dilation, is_causal = natten_values(window_of(na_dim, *with_stride).axes(na_dim))
     return (kernel_size, stride, dilation, is_causal) if len(args) == 4 else (kernel_size, dilation, is_causal)

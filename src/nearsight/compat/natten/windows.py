@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""NATTEN's windows in tensors: which cells a query sees, with its window stride, cut into blocks of queries.
+"""NATTEN's windows as nearsight's, and those of its split calls in tensors, cut into blocks of queries.
 
 Neighbouring queries see almost the same cells, so a block of b queries per axis meets a *span* of cells in one dense
 product, and from the b x span scores each query takes its own window. Queries of one dilation phase see cells of that phase
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ...errors import OptionError
-from ...window import Window
+from ...window import Axis, Window
 
 # A slice of blocks is as large as its scores may be: what a call needs besides its result stays near the cache.
 SLICE_SCORES = 1 << 20
@@ -29,60 +29,50 @@ def without_autocast(tensor: Tensor) -> Any:
     return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
 
 
-class Neighborhood(NamedTuple):
-    """The window along one axis. ``stride`` is NATTEN's: that many queries share one window."""
+def window_of(rank: int, kernel_size: Any, stride: Any, dilation: Any, is_causal: Any) -> Window:
+    """NATTEN's window: it slides inwards, and ``stride`` neighbouring queries share it.
 
-    kernel_size: int
-    stride: int
-    dilation: int
-    causal: bool
-
-
-def neighborhoods(rank: int, kernel_size: Any, stride: Any, dilation: Any, is_causal: Any) -> tuple[Neighborhood, ...]:
-    """One :class:`Neighborhood` per axis, from one value for all axes or one per axis.
+    Source: the ``stride`` of generalized neighborhood attention, NATTEN 0.20.
 
     Raises:
         ShapeError: another number of values than of axes.
         OptionError: a size below 1, or a stride that would leave cells unseen between two windows.
     """
     causal = False if is_causal is None else is_causal
-    window = Window(kernel_size, stride=stride, dilation=dilation, border="shift", causal=causal)
-    axes = window.axes(rank)
-    if any(axis.stride > axis.kernel_size for axis in axes):
+    named = Window(
+        kernel_size, stride=stride, dilation=dilation, border="shift", causal=causal
+    )  # its errors say stride
+    if any(axis.stride > axis.kernel_size for axis in named.axes(rank)):
         raise OptionError(f"stride must be at most kernel_size; received stride={stride}, kernel_size={kernel_size}")
-    return tuple(Neighborhood(axis.kernel_size, axis.stride, axis.dilation, axis.causal) for axis in axes)
+    return Window(kernel_size, dilation=dilation, border="shift", causal=causal, shared_by=stride)
 
 
-def cells_of(axes: Sequence[Neighborhood]) -> int:
+def natten_values(axes: Sequence[Axis]) -> tuple[tuple, tuple, tuple, tuple]:
+    """kernel_size, stride, dilation and is_causal, each with a value per axis."""
+    columns = zip(*((axis.kernel_size, axis.shared_by, axis.dilation, axis.causal) for axis in axes), strict=True)
+    kernel_size, stride, dilation, is_causal = columns
+    return kernel_size, stride, dilation, is_causal
+
+
+def cells_of(axes: Sequence[Axis]) -> int:
     """How many cells a window holds."""
     return prod([axis.kernel_size for axis in axes])  # a list, which torch.compile can follow
 
 
-def window_of(axis: Neighborhood, step: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
-    """The first and the last step that the query at ``step`` sees, on its dilation phase of ``steps`` cells.
-
-    Queries ``g * stride .. g * stride + stride - 1`` are a group and see the window of their leader: the query in the
-    middle, the right one of two, or the last that there is. The window is shifted inside; an even one has one more cell
-    to the left. On a causal axis the leader is the group's last query, whose window ends at it, and of it a query sees
-    what is not behind it. (NATTEN's documentation of the ``stride`` of generalized neighborhood attention, 0.20.)
-    """
-    group = step // axis.stride * axis.stride
-    if axis.causal:
-        leader = torch.minimum(group + axis.stride - 1, steps - 1)
-        return (leader - axis.kernel_size + 1).clamp(min=0), step
-    leader = torch.minimum(group + axis.stride // 2, steps - 1)
-    first = torch.minimum(leader - axis.kernel_size // 2, steps - axis.kernel_size).clamp(min=0)
-    return first, torch.minimum(first + axis.kernel_size, steps) - 1
+def seen_by(axis: Axis, step: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
+    """The first and the last step that the query at ``step`` sees, on its dilation phase of ``steps`` cells."""
+    first = axis.first_step(step, steps).clamp(min=0)
+    return first, step if axis.causal else torch.minimum(first + axis.kernel_size, steps) - 1
 
 
-def places(axis: Neighborhood, cells: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def places(axis: Axis, cells: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Which of a query's places hold no cell, and every place's index into a table of 2 * kernel_size - 1 biases.
 
     Both are (cells, kernel_size). The cells of a window stand first, in order; what is missing is missing at the end.
     """
     cell = torch.arange(cells, device=device)[:, None]
     step = cell // axis.dilation
-    first, last = window_of(axis, step, (cells - cell % axis.dilation + axis.dilation - 1) // axis.dilation)
+    first, last = seen_by(axis, step, (cells - cell % axis.dilation + axis.dilation - 1) // axis.dilation)
     seen = first + torch.arange(axis.kernel_size, device=device)
     entries = (seen - step + axis.kernel_size - 1).clamp(0, 2 * axis.kernel_size - 2)
     return seen > last, entries
@@ -106,19 +96,19 @@ class Blocks(NamedTuple):
         return self._replace(place=self.place.masked_fill(self.padding[..., None], self.column.shape[-1]))
 
 
-def cut(axis: Neighborhood, cells: int, device: torch.device) -> Blocks:
-    """Cut the queries of every dilation phase into blocks that hold whole groups."""
-    k, stride, dilation, _ = axis
+def cut(axis: Axis, cells: int, device: torch.device) -> Blocks:
+    """Cut the queries of every dilation phase into blocks."""
+    k, dilation = axis.kernel_size, axis.dilation
     longest = -(-cells // dilation)
-    block = min(-(-max(4, k // 2) // stride), -(-longest // stride)) * stride
+    block = min(max(4, k // 2), longest)
     blocks = -(-longest // block)
-    span = min(block - stride + k, longest)
+    span = min(block - 1 + k, longest)
     phase = torch.arange(min(dilation, cells), device=device)[:, None, None]
     steps = (cells - phase + dilation - 1) // dilation
     nth = torch.arange(blocks * block, device=device).view(1, blocks, block)
     step = torch.minimum(nth, steps - 1)
     padding = nth >= steps
-    first, last = window_of(axis, step, steps)
+    first, last = seen_by(axis, step, steps)
     start = torch.minimum(first[..., :1], steps - span).clamp(min=0)
     seen = (start + torch.arange(span, device=device))[..., None, :]
     inside = (seen >= first[..., None]) & (seen <= last[..., None])
@@ -157,20 +147,6 @@ def flat_index(tables: Sequence[Tensor], size: Sequence[int]) -> Tensor:
     """Where the cells of every block are in the flattened map: (G, x) of every axis -> (*G, product of x)."""
     rank = len(tables)
     return _row_major([align(table, rank, axis) for axis, table in enumerate(tables)], size).flatten(rank)
-
-
-def ungather(blocked: Tensor, axes: Sequence[Neighborhood], blocks: Sequence[Blocks], size: Sequence[int]) -> Tensor:
-    """The results of all blocks, (B, N, product of G and b, D) -> (B, N, *map, D)."""
-    rank, grid, place = len(axes), [], []
-    for axis, (neighborhood, block, cells) in enumerate(zip(axes, blocks, size, strict=True)):
-        groups, queries, _ = block.sizes
-        per_phase = groups * queries // min(neighborhood.dilation, cells)
-        cell = torch.arange(cells, device=blocked.device)
-        found = cell % neighborhood.dilation * per_phase + cell // neighborhood.dilation
-        grid.append(align(found // queries, rank, axis))
-        place.append(align(found % queries, rank, axis))
-    counts = [block.sizes[0] for block in blocks] + [block.sizes[1] for block in blocks]
-    return blocked.index_select(2, _row_major([*grid, *place], counts).flatten()).unflatten(2, tuple(size))
 
 
 def _row_major(indices: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
