@@ -107,9 +107,11 @@ Shape shape_of(const nearsight_problem& p, bool output, int64_t channels) {
 bool has_work(const nearsight_problem& p) { return !shape_of(p, false, p.head_dim).empty(); }
 
 int check_axis(const nearsight_problem& p, int axis) {
+    if (p.border[axis] < NEARSIGHT_BORDER_MASK || p.border[axis] > NEARSIGHT_BORDER_WRAP) return NEARSIGHT_ERROR_ENUM;
     if (p.causal[axis] != 0 && p.causal[axis] != 1) return NEARSIGHT_ERROR_ENUM;
     if (p.size[axis] < 0 || p.kernel[axis] < 1 || p.stride[axis] < 1 || p.dilation[axis] < 1)
         return NEARSIGHT_ERROR_SIZE;
+    if (p.shared_by[axis] < 1 || p.shared_by[axis] > p.kernel[axis]) return NEARSIGHT_ERROR_SIZE;
     for (int64_t size : {p.size[axis], p.kernel[axis], p.stride[axis], p.dilation[axis]})
         if (size >= kLargest) return NEARSIGHT_ERROR_OVERFLOW;
     return NEARSIGHT_OK;
@@ -123,7 +125,6 @@ int check_problem(const nearsight_problem* p) {
         return NEARSIGHT_ERROR_VERSION;
     if (p->rank < 1 || p->rank > 3) return NEARSIGHT_ERROR_ENUM;
     if (p->dtype != NEARSIGHT_FLOAT32 && p->dtype != NEARSIGHT_BFLOAT16) return NEARSIGHT_ERROR_ENUM;
-    if (p->border < NEARSIGHT_BORDER_MASK || p->border > NEARSIGHT_BORDER_SHIFT) return NEARSIGHT_ERROR_ENUM;
     if (p->element_size != element_size(p->dtype) || p->scalar_size != (int32_t)sizeof(float))
         return NEARSIGHT_ERROR_ELEMENT;
     if (p->num_threads < 1) return NEARSIGHT_ERROR_SIZE;

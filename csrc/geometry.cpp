@@ -24,11 +24,31 @@ int64_t at_most_cells(int64_t step, int64_t cells, bool torus) {
     return std::min(step, cells);
 }
 
+// The first of `first` to `last` - 1 that `holds`, as do all after it; `last` if none does.
+template <class Holds>
+int64_t first_of(int64_t first, int64_t last, Holds holds) {
+    while (first < last) {
+        const int64_t middle = first + (last - first) / 2;
+        if (holds(middle))
+            last = middle;
+        else
+            first = middle + 1;
+    }
+    return first;
+}
+
 }  // namespace
 
-int64_t Axis::first_offset() const {
-    if (border == NEARSIGHT_BORDER_SHIFT || causal) return -(kernel - 1);
-    return -(kernel / 2);
+int64_t Axis::first_offset() const { return by_offset() ? -(kernel - 1) : -back(); }
+
+int64_t Axis::back() const {
+    if (border == NEARSIGHT_BORDER_SHIFT || causal) return kernel - 1;
+    return kernel / 2 + (shared_by - 1) / 2;
+}
+
+int64_t Axis::ahead() const {
+    if (causal) return 0;
+    return border == NEARSIGHT_BORDER_SHIFT ? kernel - 1 : (kernel - 1) / 2 + shared_by / 2;
 }
 
 int64_t Axis::phases() const { return torus() ? std::gcd(dilation, cells) : std::min(dilation, cells); }
@@ -43,30 +63,42 @@ int64_t Axis::cell(int64_t phase, int64_t step) const {
     return cell < cells && step >= 0 ? cell : -1;
 }
 
-Range Axis::seen(int64_t phase, int64_t step) const {
-    if (beyond()) return {0, entries()};
-    const int64_t on_phase = steps(phase), zero = step + first_offset();
-    if (border == NEARSIGHT_BORDER_MASK || causal)
-        return {std::max<int64_t>(0, -zero), std::min(kernel, on_phase - zero)};
-    const int64_t most = std::min(kernel, on_phase);
-    const int64_t start = std::max<int64_t>(0, std::min(step - kernel / 2, on_phase - most));
-    return {start - zero, start + most - zero};
+int64_t Axis::to_leader(int64_t phase, int64_t query) const {
+    if (shared_by == 1) return 0;
+    const int64_t at = cell(phase, query), step = at / given_dilation, group = step / shared_by * shared_by;
+    if (!causal) return group + shared_by / 2 - step;
+    const int64_t last = (cells - 1 - at % given_dilation) / given_dilation;
+    return std::min(group + shared_by - 1, last) - step;
 }
 
-Range Axis::seeing(int64_t phase, int64_t step) const {
-    if (beyond()) return {0, entries()};
-    const int64_t on_phase = steps(phase), zero = step - first_offset();  // the query whose entry 0 it is
-    if (border == NEARSIGHT_BORDER_MASK || causal)
-        return {std::max<int64_t>(0, zero - on_phase + 1), std::min(kernel, zero + 1)};
-    const int64_t most = std::min(kernel, on_phase), before = step - most + 1;
-    const int64_t first = before <= 0 ? 0 : before + kernel / 2;
-    const int64_t last = step >= on_phase - most ? on_phase - 1 : step + kernel / 2;
-    return {zero - last, zero - first + 1};
+Range Axis::window(int64_t phase, int64_t query) const {
+    const int64_t on_phase = steps(phase);
+    int64_t first = query + to_leader(phase, query) - (causal ? kernel - 1 : kernel / 2);
+    if (border == NEARSIGHT_BORDER_SHIFT && !causal)
+        first = std::max<int64_t>(0, std::min(first, on_phase - kernel));
+    const int64_t last = causal ? query + 1 : first + kernel;
+    return beyond() ? Range{first, last} : Range{std::max<int64_t>(0, first), std::min(last, on_phase)};
+}
+
+Range Axis::seen(int64_t phase, int64_t query) const {
+    const int64_t zero = query + first_offset();
+    const Range held = window(phase, query);
+    return {held.first - zero, held.last - zero};
+}
+
+Range Axis::seeing(int64_t phase, int64_t key) const {
+    // At least the query of its own cell sees it.
+    const int64_t least = torus() ? key - ahead() : std::max<int64_t>(0, key - ahead());
+    const int64_t most = torus() ? key + back() : std::min(key + back(), steps(phase) - 1);
+    const int64_t first = first_of(least, key, [&](int64_t query) { return window(phase, query).last > key; });
+    const int64_t end = first_of(key + 1, most + 1, [&](int64_t query) { return window(phase, query).first > key; });
+    const int64_t zero = key - first_offset();  // the query whose entry 0 it is
+    return {zero - end + 1, zero - first + 1};
 }
 
 int64_t Row::pitch(const Axis& x) const {
     if (!apart) return x.cells;
-    return x.longest() + (x.beyond() ? x.kernel - 1 : 0);
+    return x.longest() + (x.beyond() ? x.back() + x.ahead() : 0);
 }
 
 int64_t Row::lanes(const Axis& x) const {
@@ -79,11 +111,10 @@ Row::Place Row::place(const Axis& x, bool queries, int64_t lane) const {
         const int64_t image = images > 1 ? floor_divide(lane, x.cells) : 0;
         const int64_t cell = lane - image * x.cells;
         const bool inside = cell >= 0 && cell < x.cells && image >= 0 && image < images;
-        if (x.torus()) return {image, 0, 0, wrap(cell, x.cells), inside};
+        if (x.torus()) return {image, wrap(cell, x.cells), 0, wrap(cell, x.cells), inside};
         return {image, cell % x.dilation, cell / x.dilation, inside ? cell : -1, inside};
     }
-    const int64_t left = -x.first_offset(), right = x.kernel - 1 - left;
-    const int64_t before = x.beyond() ? (queries ? right : left) : 0;
+    const int64_t before = x.beyond() ? (queries ? x.ahead() : x.back()) : 0;
     const int64_t segment = floor_divide(lane + before, pitch(x)), step = lane - segment * pitch(x);
     if (segment < 0 || segment >= images * x.phases()) return {0, 0, 0, -1, false};
     const int64_t image = segment / x.phases(), phase = segment % x.phases();
@@ -96,8 +127,10 @@ Geometry::Geometry(const nearsight_problem& p) {
         axis.cells = p.size[i];
         axis.kernel = p.kernel[i];
         axis.stride = at_most_cells(p.stride[i], axis.cells, false);
-        axis.dilation = at_most_cells(p.dilation[i], axis.cells, p.border == NEARSIGHT_BORDER_WRAP);
-        axis.border = p.border;
+        axis.border = p.border[i];
+        axis.dilation = at_most_cells(p.dilation[i], axis.cells, axis.torus());
+        axis.given_dilation = p.dilation[i];
+        axis.shared_by = p.shared_by[i];
         axis.causal = p.causal[i] != 0;
     }
 }
@@ -187,12 +220,11 @@ void PassLists::join_rows(const Axis& axis, PassLists& queries, PassLists& keys)
 
 // Home lane 0 of the queries lies in the ring where vectors are aligned, that of the keys wherever their first cell is.
 void PassLists::join_tiles(const Axis& axis, PassLists& queries, PassLists& keys) {
-    const int64_t edges[2] = {keys.away_lane(axis, 0), keys.away_lane(axis, axis.entries() - 1)};
-    const int64_t ring_lane = round_up(std::max<int64_t>(0, -std::min(edges[0], edges[1])), keys.lanes_);
+    const int64_t step = keys.row_.step(axis), reach = axis.back() * step;
+    const int64_t ring_lane = round_up(axis.ahead() * step, keys.lanes_);
     for (size_t i = 0; i < keys.tiles_.size(); ++i) {
         LaneTile &tile = keys.tiles_[i], &made = queries.tiles_[i];
         const int64_t left = ring_lane + keys.homes_[i].first - queries.homes_[i].first;
-        const int64_t reach = std::max<int64_t>(0, std::max(edges[0], edges[1]));
         const int64_t read = left + tile.vectors * keys.lanes_ + reach;
         tile.left = (int32_t)left;
         // As in away_pitch.
@@ -213,7 +245,7 @@ namespace {
 // Names a row by its phase and step, which may lie beyond the edge; no two rows have the same name, and those of
 // neighbouring steps follow each other.
 int64_t row_name(const Axis& axis, int64_t phase, int64_t step) {
-    const int64_t margin = axis.kernel;
+    const int64_t margin = axis.back() + axis.ahead();
     return phase * (axis.longest() + 2 * margin) + margin + (axis.whole() ? wrap(step, axis.longest()) : step);
 }
 
@@ -222,7 +254,6 @@ int64_t row_name(const Axis& axis, int64_t phase, int64_t step) {
 // Rows on the same phase of the dilation share the rows that they see, so groups are made phase by phase. No group lies
 // across the edge of the map.
 RowAxis PassLists::build_rows(const Axis& axis, int rows_per_group, bool margin, Rows& rows) const {
-    const int64_t left = -axis.first_offset(), right = axis.kernel - 1 - left;
     const bool beyond = margin && axis.torus() && !axis.whole();
     std::vector<int64_t> homes;
     for (int64_t phase = 0; phase < axis.phases(); ++phase) {
@@ -231,7 +262,7 @@ RowAxis PassLists::build_rows(const Axis& axis, int rows_per_group, bool margin,
             homes.clear();
         };
         const int64_t steps = axis.steps(phase);
-        for (int64_t step = beyond ? -right : 0; step < steps + (beyond ? left : 0); ++step) {
+        for (int64_t step = beyond ? -axis.ahead() : 0; step < steps + (beyond ? axis.back() : 0); ++step) {
             if (step == 0 || step == steps) close_group();
             if (axis.index(queries(), axis.cell(phase, step)) < 0) continue;
             homes.push_back(step);
@@ -297,9 +328,8 @@ void PassLists::add_group(const Axis& axis, int64_t phase, const std::vector<int
 void PassLists::add_tile(const Axis& axis, Range own, bool margin) {
     Range home = own;
     if (margin) {  // queries that see a key at the edge
-        const int64_t edges[2] = {-away_lane(axis, 0), -away_lane(axis, axis.entries() - 1)};
-        home.first += std::min(edges[0], edges[1]);
-        home.last += std::max(edges[0], edges[1]);
+        home.first -= axis.ahead() * row_.step(axis);
+        home.last += axis.back() * row_.step(axis);
         if (!axis.torus()) home = {std::max<int64_t>(0, home.first), std::min(row_.lanes(axis), home.last)};
     }
     LaneTile tile = {};
@@ -392,8 +422,7 @@ LaneVector PassLists::add_vector(const Axis& axis, Range lanes, Range own, bool 
     vector.first_entry = (int32_t)all.first;
     vector.entries = (int32_t)(all.last - all.first);
     // Where cells beyond the edge have a part there is room for them between phases, and images are not side by side.
-    vector.hides_cells =
-        !axis.beyond() && (row_.images > 1 || row_.apart || axis.border == NEARSIGHT_BORDER_SHIFT);
+    vector.hides_cells = axis.by_offset() || (!axis.beyond() && (row_.images > 1 || row_.apart));
     vector.seen = vector.own = -1;
     if (std::any_of(seen.begin(), seen.end(), [&](const Range& one) { return !(one == all); })) {
         vector.seen = (int64_t)lane_lists_.size();
@@ -434,12 +463,12 @@ struct RowCost {
     RowCost(const Geometry& geometry, int64_t channels, int lanes, bool backward)
         : pairs(1),
           channels((double)channels),
-          rows((double)std::min(geometry.axes[1].kernel, geometry.axes[1].longest()) + kGroupRows - 1),
+          rows((double)std::min(geometry.axes[1].span(), geometry.axes[1].longest()) + kGroupRows - 1),
           slowed(backward ? 1.4 : 1.2),
           cache(backward ? 96 * 1024 : 128 * 1024),  // floats, half of a second cache level of 1 MB or less
           lanes(lanes),
           backward(backward),
-          hides(!geometry.axes[2].beyond()) {
+          hides(!geometry.axes[2].beyond() || geometry.axes[2].by_offset()) {
         for (const Axis& axis : geometry.axes) pairs *= (double)std::min(axis.kernel, axis.longest());
     }
 
@@ -459,7 +488,7 @@ struct RowCost {
     }
 
     double of(const Row& row, const Axis& x) const {
-        const int64_t all = row.lanes(x), halo = (x.kernel - 1) * row.step(x), whole = (all - 1) / row.tile;
+        const int64_t all = row.lanes(x), halo = (x.span() - 1) * row.step(x), whole = (all - 1) / row.tile;
         // Beyond the edge of a map there is nothing to work on; beyond that of a torus there is.
         const int64_t around = backward && (whole > 0 || x.torus()) ? halo : 0;
         return (double)whole * tile(row, row.tile, around, halo) + tile(row, all - whole * row.tile, around, halo);
@@ -468,7 +497,7 @@ struct RowCost {
 
 // The best way to cut a row into tiles that share it evenly.
 Row with_tiles(const Axis& x, Row row, const RowCost& cost) {
-    const int64_t all = row.lanes(x), around = cost.backward ? (x.kernel - 1) * row.step(x) : 0;
+    const int64_t all = row.lanes(x), around = cost.backward ? (x.span() - 1) * row.step(x) : 0;
     const int64_t smallest = 4 * cost.lanes;  // with those around
     row.tile = round_up(all, cost.lanes);
     Row best = row;
@@ -503,13 +532,13 @@ Row choose_row(const Geometry& geometry, const nearsight_problem& p, bool planar
 bool can_be_listed(const Geometry& geometry) {
     constexpr int64_t kMostVisits = (int64_t)1 << 24, kMostLanes = (int64_t)1 << 28;
     for (const Axis& axis : {geometry.axes[0], geometry.axes[1]}) {
-        const int64_t margin = axis.torus() && !axis.whole() ? axis.kernel : 0;
+        const int64_t margin = axis.torus() && !axis.whole() ? axis.span() : 0;
         const int64_t groups = (axis.longest() + margin) / kGroupRows + 3;
-        const int64_t visits = (axis.beyond() ? axis.kernel : std::min(axis.kernel, axis.longest())) + kGroupRows;
+        const int64_t visits = (axis.beyond() ? axis.span() : std::min(axis.span(), axis.longest())) + kGroupRows;
         if (groups * visits > kMostVisits / std::max<int64_t>(1, axis.phases())) return false;
     }
     const Axis& x = geometry.axes[2];
-    return x.cells + x.phases() * (x.kernel - 1) <= kMostLanes;
+    return x.cells + x.phases() * (x.span() - 1) <= kMostLanes;
 }
 
 }  // namespace nearsight

@@ -21,15 +21,23 @@ struct Range {
 
 // One axis of the map, taken apart into the phases of its dilation: a phase is a smaller map under undilated windows.
 // Step t of phase f is the cell f + t * dilation, around the torus if it is one, where a phase goes on until it meets
-// itself. A window's entry e is the step query + first_offset + e.
+// itself, and any of its cells may be called its first. A window's entry e is the step query + first_offset + e.
 struct Axis {
-    int64_t cells = 1, kernel = 1, stride = 1, dilation = 1;
+    int64_t cells = 1, kernel = 1, stride = 1, dilation = 1, shared_by = 1;
+    int64_t given_dilation = 1;  // by which groups of cells that share a window are counted
     int32_t border = NEARSIGHT_BORDER_MASK;
     bool causal = false;
 
     int64_t queries() const { return (cells + stride - 1) / stride; }
-    int64_t entries() const { return border == NEARSIGHT_BORDER_SHIFT ? 2 * kernel - 1 : kernel; }
+    // Whether a place of the window has another offset from query to query, so that tables go by the offset.
+    bool by_offset() const { return border == NEARSIGHT_BORDER_SHIFT || shared_by > 1; }
+    int64_t entries() const { return by_offset() ? 2 * kernel - 1 : kernel; }
     int64_t first_offset() const;
+    // How many steps before and after itself a query may see.
+    int64_t back() const;
+    int64_t ahead() const;
+    // The most steps that the windows of one group reach, or the most queries that see a key, at the map's edge aside.
+    int64_t span() const { return kernel + shared_by - 1; }
     bool torus() const { return border == NEARSIGHT_BORDER_WRAP; }
     // Whether what lies beyond the edge has a part in the softmax.
     bool beyond() const { return torus() || border == NEARSIGHT_BORDER_ZEROS; }
@@ -38,16 +46,23 @@ struct Axis {
     int64_t longest() const { return steps(0); }
     // The cell of any step, -1 beyond the edge.
     int64_t cell(int64_t phase, int64_t step) const;
-    // The entries that a query sees. Where it sees beyond the edge, all.
-    Range seen(int64_t phase, int64_t step) const;
+    // The steps that a query sees; some lie beyond the edge where that has a part. Neither end moves back from a query
+    // to the next.
+    Range window(int64_t phase, int64_t query) const;
+    // The entries that a query sees.
+    Range seen(int64_t phase, int64_t query) const;
     // The entries under which a key is seen, as if every cell had its query.
-    Range seeing(int64_t phase, int64_t step) const;
+    Range seeing(int64_t phase, int64_t key) const;
     // The tensor's index of the query at a cell, or of the key; -1 where there is none.
     int64_t index(bool queries, int64_t cell) const {
         return !queries || cell < 0 ? cell : cell % stride == 0 ? cell / stride : -1;
     }
     // Whether rows that share keys are better kept all at once: a window that goes around the torus sees every one.
     bool whole() const { return torus() && kernel >= longest(); }
+
+  private:
+    // From a query to the one whose window it shares.
+    int64_t to_leader(int64_t phase, int64_t query) const;
 };
 
 // Axes of rank 1 and 2 get leading axes of one cell: every problem has z, y and x.

@@ -14,7 +14,10 @@
 // Types     query, key, value, out and their gradients share one dtype. Arithmetic is float32. bias, relative, lse and
 //           the gradients of bias and relative are contiguous float32. The caller says how large its elements are, and
 //           nothing is touched where that is not what the dtype says: memory of another type would be overrun.
-// Tables    entries per axis: kernel, or 2 * kernel - 1 with NEARSIGHT_BORDER_SHIFT.
+// Windows   may differ from axis to axis in all that says where a query looks. Where shared_by is above one, the queries of
+//           so many neighbouring cells share the window of the one in their middle; on a causal axis that of the last,
+//           where none sees a key after itself.
+// Tables    entries per axis: kernel, or 2 * kernel - 1 with NEARSIGHT_BORDER_SHIFT or where a window is shared.
 //           bias: (heads, *entries); relative[axis]: (heads, entries[axis], head_dim). NULL means none.
 // lse       natural logarithm of the softmax denominator, (batch, heads, *output axes).
 // Threads   num_threads at most, from the OpenMP runtime that the process already has; results are the same bit for
@@ -38,14 +41,14 @@
 extern "C" {
 #endif
 
-#define NEARSIGHT_ABI_VERSION 3
+#define NEARSIGHT_ABI_VERSION 4
 
 enum {  // what a call returns
     NEARSIGHT_OK = 0,
     NEARSIGHT_ERROR_VERSION = 1,      // struct_size or abi_version is not the one of this header
     NEARSIGHT_ERROR_NULL = 2,         // a pointer that must be given is NULL
     NEARSIGHT_ERROR_ENUM = 3,         // unknown rank, dtype, border or instruction set
-    NEARSIGHT_ERROR_SIZE = 4,         // a size is negative, a kernel, stride, dilation or channel count below one
+    NEARSIGHT_ERROR_SIZE = 4,         // a size below what it may be, or a window shared by more cells than it has
     NEARSIGHT_ERROR_STRIDE = 5,       // a stride is negative, or 0 in a tensor that is written
     NEARSIGHT_ERROR_OVERFLOW = 6,     // sizes or strides whose products leave the address space
     NEARSIGHT_ERROR_UNSUPPORTED = 7,  // right, but not for this kernel (a block of too many cells)
@@ -57,7 +60,7 @@ enum {  // what a call returns
 };
 
 enum { NEARSIGHT_FLOAT32 = 0, NEARSIGHT_BFLOAT16 = 1 };
-enum { NEARSIGHT_BORDER_MASK = 0, NEARSIGHT_BORDER_ZEROS = 1, NEARSIGHT_BORDER_WRAP = 2, NEARSIGHT_BORDER_SHIFT = 3 };
+enum { NEARSIGHT_BORDER_MASK = 0, NEARSIGHT_BORDER_ZEROS = 1, NEARSIGHT_BORDER_SHIFT = 2, NEARSIGHT_BORDER_WRAP = 3 };
 enum {  // NEARSIGHT_ISA_AUTO obeys the environment variable NEARSIGHT_ISA, then takes the widest
     NEARSIGHT_ISA_AUTO = 0,
     NEARSIGHT_ISA_BASELINE = 1,
@@ -71,15 +74,15 @@ typedef struct {
     uint32_t abi_version;  // NEARSIGHT_ABI_VERSION
     int32_t rank;          // 1, 2 or 3; only the first `rank` entries of the arrays below are read
     int32_t dtype;
-    int32_t border;
     int32_t isa;
     int32_t num_threads;  // at least 1
     int32_t element_size;  // bytes of an element of query, key, value, out and their gradients
     int32_t scalar_size;   // bytes of an element of bias, relative, lse and the gradients of bias and relative
-    int32_t causal[3];    // 0 or 1
+    int32_t border[3];
+    int32_t causal[3];  // 0 or 1
     int64_t batch, heads, head_dim, value_dim;
     int64_t size[3];  // cells of key and value per axis
-    int64_t kernel[3], stride[3], dilation[3];
+    int64_t kernel[3], stride[3], dilation[3], shared_by[3];
     double scale;
 } nearsight_problem;
 

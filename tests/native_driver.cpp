@@ -102,7 +102,6 @@ static nearsight_problem random_problem() {
     p.abi_version = NEARSIGHT_ABI_VERSION;
     p.rank = (int32_t)pick(1, 3);
     p.dtype = (int32_t)pick(0, 1);
-    p.border = (int32_t)pick(0, 3);
     if (!results)
         do p.isa = (int32_t)pick(NEARSIGHT_ISA_BASELINE, NEARSIGHT_ISA_NEON);
         while (!(nearsight_available_isas() >> p.isa & 1));
@@ -120,7 +119,9 @@ static nearsight_problem random_problem() {
         p.kernel[i] = pick(0, 9) == 0 ? 2 * p.size[i] + 1 : pick(1, widest[p.rank - 1]);
         p.stride[i] = pick(0, 2) == 0 ? pick(1, 4) : 1;
         p.dilation[i] = pick(0, 2) == 0 ? pick(1, 9) : 1;
+        p.border[i] = (int32_t)pick(0, 3);
         p.causal[i] = (int32_t)pick(0, 1);
+        p.shared_by[i] = pick(0, 2) == 0 ? pick(1, p.kernel[i]) : 1;
     }
     return p;
 }
@@ -141,18 +142,19 @@ static std::vector<float> table(size_t count) {
 }
 
 static void describe(const nearsight_problem& p) {
-    fprintf(stderr, "isa %d dtype %d border %d batch %ld heads %ld head_dim %ld value_dim %ld\n", p.isa, p.dtype,
-            p.border, (long)p.batch, (long)p.heads, (long)p.head_dim, (long)p.value_dim);
+    fprintf(stderr, "isa %d dtype %d batch %ld heads %ld head_dim %ld value_dim %ld\n", p.isa, p.dtype, (long)p.batch, (long)p.heads, (long)p.head_dim, (long)p.value_dim);
     for (int i = 0; i < p.rank; ++i)
-        fprintf(stderr, "  size %ld kernel %ld stride %ld dilation %ld causal %d\n", (long)p.size[i], (long)p.kernel[i],
-                (long)p.stride[i], (long)p.dilation[i], p.causal[i]);
+        fprintf(stderr, "  size %ld kernel %ld stride %ld dilation %ld border %d causal %d shared_by %ld\n",
+                (long)p.size[i], (long)p.kernel[i], (long)p.stride[i], (long)p.dilation[i], p.border[i], p.causal[i],
+                (long)p.shared_by[i]);
 }
 
 static bool run(const nearsight_problem& p) {
     size_t queries = (size_t)(p.batch * p.heads), bias_count = (size_t)p.heads;
     std::vector<std::vector<float>> relative, relative_gradients;
     for (int i = 0; i < p.rank; ++i) {
-        const size_t entries = (size_t)(p.border == NEARSIGHT_BORDER_SHIFT ? 2 * p.kernel[i] - 1 : p.kernel[i]);
+        const bool by_offset = p.border[i] == NEARSIGHT_BORDER_SHIFT || p.shared_by[i] > 1;
+        const size_t entries = (size_t)(by_offset ? 2 * p.kernel[i] - 1 : p.kernel[i]);
         queries *= (size_t)((p.size[i] + p.stride[i] - 1) / p.stride[i]);
         bias_count *= entries;
         relative.push_back(table((size_t)(p.heads * p.head_dim) * entries));

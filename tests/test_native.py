@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
@@ -34,6 +35,7 @@ from nearsight import attention
 from nearsight.attention import native
 from nearsight.attention.problem import describe
 from nearsight.errors import BackendError, DtypeError, OptionError, ShapeError
+from nearsight.window import BORDERS
 
 ROOT = Path(__file__).parents[1]
 needs_library = pytest.mark.skipif(native.unavailable() is not None, reason=str(native.unavailable()))
@@ -114,12 +116,13 @@ NEIGHBOURS = {  # of which 131 images: a thread works on many, the last of them 
 
 @needs_library
 @every_isa
-@pytest.mark.parametrize("border", ["mask", "zeros", "wrap", "shift"])
+@pytest.mark.parametrize("shared_by", [1, 2])
+@pytest.mark.parametrize("border", BORDERS)
 @pytest.mark.parametrize("name", NEIGHBOURS)
-def test_an_image_knows_nothing_of_those_before_it(name, border, isa):
+def test_an_image_knows_nothing_of_those_before_it(name, border, shared_by, isa):
     """Scratch memory goes from image to image and head to head: what one left there, not a number even, stays its own."""
     size, kernel_size, stride = NEIGHBOURS[name]
-    window = ns.Window(kernel_size, stride=stride, border=border)
+    window = ns.Window(kernel_size, stride=stride, border=border, shared_by=shared_by)
     entries = window.axes(len(size))[0].table_size
     bias = torch.randn(2, *[entries] * len(size)).requires_grad_()
     query = torch.randn(131, 2, *window.output_size(size), 4)
@@ -209,6 +212,85 @@ def test_heads_of_a_fused_projection_come_back_heads_last():
     assert torch.equal(narrow, out[..., :5])
 
 
+# --------------------------------------------------------------------------------------------- windows of every kind
+
+
+def any_window(rng: Random) -> tuple[list[int], ns.Window]:
+    """A map, mostly of several vectors and groups of rows, and a window whose rules differ from axis to axis."""
+    rank = rng.choice([1, 2, 2, 3])
+    longest, widest = {1: (90, 17), 2: (24, 8), 3: (7, 4)}[rank]
+    size = [rng.randint(1, longest) for _ in range(rank)]
+    kernel_size = tuple(rng.randint(1, widest) for _ in size)
+    return size, ns.Window(
+        kernel_size,
+        stride=tuple(rng.choice([1, 1, 2, 3]) for _ in size),
+        dilation=tuple(rng.choice([1, 1, 2, rng.randint(1, 12)]) for _ in size),
+        border=tuple(rng.choice(BORDERS) for _ in size),
+        causal=tuple(rng.random() < 0.35 for _ in size),
+        shared_by=tuple(rng.choice([1, rng.randint(1, k), k]) for k in kernel_size),
+    )
+
+
+def any_inputs(rng: Random, size: list[int], window: ns.Window) -> tuple[list[Tensor], dict]:
+    """Query, key, value, bias and relative, and which of the two tables to take."""
+    generator = torch.Generator().manual_seed(rng.getrandbits(32))
+    batch, heads, head_dim, value_dim = rng.randint(1, 3), rng.randint(1, 2), rng.randint(1, 9), rng.randint(1, 9)
+    sizes = (window.output_size(size), size, size)
+    channels = (head_dim, head_dim, value_dim)
+    inputs = [torch.randn(batch, heads, *n, d, generator=generator) for n, d in zip(sizes, channels, strict=True)]
+    tables = window.table_size(len(size))
+    inputs.append(torch.randn(heads, *tables, generator=generator))
+    inputs += [torch.randn(heads, entries, head_dim, generator=generator) for entries in tables]
+    return inputs, {"bias": rng.random() < 0.5, "relative": rng.random() < 0.5}
+
+
+def results_of(backend: str, inputs: list[Tensor], window: ns.Window, bias: bool, relative: bool) -> list[Tensor]:
+    """The output, the log-sum-exp, and every gradient of both."""
+    used = [tensor.detach().requires_grad_() for tensor in inputs]
+    tables = {"bias": used[3] if bias else None, "relative": used[4:] if relative else None}
+    out, lse = ns.local_attention(*used[:3], window, **tables, backend=backend, return_lse=True)
+    wanted = [*used[:3], *used[3 : 3 + bias], *(used[4:] if relative else [])]
+    seen = torch.isfinite(lse)
+    total = (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum() + torch.where(seen, lse, 0).square().sum()
+    return [out, torch.where(seen, lse, 0), *torch.autograd.grad(total, wanted)]
+
+
+PHASE_AFTER_PHASE = [  # so wide and dilated that the phases of a row are laid one after another
+    ([4, width], ns.Window((1, 7), dilation=(1, 12), border=border, causal=(False, causal), shared_by=(1, 4)))
+    for width, border, causal in [(90, "wrap", False), (40, "wrap", True), (90, "zeros", False), (90, "mask", False)]
+]
+
+
+@needs_library
+@every_isa
+def test_windows_of_every_kind(isa):
+    """Shared, causal, dilated and strided under every border, each axis in its own way, against the reference."""
+    rng = Random(3)
+    for size, window in [*PHASE_AFTER_PHASE, *(any_window(rng) for _ in range(24))]:
+        inputs, tables = any_inputs(rng, size, window)
+        expected = results_of("reference", [tensor.double() for tensor in inputs], window, **tables)
+        with native.use_variant(isa):
+            found = results_of("native", inputs, window, **tables)
+        for one, other in zip(found, expected, strict=True):
+            scale = max(1.0, other.abs().max().item())
+            torch.testing.assert_close(one.double(), other, rtol=0, atol=2e-5 * scale, msg=f"{size} {window} {tables}")
+
+
+@needs_library
+@every_isa
+def test_what_a_window_does_not_hold_is_never_touched(isa):
+    """One cell's value is not a number: nor is the output of the queries that see it, and of them alone."""
+    rng = Random(4)
+    for _ in range(40):
+        size, window = any_window(rng)
+        (query, key, value, *_), _ = any_inputs(rng, size, window)
+        value[(..., *(rng.randrange(n) for n in size), slice(None))] = float("nan")
+        with native.use_variant(isa):
+            found = local(query, key, value, window)
+        expected = ns.local_attention(query, key, value, window, backend="reference")
+        assert torch.equal(found.isnan(), expected.isnan()), f"{size} {window}"
+
+
 # -------------------------------------------------------------------------------------------------------------- threads
 
 GEOMETRIES = {
@@ -217,6 +299,7 @@ GEOMETRIES = {
     "small": Case((7, 7), 5, batch=5, head_dim=8, value_dim=8, **TABLES),
     "shift": Case((19, 23), 5, border="shift", dilation=2, stride=2, **TABLES),
     "wrap": Case((67,), 9, border="wrap", batch=3, **TABLES),
+    "shared": Case((19, 37), 7, shared_by=(3, 7), border=("zeros", "wrap"), **TABLES),
 }
 
 
@@ -349,7 +432,7 @@ def sample(dtype=torch.float32, bias=True, relative=True, value_dim=6, grad=True
         tables[0].requires_grad_(grad) if bias else None,
         [r.requires_grad_(grad) for r in tables[1]][: 2 * relative],
     ]
-    return (*maps, *tables, [3, 3], [1, 1], [1, 1], [False, True], "mask", 0.5, native.AUTO)
+    return (*maps, *tables, [3, 3], [1, 1], [1, 1], [0, 1], [1, 1], [0, 0], 0.5, native.AUTO)
 
 
 SAMPLES = {
@@ -424,14 +507,23 @@ SHARED_LIES = {  # the place of the argument, what becomes of it, the error
     "stride negative": (10, lambda _: [-1, 1], OptionError),
     "dilation 0": (11, lambda _: [0, 1], OptionError),
     "three dilations": (11, lambda _: [1] * 3, ShapeError),
-    "one causal": (12, lambda _: [True], ShapeError),
-    "border unknown": (13, lambda _: "reflect", OptionError),
-    "border of other tables": (13, lambda _: "shift", ShapeError),
-    "scale not a number": (14, lambda _: float("nan"), OptionError),
-    "scale infinite": (14, lambda _: float("inf"), OptionError),
-    "isa unknown": (15, lambda _: 5, OptionError),
-    "isa negative": (15, lambda _: -1, OptionError),
-    "isa huge": (15, lambda _: 1 << 40, OptionError),
+    "one causal": (12, lambda _: [1], ShapeError),
+    "causal neither 0 nor 1": (12, lambda _: [0, 2], OptionError),
+    "causal negative": (12, lambda _: [0, -1], OptionError),
+    "shared by none": (13, lambda _: [1, 0], OptionError),
+    "shared by more than see it": (13, lambda _: [4, 1], OptionError),
+    "shared with other tables": (13, lambda _: [1, 3], ShapeError),
+    "one shared_by": (13, lambda _: [1], ShapeError),
+    "border unknown": (14, lambda _: [0, 4], OptionError),
+    "border negative": (14, lambda _: [0, -1], OptionError),
+    "one border": (14, lambda _: [0], ShapeError),
+    "no border": (14, lambda _: [], ShapeError),
+    "border of other tables": (14, lambda _: [0, 2], ShapeError),
+    "scale not a number": (15, lambda _: float("nan"), OptionError),
+    "scale infinite": (15, lambda _: float("inf"), OptionError),
+    "isa unknown": (16, lambda _: 5, OptionError),
+    "isa negative": (16, lambda _: -1, OptionError),
+    "isa huge": (16, lambda _: 1 << 40, OptionError),
 }
 BACKWARD_LIES = {
     "a smaller grad": (0, shorter(2), ShapeError),
@@ -837,8 +929,8 @@ LIES = {  # what is said of a right 2-d problem of 5 x 7 cells: the error
     "rank 4": ({"rank": 4}, 3),
     "rank negative": ({"rank": -1}, 3),
     "dtype": ({"dtype": 2}, 3),
-    "border": ({"border": 4}, 3),
-    "border negative": ({"border": -1}, 3),
+    "border": ({"border": (0, 4, 0)}, 3),
+    "border negative": ({"border": (-1, 0, 0)}, 3),
     "causal": ({"causal": (2, 0, 0)}, 3),
     "isa": ({"isa": 5}, 3),
     "isa of another machine": ({"isa": 4 if ISAS and "neon" not in ISAS else 2}, 8),
@@ -856,6 +948,9 @@ LIES = {  # what is said of a right 2-d problem of 5 x 7 cells: the error
     "kernel 0": ({"kernel": (0, 3, 0)}, 4),
     "stride 0": ({"stride": (1, 0, 0)}, 4),
     "dilation negative": ({"dilation": (-1, 1, 0)}, 4),
+    "shared by none": ({"shared_by": (1, 0, 0)}, 4),
+    "shared by more cells than the window has": ({"shared_by": (4, 1, 0)}, 4),
+    "shared_by huge": ({"shared_by": (1, HUGE, 0)}, 4),
     "batch huge": ({"batch": HUGE}, 6),
     "batch that overflows": ({"batch": (1 << 63) - 1}, 6),
     "head_dim huge": ({"head_dim": HUGE}, 6),
@@ -881,8 +976,9 @@ def c_problem(**changes) -> native.CProblem:
         (3, 3),
         (1, 1),
         (1, 1),
-        (False, False),
-        "mask",
+        (0, 0),
+        (1, 1),
+        (0, 0),
         0.5,
         native.AUTO,
         1,

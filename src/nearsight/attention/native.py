@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..errors import BackendError, DtypeError, OptionError, ShapeError
 from ..private import below_autograd
-from ..window import Window
+from ..window import BORDERS, Window
 from .problem import Problem, describe
 
 name = "native"
@@ -32,7 +32,6 @@ name = "native"
 SUFFIX = {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # of query, key, value, the output and their gradients
 SCALARS = torch.float32  # of tables and the log-sum-exp, and of their gradients
-BORDERS = ("mask", "zeros", "wrap", "shift")
 ISAS = ("auto", "baseline", "avx2", "avx512", "neon")
 AUTO = ISAS.index("auto")
 
@@ -58,10 +57,6 @@ def why_not(problem: Problem) -> str | None:
         return f"the native kernel takes float32 and bfloat16; the tensors are {problem.dtype}"
     if problem.forward_ad:
         return "the native kernel has no forward-mode derivative"
-    if any(axis.shared_by > 1 for axis in problem.axes):
-        return "the native kernel gives every query a window of its own"
-    if len({axis.border for axis in problem.axes}) > 1:
-        return "the native kernel has one border for all axes"
     if problem.head_dim < 1 or problem.value_dim < 1:
         return "the native kernel takes vectors of at least one channel"
     # A compiler knows sizes by their symbols only; then the kernel itself has to refuse, when it runs.
@@ -86,15 +81,7 @@ def attend(
     relative: Sequence[Tensor] | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    geometry = (
-        [axis.kernel_size for axis in problem.axes],
-        [axis.stride for axis in problem.axes],
-        [axis.dilation for axis in problem.axes],
-        [axis.causal for axis in problem.axes],
-        problem.axes[0].border,
-        scale,
-        _isa,
-    )
+    geometry = (*_geometry(problem), scale, _isa)
     bias = None if bias is None else bias.to(SCALARS)
     relative = [table.to(SCALARS) for table in relative or ()]
     if torch.compiler.is_compiling():
@@ -144,7 +131,7 @@ def instruction_set() -> str:
 
 # ----------------------------------------------------------------------------------------- csrc/nearsight.h, line by line
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 OK, ERROR_VERSION = 0, 1
 
 
@@ -154,11 +141,11 @@ class CProblem(ctypes.Structure):
         ("abi_version", ctypes.c_uint32),
         ("rank", ctypes.c_int32),
         ("dtype", ctypes.c_int32),
-        ("border", ctypes.c_int32),
         ("isa", ctypes.c_int32),
         ("num_threads", ctypes.c_int32),
         ("element_size", ctypes.c_int32),
         ("scalar_size", ctypes.c_int32),
+        ("border", ctypes.c_int32 * 3),
         ("causal", ctypes.c_int32 * 3),
         ("batch", ctypes.c_int64),
         ("heads", ctypes.c_int64),
@@ -168,6 +155,7 @@ class CProblem(ctypes.Structure):
         ("kernel", ctypes.c_int64 * 3),
         ("stride", ctypes.c_int64 * 3),
         ("dilation", ctypes.c_int64 * 3),
+        ("shared_by", ctypes.c_int64 * 3),
         ("scale", ctypes.c_double),
     )
 
@@ -329,34 +317,48 @@ def _c_problem(
     kernel_size: tuple[int, ...],
     stride: tuple[int, ...],
     dilation: tuple[int, ...],
-    causal: tuple[bool, ...],
-    border: str,
+    causal: tuple[int, ...],
+    shared_by: tuple[int, ...],
+    border: tuple[int, ...],
     scale: float,
     isa: int,
     num_threads: int,
 ) -> CProblem:
     """Kept from call to call; the kernel only reads it."""
     rank = len(size)
-    problem = CProblem(ctypes.sizeof(CProblem), ABI_VERSION, rank, DTYPES[dtype], BORDERS.index(border), isa)
-    problem.num_threads, problem.scale = num_threads, scale
+    problem = CProblem(ctypes.sizeof(CProblem), ABI_VERSION, rank, DTYPES[dtype], isa, num_threads)
+    problem.scale = scale
     problem.element_size, problem.scalar_size = dtype.itemsize, SCALARS.itemsize
     problem.batch, problem.heads, problem.head_dim, problem.value_dim = batch, heads, head_dim, value_dim
     problem.size[:rank], problem.kernel[:rank] = size, kernel_size
     problem.stride[:rank], problem.dilation[:rank], problem.causal[:rank] = stride, dilation, causal
+    problem.shared_by[:rank], problem.border[:rank] = shared_by, border
     return problem
 
 
-_SMALLEST = _c_problem(torch.float32, 1, 1, 1, 1, (1,), (1,), (1,), (1,), (False,), "mask", 1.0, AUTO, 1)
+_SMALLEST = _c_problem(torch.float32, 1, 1, 1, 1, *[(1,)] * 4, (0,), (1,), (0,), 1.0, AUTO, 1)
+
+
+def _geometry(problem: Problem) -> tuple[tuple[int, ...], ...]:
+    """The windows as the library and the operators take them: kernel_size, stride and so on, each of all axes."""
+    axes = problem.axes
+    return (
+        tuple(axis.kernel_size for axis in axes),
+        tuple(axis.stride for axis in axes),
+        tuple(axis.dilation for axis in axes),
+        tuple(int(axis.causal) for axis in axes),
+        tuple(axis.shared_by for axis in axes),
+        tuple(BORDERS.index(axis.border) for axis in axes),
+    )
 
 
 @lru_cache(maxsize=1024)
 def _refusal(problem: Problem, isa: int) -> str | None:
-    columns = zip(*((axis.kernel_size, axis.stride, axis.dilation, axis.causal) for axis in problem.axes), strict=True)
     value_dim = problem.value_dim + (problem.needs_grad and problem.lse)  # see _with_lse
     sizes = (problem.batch, problem.num_heads, problem.head_dim, value_dim, problem.in_size)
     library = _loaded()
     error = library.nearsight_check(
-        _c_problem(problem.dtype, *sizes, *columns, problem.axes[0].border, 1.0, isa, num_threads=1),
+        _c_problem(problem.dtype, *sizes, *_geometry(problem), 1.0, isa, num_threads=1),
         problem.needs_grad,
     )
     return None if error == OK else f"{_text(error, library)}; received {_received(problem)}"
@@ -391,7 +393,9 @@ def _check(error: int, library: ctypes.CDLL) -> None:
 
 # ------------------------------------------------------------------------------------------------------- two operators
 
-_GEOMETRY = "SymInt[] kernel_size, int[] stride, int[] dilation, bool[] causal, str border, float scale, int isa"
+# Whole numbers all: torch.jit.trace takes no list of bools or strings. `border` holds indices into BORDERS.
+_WINDOW = "SymInt[] kernel_size, int[] stride, int[] dilation, int[] causal, int[] shared_by, int[] border"
+_GEOMETRY = f"{_WINDOW}, float scale, int isa"
 _OPERATORS = torch.library.Library("nearsight", "FRAGMENT")
 _OPERATORS.define(
     f"attend(Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor[] relative, {_GEOMETRY}) -> (Tensor, Tensor)",
@@ -442,7 +446,7 @@ def _contiguous(bias: Tensor | None, relative: Sequence[Tensor]) -> tuple[Tensor
 # Anyone can call the operators, and C reads where it is told to: so they check what they are given, whoever gave it.
 
 
-def _checked(query, key, value, bias, relative, kernel_size, stride, dilation, causal, border, scale, isa) -> CProblem:
+def _checked(query, key, value, bias, relative, *arguments) -> CProblem:
     """The problem in C, of tensors that fit together.
 
     Raises:
@@ -450,7 +454,8 @@ def _checked(query, key, value, bias, relative, kernel_size, stride, dilation, c
     """
     tensors = (query, key, value, *([] if bias is None else [bias]), *relative)
     kinds = tuple((tensor.shape, tensor.dtype) for tensor in tensors)
-    geometry = (tuple(kernel_size), tuple(stride), tuple(dilation), tuple(causal), border)
+    *geometry, scale, isa = arguments
+    geometry = [tuple(one) for one in geometry]
     _check_kinds(kinds, bias is not None, *geometry, scale, isa)
     batch, heads, *size, head_dim = key.shape
     sizes = (batch, heads, head_dim, value.shape[-1], tuple(size))
@@ -458,11 +463,18 @@ def _checked(query, key, value, bias, relative, kernel_size, stride, dilation, c
 
 
 @lru_cache(maxsize=1024)
-def _check_kinds(kinds, with_bias, kernel_size, stride, dilation, causal, border, scale, isa) -> None:
+def _check_kinds(kinds, with_bias, kernel_size, stride, dilation, causal, shared_by, border, scale, isa) -> None:
     """Once for every problem; of tensors only the shapes and dtypes count."""
     query, key, value, *tables = (torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in kinds)
     bias, relative = (tables[0], tables[1:]) if with_bias else (None, tables)
-    window = Window(kernel_size, stride=stride, dilation=dilation, border=border, causal=causal)
+    window = Window(
+        kernel_size,
+        stride=stride,
+        dilation=dilation,
+        border=tuple(_named("border", one, BORDERS) for one in border),
+        causal=tuple(_named("causal", one, (False, True)) for one in causal),
+        shared_by=shared_by,
+    )
     problem = describe(query, key, value, window, bias, relative or None)
     if problem.groups > 1:
         raise ShapeError(
@@ -473,8 +485,15 @@ def _check_kinds(kinds, with_bias, kernel_size, stride, dilation, causal, border
     _check_scalars(*tables)
     if not math.isfinite(scale):
         raise OptionError(f"scale must be finite; received {scale}")
-    if not 0 <= isa < len(ISAS):
-        raise OptionError(f"isa must be 0 to {len(ISAS) - 1}, one of {', '.join(ISAS)}; received {isa}")
+    _named("isa", isa, ISAS)
+
+
+def _named(name: str, index: int, values: tuple) -> Any:
+    """What an index of an operator stands for."""
+    if not 0 <= index < len(values):
+        listed = ", ".join(map(str, values))
+        raise OptionError(f"{name} must be 0 to {len(values) - 1}, one of {listed}; received {index}")
+    return values[index]
 
 
 def _check_scalars(*tensors: Tensor) -> None:
