@@ -35,6 +35,7 @@ ROOMS = [
         "attention.natten",
     ),
     ("attention",),
+    ("flops", "modes", "finite"),
     ("projection",),
     ("recompute",),
     ("layers",),

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 import nearsight as ns
 from nearsight.attention import native
+from nearsight.flops import count_flops
 from nearsight.inspect.rollout import attention_rollout
 from nearsight.inspect.statistics import attention_statistics
 from nearsight.inspect.transforms import Permutation, Translation
-from nearsight.models import count_flops
 from nearsight.saved.view import View
 from nearsight.training.data.arrays import ArraySplit, RandomAffine
 

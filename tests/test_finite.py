@@ -14,7 +14,7 @@ from torch import nn
 import nearsight as ns
 from nearsight import bench, cli
 from nearsight.errors import OptionError, TrainingError
-from nearsight.models.finite import why_not_finite
+from nearsight.finite import why_not_finite
 from nearsight.pages.csv_json import to_csv, to_json, write_csv
 from nearsight.saved import export
 from nearsight.saved.view import View

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import nearsight as ns
 from nearsight.attention import native
-from nearsight.models import count_flops
+from nearsight.flops import count_flops
 
 
 @pytest.fixture(autouse=True)

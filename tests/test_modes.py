@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import nearsight as ns
 from nearsight.bench.profile import profile
 from nearsight.inspect import Reflection, attention_maps, equivariance_by_layer
-from nearsight.models.modes import evaluating, keeping_modes
+from nearsight.modes import evaluating, keeping_modes
 from nearsight.training.announce import _flops, backends_used
 from nearsight.training.evaluate import evaluate
 

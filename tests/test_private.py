@@ -13,10 +13,9 @@ import torch
 from torch import nn
 
 import nearsight as ns
-from nearsight import private
+from nearsight import flops, private
 from nearsight.attention import native
 from nearsight.errors import BackendError
-from nearsight.models import flops
 
 SOURCE = Path(ns.__file__).parent
 OTHERS = ("torch", "lightning")

@@ -17,7 +17,7 @@ from nearsight.bench.growth import GLOBAL, LOCAL, TEXTBOOK, Growth, Point, cross
 from nearsight.bench.profile import REST, Profile, Row, draw_profile, profile, table
 from nearsight.cli import main
 from nearsight.errors import OptionError
-from nearsight.models import count_flops
+from nearsight.flops import count_flops
 from nearsight.pages.csv_json import to_csv
 
 GFLOPS, GBS = 50.0, 10.0

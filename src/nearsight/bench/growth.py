@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from ..attention import global_attention, local_attention
 from ..errors import OptionError
+from ..flops import attend_flops
 from ..layers import AttentionLayer
-from ..models.flops import attend_flops
 from ..pages.drawings import BLUE, INK, ORANGE, _figure, _in_style
 from ..window import Window
 from .memory import in_fresh_process, peak_memory

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..inspect.layer_list import layers_of
-from ..models.modes import evaluating
+from ..modes import evaluating
 from ..pages.drawings import BLUE, INK, ORANGE, _figure, _in_style
 from ..private import TorchDispatchMode, is_mutable, tree_leaves
 from .timing import copy_rate, matrix_rate, setting

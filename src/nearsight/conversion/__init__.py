@@ -18,9 +18,9 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
 from ..errors import OptionError
+from ..flops import count_flops
 from ..layers import AttentionLayer
-from ..models import count_flops
-from ..models.modes import evaluating
+from ..modes import evaluating
 from ..positions import Factory, name_of, refuse_instance, refuse_shared
 from ..private import has_hooks, tree_leaves
 from .fresh import attention_like

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import OptionError, ShapeError
 from ..layers import AttentionLayer
-from ..models.modes import evaluating
+from ..modes import evaluating
 from ..pages.drawings import BLUE, GREY, INK, ORANGE, SKY, _figure, _in_style
 from ..private import tree_map
 from .layer_list import layers_of

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..errors import DataError, OptionError, ShapeError
 from ..files import write_whole
-from ..models.finite import why_not_finite
+from ..finite import why_not_finite
 from ..pages.csv_json import finite
 from ..pages.html import render
 from ..pages.names import readable

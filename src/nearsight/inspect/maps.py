@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import OptionError, ShapeError
 from ..layers import AttentionLayer
-from ..models.modes import evaluating
+from ..modes import evaluating
 from ..window import Window
 
 KEPT = 2**28  # weights of all layers together: 1 GB in float32

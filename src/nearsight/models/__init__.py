@@ -15,12 +15,10 @@ from ..errors import OptionError
 from ..layers import AttentionStem2d, GlobalSelfAttention2d, HaloSelfAttention2d, LocalSelfAttention2d
 from ..projection import PatchProjection2d
 from . import halonet, nat, sasa, twins
-from .flops import count_flops
 from .spec import ELSEWHERE, parse_spec
 
 __all__ = [
     "ELSEWHERE",
-    "count_flops",
     "create_model",
     "input_size",
     "list_models",

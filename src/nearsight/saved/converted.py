@@ -18,8 +18,8 @@ from torch import nn
 from ..conversion import Report, convert
 from ..errors import DataError, NearsightError, OptionError, TrainingError
 from ..files import make_folder, write_text
+from ..finite import why_not_finite
 from ..models import create_model, input_size, parse_spec
-from ..models.finite import why_not_finite
 from ..pages.csv_json import to_json
 from .trained_on import TRAINED_FILE, read_trained, write_trained
 from .view import View

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..errors import DataError, OptionError, TrainingError
 from ..files import write_bytes
-from ..models.finite import why_not_finite
+from ..finite import why_not_finite
 from ..private import open_sizes_of_one
 from .weights import KEY, Blueprint, load_model
 

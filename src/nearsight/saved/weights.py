@@ -25,7 +25,7 @@ from ..conversion import convert
 from ..errors import DataError, NearsightError, OptionError
 from ..files import write_bytes
 from ..models import create_model, made_for_size, parse_spec, pretrained_value
-from ..models.modes import evaluating
+from ..modes import evaluating
 from ..pages.names import readable
 from ..picture import opaque
 from ..positions import UNNAMED_POSITION

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from ..attention import BACKENDS
-from ..models import count_flops
-from ..models.modes import evaluating, keeping_modes
+from ..flops import count_flops
+from ..modes import evaluating, keeping_modes
 from ..saved.view import View
 from .batchnorm import PLAIN
 from .data import Pictures, told

@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from ..errors import DataError, TrainingError
-from ..models.finite import why_not_finite
-from ..models.modes import evaluating
+from ..finite import why_not_finite
+from ..modes import evaluating
 from .data import IGNORED, warn_of_broken
 from .data.pictures import plainly
 

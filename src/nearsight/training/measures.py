@@ -3,7 +3,7 @@
 
     accuracy                       of the saved weights on the test split
     parameters                     of the network
-    flops                          of one image's forward pass, two per multiply-add (nearsight.models.count_flops)
+    flops                          of one image's forward pass, two per multiply-add (nearsight.flops.count_flops)
     train_images_per_second        training images over the time of an epoch's steps, median over the epochs
     inference_images_per_second    of the network alone, on one batch of test images in memory: median of several passes
     peak_memory                    largest resident memory of the training process, on a GPU the largest allocated: bytes
@@ -39,8 +39,8 @@ from torch import Tensor, nn
 from ..bench.timing import race
 from ..errors import DataError, TrainingError
 from ..files import open_regular, read_text, write_text
+from ..flops import count_flops
 from ..inspect import equivariance_error
-from ..models import count_flops
 from ..pages.csv_json import to_json
 from ..saved.trained_on import told_overlap
 from ..saved.weights import load_model

@@ -19,7 +19,7 @@ from ..errors import NearsightError
 from ..files import write_text
 from ..inspect.maps import AttentionMap, attention_maps
 from ..layers import SelfAttention
-from ..models.modes import evaluating
+from ..modes import evaluating
 from ..pages import drawings
 from ..pages.charts import Chart, Series, charts_to_csv, draw_charts
 from ..pages.csv_json import write_csv

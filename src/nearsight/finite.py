@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..private import tree_leaves
+from .private import tree_leaves
 
 
 def why_not_finite(output: Any, model: nn.Module) -> str | None:

@@ -22,8 +22,8 @@ from torch.utils.flop_counter import (
     sdpa_flop_count,
 )
 
-from ..attention import native  # defines the operators  # noqa: F401
-from ..private import FLASH_ON_CPU, FLASH_ON_CPU_BACKWARD, without_computing
+from .attention import native  # defines the operators  # noqa: F401
+from .private import FLASH_ON_CPU, FLASH_ON_CPU_BACKWARD, without_computing
 
 Shape = Sequence[int]
 
