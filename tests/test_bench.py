@@ -9,9 +9,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
 from nearsight.attention import local_attention
-from nearsight.bench import core, layers, models, run
+from nearsight.bench import core, hosts, layers, models, run
 from nearsight.bench.memory import in_fresh_process, peak_memory
 from nearsight.bench.timing import Times, passes, race
 from nearsight.cli import main
@@ -24,6 +25,9 @@ def tiny(monkeypatch):
     monkeypatch.setattr(core, "QUICK", (core.Shape(1, 2, 8, 9),))
     monkeypatch.setattr(layers, "STAGES", ((16, 9, 2),))
     monkeypatch.setattr(models, "PAIRS", (("sasa_nano", "sasa_nano of convolutions", 16),))
+    few = {"eager": hosts.eager, "nowhere": lambda model, images: "it is not here"}
+    monkeypatch.setattr(hosts, "HOSTS", few)
+    monkeypatch.setattr(models, "HOSTS", few)
 
 
 @pytest.mark.parametrize("bench", ["core", "layers", "models"])
@@ -41,22 +45,50 @@ def test_every_bench_prints_and_writes(bench, tiny, tmp_path, capsys):
 
 def test_bench_of_models_compares_networks_with_yardsticks(tiny, capsys):
     rows = models.measure(quick=True)
-    assert [row["mode"] for row in rows] == ["inference", "training"]
-    for row in rows:
+    ways = [("eager", "float32"), ("eager", "bfloat16")]
+    *inferred, trained = [(row["mode"], row["host"], row["dtype"]) for row in rows]
+    assert inferred == [("inference", *way) for way in [*ways, ("nowhere", "float32"), ("nowhere", "bfloat16")]]
+    assert trained == ("training", "eager", "float32")
+    assert [row.get("why_not") for row in rows] == [None, None, "it is not here", "it is not here", None]
+    for row in (rows[0], rows[1], rows[-1]):
         ratios = [there / here for here, there in zip(row["network"]["ms"], row["yardstick"]["ms"], strict=True)]
         assert row["faster"] == sum(ratios) / 2
-    for who, name in (("network", "sasa_nano"), ("yardstick", "sasa_nano of convolutions")):
-        inference, training = (row[who] for row in rows)
-        assert inference["name"] == training["name"] == name
-        assert inference["median_ms"] > 0
-        assert training["median_ms"] > 0
-        assert "peak_memory" not in inference
-        assert training["peak_memory"] > 0
-    *_, inference, training = capsys.readouterr().out.splitlines()
-    assert re.fullmatch(
-        r"sasa_nano against sasa_nano of convolutions, 16 +inference( +[\d.]+ \(\w+\)){2} +[\d.]+x", inference
+        for who, name in (("network", "sasa_nano"), ("yardstick", "sasa_nano of convolutions")):
+            assert row[who]["name"] == name
+            assert row[who]["median_ms"] > 0
+            assert ("peak_memory" in row[who]) == (row["mode"] == "training")
+    title, *inference, training = capsys.readouterr().out.splitlines()[2:]
+    assert title == "sasa_nano against sasa_nano of convolutions, 16"
+    for way, line in zip(ways, inference, strict=False):
+        assert re.fullmatch(rf"  inference +{way[0]} +{way[1]}( +[\d.]+ \(\w+\)){{2}} +[\d.]+x", line)
+    assert re.fullmatch(r"  inference +nowhere +bfloat16 +it is not here", inference[3])
+    assert re.fullmatch(r"  training .*( +[\d.]+ \(\w+\)){2} +[\d.]+x +\d+ +\d+ +[\d.]+x", training)
+
+
+def test_hosts_that_are_not_installed_are_named(monkeypatch):
+    monkeypatch.setattr(hosts, "find_spec", lambda package: None if package == "openvino" else package)
+    assert hosts.prepared("openvino", nn.Identity(), torch.ones(1)) == "openvino is not installed"
+    monkeypatch.setattr(hosts, "find_spec", lambda package: None)
+    assert "onnx, onnxscript, onnxruntime are not installed" in hosts.prepared(
+        "onnxruntime", nn.Identity(), torch.ones(1)
     )
-    assert re.fullmatch(r" +training( +[\d.]+ \(\w+\)){2} +[\d.]+x +\d+ +\d+ +[\d.]+x", training)
+    assert hosts.NEEDS.keys() <= hosts.HOSTS.keys()
+
+
+@pytest.mark.parametrize("host", [*hosts.NEEDS, "eager", pytest.param("compiled", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dtype", models.DTYPES)
+def test_every_host_gives_the_network_s_outputs(host, dtype):
+    torch.manual_seed(0)
+    model, images = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), torch.randn(2, 3, 8, 8)
+    expected = model(images)
+    step = hosts.prepared(host, model, images.to(dtype))
+    if isinstance(step, str):
+        assert re.search(r"not installed|on CPUs|on this processor", step), step
+        return
+    found = step()
+    found = found if isinstance(found, torch.Tensor) else torch.as_tensor(found[0])
+    torch.testing.assert_close(found.float(), expected, atol=1e-5 if dtype == torch.float32 else 3e-2, rtol=1e-2)
+    assert not found.requires_grad
 
 
 @pytest.mark.parametrize(("network", "yardstick", "size"), models.PAIRS)

@@ -18,12 +18,13 @@ import nearsight as ns
 SOURCE = Path(ns.__file__).parent
 ROOT = Path(__file__).parents[1]
 PACKAGE_OF = {"PIL": "pillow", "sklearn": "scikit-learn", "yaml": "pyyaml"}  # whose modules have another name
-PEERS = {"natten", "natten_mps", "fvcore"}  # of which nearsight makes use where they are: never asked for
+PEERS = {"natten", "natten_mps", "fvcore", "openvino"}  # of which nearsight makes use where they are: never asked for
 # The extras with which the files of a room are used, each of which has to bring all that they import.
 ROOMS = {
     "inspect": ("train", "explore"),
     "picture.py": ("train", "explore"),
     "bench": ("train",),
+    "bench/hosts.py": ("train+export",),
     "pages": ("train", "explore"),
     "saved/export.py": ("train+export",),
     "training": ("train",),
