@@ -79,7 +79,7 @@ def test_what_the_kernel_writes_is_as_large_as_it_thinks(name):
     """Bytes, not only numbers: the scalars of the interface are float32."""
     maps = [torch.randn(1, 2, 5, 7, 4) for _ in range(3)]
     bias, relative = torch.randn(2, 3, 3), [torch.randn(2, 3, 4) for _ in range(2)]
-    geometry = ([3, 3], [1, 1], [1, 1], [False, False], "mask", 0.5, native.AUTO)
+    geometry = ([3, 3], [1, 1], [1, 1], [0, 0], [1, 1], [0, 0], 0.5, native.AUTO)
     with default(name):
         out, lse = torch.ops.nearsight.attend(*maps, bias, relative, *geometry)
         wanted = [True] * 5

@@ -24,6 +24,7 @@ from torch.utils.flop_counter import (
 
 from .attention import native  # defines the operators  # noqa: F401
 from .private import FLASH_ON_CPU, FLASH_ON_CPU_BACKWARD, without_computing
+from .window import BORDERS
 
 Shape = Sequence[int]
 
@@ -38,8 +39,9 @@ def attend_flops(
     kernel_size: Shape,
     stride: Shape,
     dilation: Shape,
-    causal: Sequence[bool],
-    border: str,
+    causal: Sequence[int],
+    shared_by: Sequence[int],
+    border: Sequence[int],
     *_: Any,
     **__: Any,
 ) -> int:
@@ -66,8 +68,9 @@ def attend_backward_flops(
     kernel_size: Shape,
     stride: Shape,
     dilation: Shape,
-    causal: Sequence[bool],
-    border: str,
+    causal: Sequence[int],
+    shared_by: Sequence[int],
+    border: Sequence[int],
     *_: Any,
     **__: Any,
 ) -> int:
@@ -93,10 +96,11 @@ def _per_pair(query: Shape, value: Shape, relative: Sequence[Any]) -> tuple[int,
     return query[-1] * (2 if len(relative) else 1), value[-1]
 
 
-def _pairs(query: Shape, key: Shape, kernel_size: Shape, border: str) -> int:
+def _pairs(query: Shape, key: Shape, kernel_size: Shape, border: Sequence[int]) -> int:
     """Queries times places. A window that covers the map, as in global attention, has as many places as the map."""
     places = [
-        min(k, n) if border == "shift" or k >= 2 * n - 1 else k for k, n in zip(kernel_size, key[2:-1], strict=True)
+        min(k, n) if BORDERS[rule] == "shift" or k >= 2 * n - 1 else k
+        for k, n, rule in zip(kernel_size, key[2:-1], border, strict=True)
     ]
     return prod(query[:-1]) * prod(places)
 

@@ -26,7 +26,7 @@ from ..errors import OptionError
 from ..flops import attend_flops
 from ..layers import AttentionLayer
 from ..pages.drawings import BLUE, INK, ORANGE, _figure, _in_style
-from ..window import Window
+from ..window import BORDERS, Window
 from .memory import in_fresh_process, peak_memory
 from .timing import matrix_rate, race, setting
 
@@ -61,9 +61,9 @@ class Problem:
     def flops(self, attention: str) -> int:
         """As ``count_flops`` counts them: places outside the map included."""
         shape = (1, self.num_heads, self.size, self.size, self.head_dim)
-        window = self.window(attention)
-        kernel = [axis.kernel_size for axis in window.axes(2)]
-        return attend_flops(shape, shape, shape, None, (), kernel, (1, 1), (1, 1), (False, False), window.border)
+        axes = self.window(attention).axes(2)
+        kernel, border = [axis.kernel_size for axis in axes], [BORDERS.index(axis.border) for axis in axes]
+        return attend_flops(shape, shape, shape, None, (), kernel, (1, 1), (1, 1), (0, 0), (1, 1), border)
 
     def weights(self, attention: str) -> int:
         """Bytes of all weights in float32."""
