@@ -14,9 +14,9 @@
 // Types     query, key, value, out and their gradients share one dtype. Arithmetic is float32. bias, relative, lse and
 //           the gradients of bias and relative are contiguous float32. The caller says how large its elements are, and
 //           nothing is touched where that is not what the dtype says: memory of another type would be overrun.
-// Windows   may differ from axis to axis in all that says where a query looks. Where shared_by is above one, the queries of
-//           so many neighbouring cells share the window of the one in their middle; on a causal axis that of the last,
-//           where none sees a key after itself.
+// Windows   may differ from axis to axis in all that says where a query looks. Where shared_by is above one, the
+//           queries of so many neighbouring cells share the window of the one in their middle; on a causal axis that of
+//           the last, where none sees a key after itself.
 // Tables    entries per axis: kernel, or 2 * kernel - 1 with NEARSIGHT_BORDER_SHIFT or where a window is shared.
 //           bias: (heads, *entries); relative[axis]: (heads, entries[axis], head_dim). NULL means none.
 // lse       natural logarithm of the softmax denominator, (batch, heads, *output axes).

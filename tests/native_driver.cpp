@@ -142,7 +142,8 @@ static std::vector<float> table(size_t count) {
 }
 
 static void describe(const nearsight_problem& p) {
-    fprintf(stderr, "isa %d dtype %d batch %ld heads %ld head_dim %ld value_dim %ld\n", p.isa, p.dtype, (long)p.batch, (long)p.heads, (long)p.head_dim, (long)p.value_dim);
+    fprintf(stderr, "isa %d dtype %d batch %ld heads %ld head_dim %ld value_dim %ld\n", p.isa, p.dtype, (long)p.batch,
+            (long)p.heads, (long)p.head_dim, (long)p.value_dim);
     for (int i = 0; i < p.rank; ++i)
         fprintf(stderr, "  size %ld kernel %ld stride %ld dilation %ld border %d causal %d shared_by %ld\n",
                 (long)p.size[i], (long)p.kernel[i], (long)p.stride[i], (long)p.dilation[i], p.border[i], p.causal[i],
