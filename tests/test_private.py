@@ -167,6 +167,17 @@ def test_sizes_of_one_are_left_to_pytorch(monkeypatch):
         pass
 
 
+def test_a_constant_is_marked_as_the_compiler_itself_marks_it():
+    def ours():
+        return None
+
+    def theirs():
+        return None
+
+    private.constant_to_compilers(ours)
+    assert vars(ours) == vars(torch.compiler.assume_constant_result(theirs)) != {}
+
+
 def test_flops_are_counted_of_what_is_run(without, monkeypatch):
     model = ns.create_model("sasa_nano").eval()
     expected = flops.count_flops(model, (3, 32, 32))

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Stand-alone self-attention for vision: the exact operation, its layers, and networks made of them."""
 
-from . import compat as compat
+import typing as _typing
+from importlib import import_module as _import_module
+
 from .attention import (
     attention_scores,
     attention_weights,
@@ -9,15 +11,6 @@ from .attention import (
     global_attention,
     local_attention,
     merge_attentions,
-)
-from .conversion import convert
-from .inspect import (
-    attention_maps,
-    attention_rollout,
-    attention_statistics,
-    equivariance_by_layer,
-    equivariance_error,
-    explore,
 )
 from .layers import (
     AttentionStem2d,
@@ -29,8 +22,21 @@ from .layers import (
     LocalSelfAttention2d,
     LocalSelfAttention3d,
 )
-from .models import create_model, list_models
+from .when_imported import when_imported as _when_imported
 from .window import Window
+
+if _typing.TYPE_CHECKING:  # for those who read and do not run
+    from . import compat as compat
+    from .conversion import convert
+    from .inspect import (
+        attention_maps,
+        attention_rollout,
+        attention_statistics,
+        equivariance_by_layer,
+        equivariance_error,
+        explore,
+    )
+    from .models import create_model, list_models
 
 __all__ = [
     "AttentionStem2d",
@@ -58,3 +64,37 @@ __all__ = [
     "local_attention",
     "merge_attentions",
 ]
+
+# What is loaded when it is first asked for: names by the room that they are in, and rooms.
+_LATER = {
+    "conversion": ("convert",),
+    "inspect": (
+        "attention_maps",
+        "attention_rollout",
+        "attention_statistics",
+        "equivariance_by_layer",
+        "equivariance_error",
+        "explore",
+    ),
+    "models": ("create_model", "list_models"),
+}
+_ROOMS = ("compat", *_LATER)
+
+
+def __getattr__(name: str) -> _typing.Any:
+    if name in _ROOMS:
+        return _import_module(f".{name}", __name__)
+    for room, names in _LATER.items():
+        if name in names:
+            globals()[name] = value = getattr(_import_module(f".{room}", __name__), name)
+            return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_ROOMS})
+
+
+# timm then knows our networks, and PyTorch's counter what our operators compute, whoever imports them and when.
+_when_imported("timm.models", lambda: _import_module(".models", __name__))
+_when_imported("torch.utils.flop_counter", lambda: _import_module(".flops", __name__))

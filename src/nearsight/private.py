@@ -84,6 +84,15 @@ def untraced() -> Iterator[None]:
         interface._set_tracing_state(state)
 
 
+def constant_to_compilers(function: Callable[[], Any]) -> Callable[[], Any]:
+    """``torch.compiler.assume_constant_result``, which would import all of the compiler at once: two seconds.
+
+    A PyTorch that looks for another mark follows the call, and compiles what lies around it in two parts.
+    """
+    function._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
+    return function
+
+
 @contextmanager
 def open_sizes_of_one() -> Iterator[None]:
     """Let ``torch.export`` keep a size open also for 1, which it otherwise takes to be two or more for ever.

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import BackendError, DtypeError, OptionError, ShapeError
-from ..private import below_autograd
+from ..private import below_autograd, constant_to_compilers
 from ..window import BORDERS, Window
 from .problem import Problem, describe
 
@@ -39,7 +39,7 @@ AUTO = ISAS.index("auto")
 # ------------------------------------------------------------------------------------------------- a backend's protocol
 
 
-@torch.compiler.assume_constant_result
+@constant_to_compilers
 def unavailable() -> str | None:
     library = _library()
     if isinstance(library, str):
