@@ -17,7 +17,7 @@ from nearsight import layers
 from nearsight.attention import native
 from nearsight.errors import OptionError, ShapeError
 from nearsight.layers import _whole
-from nearsight.models.sasa import RelativeOnlySelfAttention2d
+from nearsight.models.blocks import RelativeOnlySelfAttention2d
 from nearsight.projection import POINTWISE, PatchProjection2d, project
 
 CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}

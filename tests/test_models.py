@@ -29,7 +29,7 @@ NAT = {"depths": (2, 2), "num_heads": (1, 2), "embed_dim": 16, "kernel_size": 3}
 SMALL = {
     "sasa_nano": {},
     "sasa_resnet50": SASA,
-    "sasa_resnet26": {**SASA, "stem": "attention", "content": False},
+    "sasa_resnet26": {**SASA, "stem": "attention", "block": "sasa_relative_only"},
     "sasa_resnet26_small": SASA,
     "halo_h0": HALO,
     "halo_h5": {**HALO, "final_width": 20, "border": "zeros"},
@@ -325,7 +325,7 @@ def test_a_sasa_network_keeps_no_more_than_the_resnet_that_it_replaces():
 
     attention, convolution = (bytes_kept(ns.create_model(name)) for name in ("sasa_resnet50", "resnet50"))
     assert attention <= convolution
-    assert bytes_kept(ns.create_model("sasa_resnet50", recompute_qkv=False)) > 1.1 * attention
+    assert bytes_kept(ns.create_model("sasa_resnet50", attn_kwargs={"recompute_qkv": False})) > 1.1 * attention
 
 
 @pytest.mark.parametrize(
@@ -334,6 +334,8 @@ def test_a_sasa_network_keeps_no_more_than_the_resnet_that_it_replaces():
         ("conv_nano,kernel_size=3", "'conv_nano' has no attention, and so no kernel_size"),
         ("conv_micro.untrained,value_ratio=1", "has no attention, and so no value_ratio"),
         ("sasa_nano,attention_stages=[],position=none", "has no attention, and so no position"),
+        ("conv_micro,attn_kwargs={scale: 1}", "has no attention, and so no attn_kwargs"),
+        ("conv_micro,block_kwargs={avg_down: false, norm: true}", "has no attention, and so no norm"),
         ("sasa_micro,stem=null", "option stem of model 'sasa_micro' is null, which leaves the default"),
     ],
 )
@@ -343,7 +345,11 @@ def test_options_that_would_change_nothing_are_refused(spec, message):
 
 
 def test_options_that_change_something_are_not_refused():
-    for spec in ("conv_nano,avg_down=true,widths=[8,8,8]", "sasa_nano,position=none", "sasa_nano,attention_stages=[2]"):
+    for spec in (
+        "conv_micro,block_kwargs={avg_down: false},widths=[8,8,8]",
+        "sasa_nano,position=none",
+        "sasa_nano,attention_stages=[2]",
+    ):
         refuse_ignored(spec)
 
 

@@ -13,8 +13,8 @@ from torch.nn.utils import parametrize, prune
 import nearsight as ns
 from nearsight.compat.natten.modules import NeighborhoodAttention2D
 from nearsight.conversion.gpsa import GatedPositionalSelfAttention
+from nearsight.models.blocks import RelativeOnlySelfAttention2d
 from nearsight.models.nat import NeighbourhoodAttention
-from nearsight.models.sasa import RelativeOnlySelfAttention2d
 
 LOCAL: dict[str, Callable[[], nn.Module]] = {
     "1d": lambda: ns.LocalSelfAttention1d(4, 8, 3, stride=2, num_heads=2),

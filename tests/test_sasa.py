@@ -9,7 +9,7 @@ from torch import nn
 
 import nearsight as ns
 from nearsight.errors import OptionError
-from nearsight.models.sasa import RelativeOnlySelfAttention2d
+from nearsight.models.blocks import BLOCKS, MicroBlock, RelativeOnlySelfAttention2d, SasaBlock
 
 
 def parameters(name, **kwargs):
@@ -82,7 +82,7 @@ def test_table_4_parameters_hardly_depend_on_the_window(kernel_size):
 def test_tables_5_and_6_parameters():
     assert parameters("sasa_resnet50", position="none") == 18_012_200
     assert parameters("sasa_resnet50", position="sinusoidal") == 18_012_200
-    assert parameters("sasa_resnet50", content=False) == 16_781_160
+    assert parameters("sasa_resnet50", block="sasa_relative_only") == 16_781_160
 
 
 def test_small_networks():
@@ -122,7 +122,7 @@ def test_a_small_network_attends_to_halved_maps():
     model(torch.randn(1, 3, 28, 28))
     assert sizes == [(14, 14), (7, 7), (4, 4)]
     with pytest.raises(OptionError, match="downsample must be 'pool' or 'patch'; received 'max'"):
-        ns.create_model("sasa_micro", downsample="max")
+        ns.create_model("sasa_micro", block_kwargs={"downsample": "max"})
 
 
 def test_a_bottleneck_whose_up_projects_what_attention_puts_out():
@@ -161,18 +161,23 @@ def test_the_twin_is_a_resnet():
     torch.testing.assert_close(twin(x), resnet(x))
 
 
-def test_averaged_shortcuts():
+def test_averaged_shortcuts(monkeypatch):
     """``avg_down`` is timm's: the same from the same weights, odd maps included, and no parameter more."""
     import timm
 
     depths = {"depths": (1, 1, 1, 1), "num_classes": 5}
-    twin = ns.create_model("sasa_resnet26", attention_stages=(), avg_down=True, **depths).eval()
+    with monkeypatch.context() as patch:
+        patch.setattr(MicroBlock, "expansion", 4)
+        twin = ns.create_model("sasa_resnet26", attention_stages=(), block="micro", **depths).eval()
     resnet = timm.models.ResNet(timm.models.resnet.Bottleneck, (1, 1, 1, 1), num_classes=5, avg_down=True).eval()
     resnet.load_state_dict(dict(zip(resnet.state_dict(), twin.state_dict().values(), strict=True)))
     x = torch.randn(1, 3, 70, 100)
     torch.testing.assert_close(twin(x), resnet(x))
 
-    assert parameters("sasa_micro", avg_down=False) == parameters("sasa_micro")
+    for name in ("sasa_micro", "conv_micro"):
+        assert parameters(name, block_kwargs={"avg_down": False}) == parameters(name)
+        shortcuts = ns.create_model(name, block_kwargs={"avg_down": False}).stages[1][0].shortcut
+        assert isinstance(shortcuts[0], nn.Conv2d)
     block = ns.create_model("sasa_micro").stages[1][0].eval()
     x = torch.randn(2, 96, 7, 9)
     averages = F.avg_pool2d(F.pad(x, (0, 1, 0, 1)), 2)
@@ -206,7 +211,7 @@ def test_options():
         num_heads=(1, 2, 4),
         stem="conv",
         position="rope",
-        scale=1.0,
+        attn_kwargs={"scale": 1.0},
     )
     kinds = [type(block.spatial).__name__ for stage in model.stages for block in stage]
     assert kinds == ["Conv2d", "LocalSelfAttention2d", "LocalSelfAttention2d", "LocalSelfAttention2d"]
@@ -214,6 +219,30 @@ def test_options():
     assert [stage[0].spatial.num_heads for stage in model.stages[1:]] == [2, 4]
     assert [stage[0].spatial.scale for stage in model.stages[1:]] == [1.0, 1.0]
     assert spatial_convolutions(model) == ["stem.0", "stages.0.0.spatial"]
+
+
+def test_what_is_passed_on_joins_what_the_network_passes_on():
+    layers = [
+        ns.create_model("sasa_resnet26", depths=(1,), widths=(16,), attn_kwargs=given).stages[0][0].spatial
+        for given in (None, {"scale": 1.0}, {"recompute_qkv": False})
+    ]
+    assert [(layer.recompute_qkv, layer.scale) for layer in layers] == [(True, None), (True, 1.0), (False, None)]
+    typed = ns.create_model("sasa_micro,block_kwargs={norm: true, act: true},attn_kwargs={border: wrap}")
+    block = typed.stages[2][1]
+    assert (type(block.norm), type(block.act), block.spatial.window.border) == (nn.BatchNorm2d, nn.ReLU, "wrap")
+
+
+def test_a_block_of_ones_own(monkeypatch, tmp_path):
+    class Wide(SasaBlock):
+        expansion = 6
+
+    monkeypatch.setitem(BLOCKS, "wide", Wide)
+    model = ns.create_model("sasa_nano", block="wide")
+    assert model.num_features == 6 * 48
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    assert type(again.stages[0][0]) is Wide
+    assert all(map(torch.equal, again.state_dict().values(), model.state_dict().values()))
 
 
 def test_default_stems():
@@ -249,7 +278,7 @@ def test_values_wider_than_queries():
 
 
 def test_attention_with_nothing_behind_it():
-    normed = {"post_attn_norm": True}
+    normed = {"block_kwargs": {"norm": True}}
     assert parameters("sasa_micro", **normed) == parameters("sasa_micro") + 2 * (2 * 48 + 2 * 96 + 2 * 1.75 * 224)
     assert parameters("conv_micro", **normed) == parameters("conv_micro")
     block = ns.create_model("sasa_micro").stages[0][0].eval()
@@ -274,7 +303,21 @@ def test_small_images_of_any_size(size):
         ({"widths": (16, 32)}, r"widths must be one number or 3.*received \(16, 32\)"),
         ({"stem": "pixel", "stem_stride": 2}, "received 'pixel' with stem_stride=2"),
         ({"stem": "attention"}, "received 'attention' with stem_stride=1"),
-        ({"content": False, "position": "bias"}, "needs position='relative', which has an r; received BiasPosition"),
+        (
+            {"block": "sasa_relative_only", "position": "bias"},
+            "needs position='relative', which has an r; received BiasPosition",
+        ),
+        ({"block": "sasa_relative_only", "kernel_size": (3, 3, "global")}, "has local attention alone"),
+        ({"block": "halo"}, "block must be one of sasa, sasa_relative_only, micro; received 'halo'"),
+        ({"block_kwargs": {"norm": True}}, "block_kwargs takes nothing here; received 'norm'"),
+        (
+            {"block": "micro", "block_kwargs": {"normed": True}},
+            "takes act, avg_down, downsample, norm; received 'normed'",
+        ),
+        ({"block": "micro", "block_kwargs": {"stride": 2}}, "received 'stride'"),
+        ({"attn_kwargs": {"num_heads": 2}}, "attn_kwargs takes .*scale.*; received 'num_heads'"),
+        ({"attn_kwargs": {"border": "wrap"}, "kernel_size": (3, 5, "global")}, "received 'border'"),
+        ({"attn_kwargs": "scale"}, "attn_kwargs must be a table of names and values; received 'scale'"),
     ],
 )
 def test_errors(options, message):

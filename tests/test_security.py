@@ -228,7 +228,11 @@ def test_options_of_a_network_are_its_own():
         ("resnet18,pretrained=true", "resnet18"),
         ("resnet18,pretrained=true,act_layer=silu,cache_dir='/x y'", "resnet18,act_layer=silu"),
         ("sasa_nano,kernel_size=[3, 5],checkpoint_path=x", "sasa_nano,kernel_size=[3, 5]"),
-        ("sasa_nano,position='none',scale=1e-3,pretrained_cfg={url: x}", "sasa_nano,position=none,scale=0.001"),
+        ("sasa_nano,position='none',drop_rate=1e-3,pretrained_cfg={url: x}", "sasa_nano,position=none,drop_rate=0.001"),
+        (
+            "sasa_micro,block_kwargs={norm: true},attn_kwargs={border: wrap},pretrained=true",
+            'sasa_micro,block_kwargs={"norm": true},attn_kwargs={"border": "wrap"}',
+        ),
         ("sasa_nano,kernel_size=3,  position=none", "sasa_nano,kernel_size=3,  position=none"),
     ],
 )

@@ -14,7 +14,7 @@ from torch import nn
 from ..errors import OptionError
 from ..layers import AttentionStem2d, GlobalSelfAttention2d, HaloSelfAttention2d, LocalSelfAttention2d
 from ..projection import PatchProjection2d
-from . import halonet, nat, sasa, twins
+from . import blocks, halonet, nat, sasa, twins
 from .spec import ELSEWHERE, parse_spec
 
 __all__ = [
@@ -37,7 +37,7 @@ for _layer in (
     HaloSelfAttention2d,
     LocalSelfAttention2d,
     PatchProjection2d,
-    sasa.RelativeOnlySelfAttention2d,
+    blocks.RelativeOnlySelfAttention2d,
     nat.NeighbourhoodAttention,
 ):
     register_notrace_module(_layer)
@@ -134,6 +134,8 @@ def refuse_ignored(spec: str) -> None:
     if null:
         raise OptionError(f"option {null[0]} of model {name!r} is null, which leaves the default: leave it out")
     attends = name.partition(".")[0] not in twins.CONVOLUTIONAL and options.get("attention_stages", True) != []
-    useless = sorted(options.keys() & sasa.OF_ATTENTION)
+    in_blocks = options.get("block_kwargs")
+    useless = options.keys() & sasa.OF_ATTENTION
+    useless |= (in_blocks if isinstance(in_blocks, dict) else {}).keys() & sasa.OF_ATTENTION_IN_BLOCKS
     if not attends and useless:
-        raise OptionError(f"model {name!r} has no attention, and so no {useless[0]}: leave it out; received {spec!r}")
+        raise OptionError(f"model {name!r} has no attention, and so no {min(useless)}: leave it out; received {spec!r}")

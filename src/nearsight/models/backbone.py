@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,6 @@ from torch import Tensor, nn
 
 from ..errors import OptionError
 from ..positions import UNNAMED_POSITION
-from ..projection import PatchProjection2d
 
 
 class Backbone(nn.Module, PyTorchModelHubMixin, library_name="nearsight", license="apache-2.0", tags=["timm"]):
@@ -132,13 +132,12 @@ class Bottleneck(nn.Module):
     The shortcut is a projection where the block changes size or channels. Every 1 x 1 convolution has a batch norm after it.
 
     Args:
-        in_channels, width, spatial_channels, out_channels: of the input, and after down, ``spatial`` and up.
-        spatial: maps ``width`` to ``spatial_channels`` channels.
+        in_channels, width, out_channels: of the input, and after down and up.
+        spatial: from ``width`` to ``spatial.out_channels`` channels. It strides, unless ``down`` or ``pool`` does.
         stride: of the whole block.
-        downsample: what strides: ``"spatial"`` itself, an average ``"pool"`` after it, or ``"patch"``: down projects patches
-            of ``stride`` x ``stride`` cells that do not overlap.
-        avg_down: average those cells before a shortcut's projection, which else reads one of them (timm's ``avg_down``;
-            ResNet-D of He et al. 2019, arXiv:1812.01187).
+        down: in place of the 1 x 1 convolution down.
+        pool: after ``spatial``.
+        avg_down: average the cells before a shortcut's projection, which else reads one of ``stride`` x ``stride``.
         norm, act: False leaves out the batch norm, the ReLU between ``spatial`` and up.
         drop_path: chance to skip the block for an image in training.
     """
@@ -147,38 +146,33 @@ class Bottleneck(nn.Module):
         self,
         in_channels: int,
         width: int,
-        spatial_channels: int,
         out_channels: int,
         spatial: nn.Module,
         *,
         stride: int = 1,
-        downsample: str = "spatial",
+        down: nn.Module | None = None,
+        pool: nn.Module | None = None,
         avg_down: bool = False,
         norm: bool = True,
         act: bool = True,
         drop_path: float = 0.0,
     ) -> None:
         super().__init__()
-        if downsample == "patch" and stride > 1:
-            down = PatchProjection2d(in_channels, width, stride)
-        else:
-            down = nn.Conv2d(in_channels, width, 1, bias=False)
+        channels: int = spatial.out_channels  # pyright: ignore[reportAssignmentType]
+        down = nn.Conv2d(in_channels, width, 1, bias=False) if down is None else down
         self.down = nn.Sequential(down, nn.BatchNorm2d(width), nn.ReLU(inplace=True))
         self.spatial = spatial
-        self.pool: nn.Module = nn.Identity()
-        if downsample == "pool" and stride > 1:
-            self.pool = _average(stride)
-        self.norm = nn.BatchNorm2d(spatial_channels) if norm else nn.Identity()
+        self.pool = nn.Identity() if pool is None else pool
+        self.norm = nn.BatchNorm2d(channels) if norm else nn.Identity()
         self.act = nn.ReLU(inplace=True) if act else nn.Identity()
-        up = nn.Conv2d(spatial_channels, out_channels, 1, bias=False)
-        self.up = nn.Sequential(up, nn.BatchNorm2d(out_channels))
+        self.up = nn.Sequential(nn.Conv2d(channels, out_channels, 1, bias=False), nn.BatchNorm2d(out_channels))
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
         self.shortcut = nn.Identity()
         if stride != 1 or in_channels != out_channels:
             averages = avg_down and stride > 1
             conv = nn.Conv2d(in_channels, out_channels, 1, 1 if averages else stride, bias=False)
             project = nn.Sequential(conv, nn.BatchNorm2d(out_channels))
-            self.shortcut = nn.Sequential(_average(stride), project) if averages else project
+            self.shortcut = nn.Sequential(average(stride), project) if averages else project
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.act(self.norm(self.pool(self.spatial(self.down(x)))))
@@ -260,7 +254,8 @@ class BottleneckNet(Backbone):
         return {"stem": r"^stem", "blocks": [(blocks, None), (r"^final", (99999,))]}
 
 
-def _average(stride: int) -> nn.AvgPool2d:
+def average(stride: int) -> nn.AvgPool2d:
+    """The mean of ``stride`` x ``stride`` cells that do not overlap."""
     # ceil_mode and the count keep odd sizes in step with a strided 1 x 1.
     return nn.AvgPool2d(stride, ceil_mode=True, count_include_pad=False)
 
@@ -294,6 +289,21 @@ def one_per_stage(name: str, value: Any, stages: int) -> list[Any]:
     if len(values) != stages:
         raise OptionError(f"{name} must be one number or {stages}, one per stage; received {value}")
     return values
+
+
+def known(name: str, given: Mapping[str, Any] | None, takers: Sequence[Callable], taken: set[str]) -> dict[str, Any]:
+    """Arguments that are passed on, held against those that all who take them have, but for those ``taken`` already.
+
+    Raises:
+        OptionError: one that is not among them.
+    """
+    if not isinstance(given or {}, Mapping):
+        raise OptionError(f"{name} must be a table of names and values; received {given!r}")
+    allowed = set.intersection(*(set(inspect.signature(taker).parameters) for taker in takers)) - taken
+    for one in given or {}:
+        if one not in allowed:
+            raise OptionError(f"{name} takes {', '.join(sorted(allowed)) or 'nothing here'}; received {one!r}")
+    return dict(given or {})
 
 
 def config(size: int, num_classes: int = 1000, classifier: str = "head.fc", **kwargs: Any) -> dict[str, Any]:

@@ -88,8 +88,8 @@ class HaloNet(BottleneckNet):
         def block(stage: int, in_channels: int, stride: int, drop_path: float) -> Bottleneck:
             width = widths[stage - 1]
             spatial = attention(width, stride=stride, num_heads=heads[stage - 1])
-            channels = (in_channels, width, spatial.out_channels, round(width * bottleneck_ratio))
-            return Bottleneck(*channels, spatial, stride=stride, drop_path=drop_path)
+            out_channels = round(width * bottleneck_ratio)
+            return Bottleneck(in_channels, width, out_channels, spatial, stride=stride, drop_path=drop_path)
 
         super().__init__(
             depths,

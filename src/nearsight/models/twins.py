@@ -12,8 +12,8 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from .backbone import build, config
-from .sasa import MICRO, NANO, SasaResNet
+from .backbone import config
+from .sasa import MICRO, NANO, create
 
 __all__ = ["conv_micro", "conv_nano", "vit_micro"]
 
@@ -31,7 +31,7 @@ default_cfgs = generate_default_cfgs(
 @register_model
 def conv_nano(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """The twin of ``sasa_nano``: 3 x 3 convolutions in the place of attention, in the stem too, and all else the same."""
-    return _create_twin("conv_nano", pretrained, {**NANO, **kwargs})
+    return create("conv_nano", pretrained, NANO, attention_stages=(), **kwargs)
 
 
 @register_model
@@ -40,7 +40,7 @@ def conv_micro(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 
     A norm and a ReLU follow them, and they stride where ``sasa_micro`` projects patches of 2 x 2 cells: a ResNet's ways.
     """
-    return _create_twin("conv_micro", pretrained, {**MICRO, **kwargs})
+    return create("conv_micro", pretrained, MICRO, attention_stages=(), **kwargs)
 
 
 @register_model
@@ -52,7 +52,3 @@ def vit_micro(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     size = {"patch_size": 4, "embed_dim": 150, "depth": 4, "num_heads": 3}
     features = {"feature_cls": "getter", "out_indices": 3}
     return build_model_with_cfg(VisionTransformer, "vit_micro", pretrained, feature_cfg=features, **{**size, **kwargs})
-
-
-def _create_twin(variant: str, pretrained: bool, arguments: dict[str, Any]) -> nn.Module:
-    return build(SasaResNet, variant, pretrained, 1 + len(arguments["depths"]), attention_stages=(), **arguments)

@@ -66,11 +66,11 @@ ARTICLE = {
         "sasa_micro",
     ),
     "block": (
-        "sasa_micro,post_attn_norm=true",
-        "sasa_micro,post_attn_norm=true,post_attn_act=true",
+        "sasa_micro,block_kwargs={norm: true}",
+        "sasa_micro,block_kwargs={norm: true, act: true}",
         "sasa_micro,value_ratio=1,qk_ratio=1",
-        "sasa_micro,avg_down=false",
-        "sasa_micro,downsample=pool",
+        "sasa_micro,block_kwargs={avg_down: false}",
+        "sasa_micro,block_kwargs={downsample: pool}",
         "sasa_micro",
     ),
 }
