@@ -42,6 +42,7 @@ check: $(WITH_DEV) ## look at format, lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
+	$(BIN)/biome lint --error-on-warnings
 
 format: $(WITH_DEV) ## put the code into the house format
 	$(BIN)/ruff format .

@@ -81,7 +81,7 @@ def test_there_is_one_palette():
     for file in SOURCE.rglob("*.py"):
         found = re.findall(r'"#[0-9a-f]{6}"', file.read_text())
         assert not found or file.name == "drawings.py", f"{file} has colours of its own: {found}"
-    page = (SOURCE / "pages" / "templates" / "explore.html.jinja").read_text()
+    page = (SOURCE / "pages" / "templates" / "explore.js").read_text()
     (parts,) = re.findall(r"const PARTS = \{(.*?)\}", page)
     shown = dict(re.findall(r'(\w+): "(#\w+)"', parts))
     assert {"border", "stride", "encoding"} <= set(shown)

@@ -32,6 +32,7 @@ from nearsight import cli
 from nearsight.errors import DataError, OptionError, TrainingError
 from nearsight.files import make_inner_folder, open_regular, read_yaml, remove_leftovers, write_whole
 from nearsight.inspect.explore import read_picture
+from nearsight.pages import html
 from nearsight.pages.html import without_styles
 from nearsight.saved.spec import check_stored_spec, own_options, stored_spec
 from nearsight.saved.view import View
@@ -717,9 +718,18 @@ def test_no_template_holds_what_the_policy_refuses():
     for file in templates:
         text = file.read_text()
         assert not re.findall(r"\s(?:style|on\w+)=", text), file
+        data = text.count('<script type="application/json"')  # which holds a value, and is not run
         for kind in ("style", "script"):
             inline = re.findall(rf"<{kind}>(.*?)</{kind}>", text, re.DOTALL)
-            assert len(inline) == text.count(f"<{kind}") - text.count('<script type="application/json"') * (
-                kind == "script"
-            )
-            assert not [one for one in inline if "{{" in one or "{%" in one], file
+            assert len(inline) == text.count(f"<{kind}") - data * (kind == "script")
+            assert all(re.fullmatch(r'\{\{ file\("\w+\.(css|js)"\) \}\}', one) for one in inline), file
+
+
+def test_a_style_or_script_that_would_end_its_element_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(html, "TEMPLATES", tmp_path)
+    (tmp_path / "page.jinja").write_text('<script>{{ file("run.js") }}</script>')
+    (tmp_path / "run.js").write_text("run({{ 1 }})")
+    assert html.render("page.jinja") == "<script>run({{ 1 }})</script>"
+    (tmp_path / "run.js").write_text('print("</script>")')
+    with pytest.raises(AssertionError, match=r"run\.js holds what ends"):
+        html.render("page.jinja")

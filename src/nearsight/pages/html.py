@@ -12,39 +12,53 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
+
+TEMPLATES = Path(__file__).parent / "templates"
 
 
 def render(template: str, **values: Any) -> str:
     """Fill in one of the pages in ``templates/``; a value that it wants and does not get is an error.
 
-    The template puts the page's policy where ``policy`` stands. Its styles and scripts hold no values.
+    The template puts the page's policy where ``policy`` stands, and ``file("page.css")`` in the place of a style or a
+    script, which hold no values.
     """
-    from jinja2 import Environment, PackageLoader, StrictUndefined, meta
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined, meta
     from markupsafe import Markup
 
-    loader = PackageLoader("nearsight.pages")
-    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
-    source = loader.get_source(environment, template)[0]
+    environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined)
+    source = (TEMPLATES / template).read_text()
     others = [name for name in meta.find_referenced_templates(environment.parse(source)) if name]
-    sources = [source, *(loader.get_source(environment, name)[0] for name in others)]
-    return environment.get_template(template).render(policy=Markup(policy("".join(sources))), **values)
+    sources = [source, *((TEMPLATES / name).read_text() for name in others)]
+    files = {name: _text(name) for name in re.findall(r'file\("(.*?)"\)', "".join(sources))}
+    allowed = Markup(policy(files))
+    return environment.get_template(template).render(policy=allowed, file=lambda name: Markup(files[name]), **values)
 
 
-def policy(source: str) -> str:
-    """The Content-Security-Policy that allows the styles and scripts in a template, as they stand there, and no others.
+def policy(files: Mapping[str, str]) -> str:
+    """The Content-Security-Policy that allows these styles and scripts and no others.
 
-    Taken from the template, before anything is filled in.
+    Args:
+        files: their texts by their names, which end in .css or .js.
 
     Example:
-        >>> policy("<script>run()</script>").split("; ")[-1]
+        >>> policy({"run.js": "run()"}).split("; ")[-1]
         "script-src 'sha256-AvyuiL0SD1mVY3NNxR+V2uo+lhk6RMFrytWmRt6CrJQ='"
     """
     rules = ["default-src 'none'", "img-src data:", "base-uri 'none'", "form-action 'none'"]
-    for kind in ("style", "script"):
-        texts = re.findall(rf"<{kind}>(.*?)</{kind}>", source, re.DOTALL)
+    for kind, ending in (("style", ".css"), ("script", ".js")):
+        texts = [text for name, text in files.items() if name.endswith(ending)]
         rules += [f"{kind}-src {' '.join(map(_source, texts))}"] if texts else []
     return "; ".join(rules)
+
+
+def _text(name: str) -> str:
+    """A style or script as it stands in a page: what would end its element there is an error."""
+    text = (TEMPLATES / name).read_text()
+    assert "</" not in text, f"{name} holds what ends a style or script in a page"
+    return text
 
 
 def without_styles(svg: str) -> str:
