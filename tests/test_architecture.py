@@ -36,7 +36,6 @@ ROOMS = [
     ),
     ("attention",),
     ("flops", "modes", "finite"),
-    ("projection",),
     ("recompute",),
     ("layers",),
     ("models",),
@@ -50,7 +49,18 @@ ROOMS = [
     ("__init__",),
     ("__main__", "start"),
 ]
-SHARED_WITHIN = ("models", "inspect", "bench", "training", "compat", "commands", "conversion", "pages", "saved")
+SHARED_WITHIN = (
+    "layers",
+    "models",
+    "inspect",
+    "bench",
+    "training",
+    "compat",
+    "commands",
+    "conversion",
+    "pages",
+    "saved",
+)
 # What `import nearsight` may not bring along: packages of the extras, and what costs time and is loaded when it is used.
 OPTIONAL = ("lightning", "matplotlib", "sklearn", "jsonargparse", "torchmetrics", "jinja2", "rich", "PIL")
 LATER = ("timm", "torchvision", "torch._dynamo", "torch._inductor", "torch.utils.flop_counter")

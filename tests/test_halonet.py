@@ -32,12 +32,13 @@ def test_table_of_networks(name):
 
 def by_loops(layer, x):
     """The layer's equation, cell by cell, for one image without batch."""
-    heads, width, block, halo = layer.num_heads, layer.width, layer.block_size, layer.halo_size
+    heads, width, block, halo = layer.num_heads, layer.qk_channels, layer.block_size, layer.halo_size
     q, k, v = projected(layer, x[None])[0].split([width, width, layer.out_channels])
     q, k, v = (t.unflatten(0, (heads, -1)).movedim(1, -1) for t in (q, k, v))
     scale = q.shape[-1] ** -0.5 if layer.scale is None else layer.scale
     middle = block + 2 * halo - 1
-    rows, columns = range(0, x.shape[1], layer.stride), range(0, x.shape[2], layer.stride)
+    stride, (row, column) = layer.window.stride, layer.position.vectors
+    rows, columns = range(0, x.shape[1], stride), range(0, x.shape[2], stride)
     y = torch.zeros(heads, len(rows), len(columns), v.shape[-1], dtype=x.dtype)
     for n in range(heads):
         for p, i in enumerate(rows):
@@ -48,7 +49,7 @@ def by_loops(layer, x):
                         inside = 0 <= a < x.shape[1] and 0 <= b < x.shape[2]
                         if inside or layer.window.border == "zeros":
                             key = k[n, a, b] if inside else torch.zeros_like(k[n, 0, 0])
-                            key = key + layer.rows[a - i + middle] + layer.columns[b - j + middle]
+                            key = key + row[a - i + middle] + column[b - j + middle]
                             logits.append(scale * (q[n, i, j] @ key))
                             values.append(v[n, a, b] if inside else torch.zeros_like(v[n, 0, 0]))
                 y[n, p, r] = torch.stack(logits).softmax(0) @ torch.stack(values)
@@ -94,7 +95,7 @@ def test_a_block_as_large_as_the_map_is_global_attention():
     layer = ns.HaloSelfAttention2d(8, num_heads=2, block_size=9, halo_size=0)
     x = torch.randn(2, 8, 9, 9)
     q, k, v = (t.unflatten(1, (2, 4)).movedim(2, -1) for t in projected(layer, x).chunk(3, 1))
-    relative = [table.expand(2, -1, -1) for table in (layer.rows, layer.columns)]
+    relative = [table.expand(2, -1, -1) for table in layer.position.vectors]
     expected = ns.global_attention(q, k, v, relative=relative)
     torch.testing.assert_close(layer(x), expected.movedim(-1, 2).flatten(1, 2))
 
@@ -133,10 +134,20 @@ def test_parameters_and_names():
     assert {name: tuple(p.shape) for name, p in layer.state_dict().items()} == {
         "q.weight": (16, 16, 1, 1),
         "kv.weight": (16 + 40, 16, 1, 1),
-        "rows": (11, 4),
-        "columns": (11, 4),
+        "position.vectors.0": (11, 4),
+        "position.vectors.1": (11, 4),
     }
-    assert repr(layer).splitlines()[1].strip() == "16, 40, block_size=4, halo_size=1, num_heads=4, width=16"
+    assert repr(layer).splitlines()[1].strip() == "16, 40, kernel_size=6, num_heads=4, qk_channels=16, shared_by=4"
+
+
+def test_tables_of_older_files_are_the_positions():
+    layer, other = (ns.HaloSelfAttention2d(8, num_heads=2, block_size=4, halo_size=1) for _ in range(2))
+    state = {name.replace("position.vectors.0", "rows"): tensor for name, tensor in layer.state_dict().items()}
+    state = {name.replace("position.vectors.1", "columns"): tensor for name, tensor in state.items()}
+    assert {"rows", "columns"} <= state.keys()
+    nn.Sequential(other).load_state_dict({f"0.{name}": tensor for name, tensor in state.items()})
+    x = torch.randn(1, 8, 9, 9)
+    assert torch.equal(other(x), layer(x))
 
 
 def test_padding_votes_under_zeros_alone():
@@ -146,8 +157,8 @@ def test_padding_votes_under_zeros_alone():
     )
     zeros.load_state_dict(mask.state_dict())
     for layer in (mask, zeros):
-        nn.init.zeros_(layer.rows)
-        nn.init.zeros_(layer.columns)
+        for table in layer.position.vectors:
+            nn.init.zeros_(table)
         nn.init.zeros_(layer.q.weight)  # queries of zero look everywhere alike
     torch.testing.assert_close(mask(x).mean(), mask.kv(x)[:, 4:].mean())
     torch.testing.assert_close(zeros(x), mask(x) * 16 / 64)

@@ -13,12 +13,11 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 import nearsight as ns
-from nearsight import layers
 from nearsight.attention import native
 from nearsight.errors import OptionError, ShapeError
-from nearsight.layers import _whole
+from nearsight.layers import projection as room
+from nearsight.layers.projection import POINTWISE, PatchProjection2d, _whole, project
 from nearsight.models.blocks import RelativeOnlySelfAttention2d
-from nearsight.projection import POINTWISE, PatchProjection2d, project
 
 CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 SIZE = (7, 10, 5)
@@ -293,9 +292,9 @@ def test_gradient_of_the_fused_projection_is_taken_as_it_lies(memory_format, mon
     x = torch.randn(2, 16, 9, 11).to(memory_format=memory_format).requires_grad_()
     grad = torch.randn(2, 16, 9, 11)
     wholes = []
-    monkeypatch.setattr(layers, "_whole", lambda parts: wholes.append(_whole(parts)) or wholes[-1])
+    monkeypatch.setattr(room, "_whole", lambda parts: wholes.append(_whole(parts)) or wholes[-1])
     found = torch.autograd.grad(layer(x), [x, *layer.parameters()], grad)
-    monkeypatch.setattr(layers, "split_parts", lambda joined, widths: joined.split(widths, 1))
+    monkeypatch.setattr(room, "split_parts", lambda joined, widths: joined.split(widths, 1))
     expected = torch.autograd.grad(layer(x), [x, *layer.parameters()], grad)
     assert [one is not None for one in wholes] == [ns.backends()["native"] is None]
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))

@@ -16,10 +16,11 @@ from conftest import projected
 from torch import nn
 
 import nearsight as ns
-from nearsight import layers
 from nearsight.conversion.gpsa import GatedPositionalSelfAttention
 from nearsight.errors import OptionError, ShapeError
 from nearsight.inspect import AttentionMap
+from nearsight.layers import self_attention
+from nearsight.layers.projection import split_heads
 from nearsight.models import nat
 from nearsight.window import Window
 
@@ -42,11 +43,11 @@ def gated(convolution, margin=0):
 # Each with its input and what it mixes: a function from layer and input to values (N, *map, E), the output being (N, E) per
 # query, heads one after the other.
 def values_of(layer, x):
-    return layers.split_heads(projected(layer, x).split(layer.out_channels, 1)[-1], layer.num_heads)[0]
+    return split_heads(projected(layer, x).split(layer.out_channels, 1)[-1], layer.num_heads)[0]
 
 
 def in_blocks(layer, x):
-    return layers.split_heads(layer.kv(x)[:, layer.width :], layer.num_heads)[0]
+    return split_heads(layer.kv(x)[:, layer.qk_channels :], layer.num_heads)[0]
 
 
 LOCAL = {
@@ -143,7 +144,7 @@ def test_the_stem_mixes_before_it_pools():
     stem = ns.AttentionStem2d(3, 8, kernel_size=4, num_heads=2).double().eval()
     x = torch.randn(1, 3, 9, 6, dtype=torch.float64)
     (found,) = ns.attention_maps(nn.Sequential(stem), x)
-    y = mixed(found, layers.split_heads(stem._values(x), 2)[0].detach())[None]
+    y = mixed(found, split_heads(stem._values(x), 2)[0].detach())[None]
     torch.testing.assert_close(F.max_pool2d(stem.norm(y), 4, ceil_mode=True), stem(x), **NEAR)
 
 
@@ -167,13 +168,13 @@ def test_neighbourhood_attention_in_a_network(dilation, monkeypatch):
 
 def test_the_weights_are_those_of_the_operation_on_what_the_layer_hands_on(monkeypatch):
     calls = []
-    attend = layers.local_attention
+    attend = self_attention.local_attention
 
     def spy(query, key, value, window, *, backend=None, **tables):
         calls.append(ns.attention_weights(query, key, window, **tables))
         return attend(query, key, value, window, backend=backend, **tables)
 
-    monkeypatch.setattr(layers, "local_attention", spy)
+    monkeypatch.setattr(self_attention, "local_attention", spy)
     maps = ns.attention_maps(ns.create_model("sasa_nano", num_classes=10), torch.randn(2, 3, 19, 14))
     assert len(maps) == len(calls) == 4
     for found, weights in zip(maps, calls, strict=True):

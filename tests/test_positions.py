@@ -26,7 +26,7 @@ from nearsight.positions import (
 )
 
 OWN = tuple(POSITIONS)  # before any test registers another
-EQUIVARIANT = ("none", "relative", "bias", "cpb", "quadratic", "rope", "mixed_rope")
+EQUIVARIANT = ("none", "relative", "relative_shared", "bias", "cpb", "quadratic", "rope", "mixed_rope")
 ABSOLUTE = ("sinusoidal", "learned")
 
 
@@ -49,7 +49,7 @@ def x():
     return torch.randn(2, 16, 11, 13, dtype=torch.float64)
 
 
-def test_all_nine_are_tested():
+def test_all_are_tested():
     assert sorted(EQUIVARIANT + ABSOLUTE) == sorted(OWN)
 
 
@@ -98,6 +98,7 @@ def test_global_attention_is_permutation_equivariant_without_encoding_only(posit
         ("sinusoidal", 0),
         ("learned", 24 * 5 * 6),
         ("relative", 7 * 24),
+        ("relative_shared", 2 * 7 * 6),
         ("bias", 4 * 49),
         ("cpb", 512 * 3 + 512 * 4),
         ("quadratic", 3 * 4),

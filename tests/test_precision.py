@@ -27,8 +27,8 @@ def test_a_halo_layer_is_as_exact_as_the_operation(dtype):
     x = torch.randn(2, 16, 8, 8)
     for run, given in ((torch.autocast("cpu", dtype), x), (torch.autocast("cpu", enabled=False), x.to(dtype))):
         with run:
-            found, (query, key, value) = layer(given), layer._heads(given)
-        tables = [table.double().expand(2, -1, -1) for table in (layer.rows, layer.columns)]
+            found, (query, key, value) = layer(given), layer._heads(given, layer.window)
+        tables = [table.double().expand(2, -1, -1) for table in layer.position.vectors]
         wide = (tensor.double() for tensor in (query, key, value))
         expected = ns.global_attention(*wide, relative=tables, backend="reference").movedim(-1, 2).flatten(1, 2)
         assert found.dtype == dtype

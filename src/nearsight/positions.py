@@ -193,6 +193,29 @@ class RelativePosition(Position):
         ]
 
 
+class SharedRelativePosition(Position):
+    """HaloNet's relative embeddings: a learnt vector per row offset and one per column offset, the same for all heads.
+
+        logit += scale * q . (r_row[delta_y] + r_col[delta_x])
+
+    Source: Vaswani et al. 2021 (arXiv:2103.12731), whose parameter counts say that the vectors have the full head_dim and
+    that the heads share them. Equivariant. Parameters: head_dim times the entries of all axes, 2k-1 each where queries share
+    a window, as in HaloNet.
+
+    state_dict: ``vectors.0`` (rows), ``vectors.1`` (columns), each (entries, D).
+    """
+
+    def __init__(self, num_heads: int, head_dim: int, table_size: Sequence[int]) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.vectors = nn.ParameterList(nn.Parameter(torch.randn(entries, head_dim)) for entries in table_size)
+
+    def tables(self, window: Window, size: Sequence[int]) -> Tables:
+        axes = window.axes(len(size))
+        tables = (_fit(vectors, 0, axis) for vectors, axis in zip(self.vectors, axes, strict=True))
+        return None, [table.expand(self.num_heads, -1, -1) for table in tables]
+
+
 class BiasPosition(Position):
     """A learnt number per head and relative offset.
 
@@ -335,6 +358,9 @@ _FACTORIES: dict[str, Factory] = {
     "sinusoidal": lambda *, channels, map_size, **_: SinusoidalPosition(channels, len(map_size)),
     "learned": lambda *, channels, map_size, **_: LearnedPosition(channels, map_size),
     "relative": lambda *, num_heads, head_dim, window, map_size, **_: RelativePosition(
+        num_heads, head_dim, window.table_size(len(map_size))
+    ),
+    "relative_shared": lambda *, num_heads, head_dim, window, map_size, **_: SharedRelativePosition(
         num_heads, head_dim, window.table_size(len(map_size))
     ),
     "bias": lambda *, num_heads, window, map_size, **_: BiasPosition(num_heads, window.table_size(len(map_size))),

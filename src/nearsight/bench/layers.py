@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from ..attention import local_attention
-from ..layers import LocalSelfAttention2d, split_heads
+from ..layers import LocalSelfAttention2d
+from ..layers.projection import split_heads
 from .timing import Times, passes, race
 
 BATCH, KERNEL_SIZE, HEADS = 16, 7, 8

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..attention import attention_weights, local_attention
 from ..errors import OptionError, ShapeError
-from ..layers import split_heads
+from ..layers.projection import split_heads
 from ..precision import without_autocast
 from ..window import Window
 from .geometry import Aligned, align, is_same, padding_of

@@ -13,7 +13,7 @@ from torch import nn
 
 from ..errors import OptionError
 from ..layers import AttentionStem2d, GlobalSelfAttention2d, HaloSelfAttention2d, LocalSelfAttention2d
-from ..projection import PatchProjection2d
+from ..layers.projection import PatchProjection2d
 from . import blocks, halonet, nat, sasa, twins
 from .spec import ELSEWHERE, parse_spec
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..errors import OptionError
 from ..layers import AttentionStem2d
-from ..projection import records_plainly
+from ..layers.projection import records_plainly
 
 
 def build_stem(name: str, in_chans: int, channels: int, stride: int) -> nn.Module:

@@ -1,132 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layers: projections, a position encoding and the operation, with the borders of ``nn.Conv1d/2d/3d``."""
+"""Local, global and halo self-attention: one layer, with the borders of ``nn.Conv1d/2d/3d``, under different windows."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import attention_weights, local_attention
-from .errors import OptionError, ShapeError
-from .positions import Position, PositionLike, RelativePosition, Tables, position_encoding
-from .precision import wide_of, without_autocast
-from .projection import POINTWISE, is_repeatable, project, records_plainly
-from .recompute import keep_in_place_of
-from .window import Window
+from ..attention import attention_weights, local_attention
+from ..errors import OptionError, ShapeError
+from ..positions import Position, PositionLike, Tables, position_encoding
+from ..recompute import keep_in_place_of
+from ..window import Window
+from .projection import POINTWISE, Projecting, check_channels, is_repeatable, merge_heads
 
 
-@runtime_checkable
-class AttentionLayer(Protocol):
-    """What a layer offers so that one can look at it; :func:`nearsight.attention_maps` finds layers by these names.
-
-    A layer may also say ``channels_last = True``, for inputs of (B, *map, C) in place of (B, C, *map), and have
-    ``tables_on(size)``: its position tables, ``(bias, relative)`` as in :func:`local_attention`.
-    """
-
-    rank: int
-    num_heads: int
-
-    def window_on(self, size: Sequence[int]) -> Window:
-        """The memory block on a map of ``size`` cells."""
-        ...
-
-    def attention_weights(self, x: Tensor, queries: Tensor | None = None) -> Tensor:
-        """The weights on input x, (B, N, *out, *kernel_size), or of chosen queries alone, (B, N, Q, *kernel_size).
-
-        ``queries`` is (Q, rank): the index of each query along every axis of the output.
-        """
-        ...
-
-
-class _Projecting(nn.Module):
-    """What all layers share: projections to query, key and value, each called as the module that it is.
-
-    One convolution, ``qkv``, makes all three; where there may be fewer queries than keys, ``q`` makes the query and ``kv``
-    the others. So whatever hangs on these modules, or stands in their place, takes part: adapters, hooks, parametrisations.
-    """
-
-    rank: int
-    in_channels: int
-    num_heads: int
-    qkv: nn.Module
-    q: nn.Module
-    kv: nn.Module
-
-    @property
-    def _widths(self) -> list[int]:
-        """Channels of what is projected: query, key and value."""
-        raise NotImplementedError
-
-    def _hold_projections(self, *, apart: bool, bias: bool) -> None:
-        width, *others = self._widths
-        for name, channels in {"q": width, "kv": sum(others)}.items() if apart else [("qkv", width + sum(others))]:
-            setattr(self, name, POINTWISE[self.rank](self.in_channels, channels, 1, bias=bias))
-        self.register_load_state_dict_pre_hook(_load_projections)
-
-    def _projections(self) -> list[nn.Module]:
-        return [self.qkv] if "qkv" in self._modules else [self.q, self.kv]
-
-    @torch.no_grad()
-    def _draw_projections(self, gain: float = 1.0) -> None:
-        """Weights that keep the input's standard deviation, times ``gain`` in queries and keys; biases of zero.
-
-        They are drawn as one tensor: a seed gives the same numbers, however many modules hold them.
-        """
-        weights: list[Tensor] = [projection.get_parameter("weight") for projection in self._projections()]
-        drawn = nn.init.normal_(torch.cat(weights), std=self.in_channels**-0.5)
-        drawn[: sum(self._widths[:-1])] *= gain
-        for weight, part in zip(weights, drawn.split([len(weight) for weight in weights]), strict=True):
-            weight.copy_(part)
-        for projection in self._projections():
-            if projection.bias is not None:
-                nn.init.zeros_(projection.get_parameter("bias"))
-
-    def _project(self, x: Tensor, strides: Sequence[int], weights: Sequence[Any] = ()) -> list[Tensor]:
-        """Query, key and value in one tensor, or the query, of the cells that stay, by itself.
-
-        With ``weights``, weight and bias of each projection, these are used and the modules are not called.
-        """
-        inputs = [x] if "qkv" in self._modules else [x[(..., *[slice(None, None, stride) for stride in strides])], x]
-        if weights:
-            return [project(*triple) for triple in zip(inputs, weights[::2], weights[1::2], strict=True)]
-        return [projection(cells) for projection, cells in zip(self._projections(), inputs, strict=True)]
-
-    def _split(self, projected: Sequence[Tensor]) -> list[Tensor]:
-        """The heads, (B, N, *map, D), of query, key and value."""
-        *first, joined = projected
-        parts = (*first, *split_parts(joined, self._widths[len(first) :]))
-        return [split_heads(part, self.num_heads) for part in parts]
-
-
-def _load_projections(layer: _Projecting, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
-    """Take apart, or put together, projections that a file holds the other way, as those of older versions do.
-
-    A hook of ``load_state_dict``, which checks the shapes of what it then finds.
-    """
-    width = layer._widths[0]
-    for name in ("weight", "bias"):
-        whole, query, others = (f"{prefix}{part}.{name}" for part in ("qkv", "q", "kv"))
-        if any(getattr(projection, name, None) is None for projection in layer._projections()):
-            continue
-        if not hasattr(layer, "qkv"):
-            if whole in state and state[whole].ndim and query not in state and others not in state:
-                joined = state.pop(whole)
-                state[query], state[others] = joined[:width].clone(), joined[width:].clone()
-        elif whole not in state and query in state and others in state:
-            parts = state[query], state[others]
-            if parts[0].shape == (width, *parts[1].shape[1:]):
-                state[whole] = torch.cat(parts)
-                del state[query], state[others]
-
-
-class SelfAttention(_Projecting):
-    """What local and global layers share: project to query, key and value, attend, perhaps project again.
+class SelfAttention(Projecting):
+    """What all layers share: project to query, key and value, attend, perhaps project again.
 
     Use :class:`LocalSelfAttention2d` and its siblings.
     """
@@ -148,11 +42,12 @@ class SelfAttention(_Projecting):
         backend: str | None,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
+        apart: bool = False,
     ) -> None:
         super().__init__()
         out_channels = in_channels if out_channels is None else out_channels
         qk_channels = out_channels if qk_channels is None else qk_channels
-        _check_channels(num_heads, in_channels=in_channels, out_channels=out_channels, qk_channels=qk_channels)
+        check_channels(num_heads, in_channels=in_channels, out_channels=out_channels, qk_channels=qk_channels)
         map_size = _per_axis("map_size", map_size, self.rank)
         self.in_channels = in_channels
         self.out_channels = out_channels
@@ -164,7 +59,7 @@ class SelfAttention(_Projecting):
         self.backend = backend
         self.recompute_qkv = recompute_qkv
         strides = [] if window is None else [axis.stride for axis in window.axes(self.rank)]
-        self._hold_projections(apart=any(stride > 1 for stride in strides), bias=qkv_bias)
+        self._hold_projections(apart=apart or any(stride > 1 for stride in strides), bias=qkv_bias)
         self.position = position_encoding(
             position,
             channels=in_channels,
@@ -469,8 +364,11 @@ class GlobalSelfAttention3d(_Global):
     rank = 3
 
 
-class HaloSelfAttention2d(_Projecting):
+class HaloSelfAttention2d(SelfAttention):
     """Blocked local attention: the queries of a block share one memory block, the block and a halo around it.
+
+    It is local attention under ``Window(block_size + 2 * halo_size, shared_by=block_size)`` with
+    ``position="relative_shared"``:
 
         q, k, v = W x;   y[p] = sum_{c in M(p)} softmax_c( scale * q[p] . (k[c] + row[c_y - p_y] + column[c_x - p_x]) ) v[c]
 
@@ -492,7 +390,8 @@ class HaloSelfAttention2d(_Projecting):
     width = out / value_ratio.
 
     state_dict: ``q.weight`` (width, in, 1, 1), ``kv.weight`` (width + out, in, 1, 1) with the key's rows first; ``q.bias``,
-    ``kv.bias``; ``rows``, ``columns`` (entries, width / num_heads). Files in which one ``qkv`` holds both are loaded too.
+    ``kv.bias``; ``position.vectors.0`` (rows) and ``position.vectors.1`` (columns), each (entries, width / num_heads). Files
+    in which one ``qkv`` holds both, or with ``rows`` and ``columns`` of the layer itself, are loaded too.
 
     Args:
         in_channels, out_channels: borders of the layer; out_channels None means in_channels * value_ratio.
@@ -530,264 +429,39 @@ class HaloSelfAttention2d(_Projecting):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
         out_channels = round(in_channels * value_ratio) if out_channels is None else out_channels
         width = round(out_channels / value_ratio)
         if round(width * value_ratio) != out_channels:
             raise ShapeError(f"value_ratio={value_ratio} must divide out_channels={out_channels} into whole channels")
-        _check_channels(num_heads, in_channels=in_channels, out_channels=out_channels, width=width)
         for name, value, least in (("block_size", block_size, 1), ("halo_size", halo_size, 0), ("stride", stride, 1)):
             if not isinstance(value, int) or value < least:
                 raise OptionError(f"{name} must be an int of at least {least}; received {value!r}")
-        self.in_channels, self.out_channels, self.width = in_channels, out_channels, width
-        self.block_size, self.halo_size, self.stride = block_size, halo_size, stride
-        self.window = Window(block_size + 2 * halo_size, stride=stride, border=border, shared_by=block_size)
-        self.num_heads, self.scale, self.backend = num_heads, scale, backend
-        self._hold_projections(apart=True, bias=qkv_bias)
-        rows, columns = self.window.table_size(2)
-        self.rows = nn.Parameter(torch.randn(rows, width // num_heads))
-        self.columns = nn.Parameter(torch.randn(columns, width // num_heads))
-        self.reset_parameters()
-        if device is not None or dtype is not None:
-            self.to(device=device, dtype=dtype)
-
-    def reset_parameters(self) -> None:
-        """Start with queries, keys and values of the input's variance, so that logits have variance one."""
-        self._draw_projections()
-
-    def forward(self, x: Tensor) -> Tensor:
-        batched = self._batched(x)
-        query, key, value = self._heads(batched)
-        relative = self._relative()
-        out = local_attention(query, key, value, self.window, relative=relative, scale=self.scale, backend=self.backend)
-        y = merge_heads(out, like=batched)
-        return y if x.ndim == 4 else y.squeeze(0)
-
-    def attention_weights(self, x: Tensor, queries: Tensor | None = None) -> Tensor:
-        """The weights that :meth:`forward` mixes the values with: (B, N, *out, span, span), span = block + 2 * halo.
-
-        With ``queries`` (Q, 2), the index of each along both axes of the output, those alone: (B, N, Q, span, span).
-        """
-        query, key, _ = self._heads(self._batched(x))
-        relative = self._relative()
-        return attention_weights(query, key, self.window, queries=queries, relative=relative, scale=self.scale)
-
-    def _relative(self) -> list[Tensor]:
-        return [table.expand(self.num_heads, -1, -1) for table in (self.rows, self.columns)]
-
-    def window_on(self, size: Sequence[int]) -> Window:
-        """The memory block, the same on a map of any size."""
-        return self.window
-
-    def tables_on(self, size: Sequence[int]) -> Tables:
-        """The position tables, ``(None, relative)``: one vector per row and per column offset, shared by the heads."""
-        return None, [self.rows[None], self.columns[None]]
-
-    def _batched(self, x: Tensor) -> Tensor:
-        if x.ndim not in (3, 4) or x.shape[-3] != self.in_channels:
-            takes = f"(B, {self.in_channels}, H, W) or ({self.in_channels}, H, W)"
-            raise ShapeError(f"HaloSelfAttention2d takes {takes}; received {tuple(x.shape)}")
-        return x if x.ndim == 4 else x.unsqueeze(0)
-
-    @property
-    def _widths(self) -> list[int]:
-        return [self.width, self.width, self.out_channels]
-
-    def _heads(self, x: Tensor) -> list[Tensor]:
-        return self._split(self._project(x, [self.stride] * 2))
-
-    def extra_repr(self) -> str:
-        parts = [
-            f"{self.in_channels}, {self.out_channels}",
-            f"block_size={self.block_size}, halo_size={self.halo_size}",
-        ]
-        parts += [f"stride={self.stride}"] if self.stride != 1 else []
-        parts += [f"num_heads={self.num_heads}"]
-        parts += [f"width={self.width}"] if self.width != self.out_channels else []
-        parts += [f"border={self.window.border!r}"] if self.window.border != "mask" else []
-        parts += [f"scale={self.scale}"] if self.scale is not None else []
-        parts += [f"backend={self.backend!r}"] if self.backend is not None else []
-        return ", ".join(parts)
+        super().__init__(
+            in_channels,
+            out_channels,
+            window=Window(block_size + 2 * halo_size, stride=stride, border=border, shared_by=block_size),
+            num_heads=num_heads,
+            qk_channels=width,
+            position="relative_shared",
+            map_size=1,
+            scale=scale,
+            qkv_bias=qkv_bias,
+            out_proj=False,
+            recompute_qkv=False,
+            backend=backend,
+            device=device,
+            dtype=dtype,
+            apart=True,
+        )
+        self.block_size, self.halo_size = block_size, halo_size
+        self.register_load_state_dict_pre_hook(_load_tables)
 
 
-class AttentionStem2d(nn.Module):
-    """SASA's stem: attention inside aligned blocks of the raw image, with values that know where in the block they are.
-
-        v[c] = ( sum_m p[c, m] W_m ) x[c],   p[c, m] = softmax_m( (row[c] + column[c]) . nu_m )
-
-    then batch norm and a max-pool over the same blocks. Row and column are those inside the block. Raw pixels say little
-    about themselves, so a plain value would lose where in the block an edge was.
-
-    Source: Ramachandran et al. 2019 (arXiv:1906.05909), section 3.2 and appendix. The paper states blocks of 4 x 4 and 4
-    heads, and not the number of mixtures: 4 fits its FLOPs. Row, column and nu have head_dim entries each, which the paper
-    does not state either. Queries, keys and relative embeddings are those of :class:`LocalSelfAttention2d`.
-    An image that is no multiple of the block ends in smaller blocks.
-
-    Shapes: (B, in_channels, H, W) -> (B, out_channels, ceil(H / kernel_size), ceil(W / kernel_size)).
-
-    Parameters: (2 + mixtures) * in * out + (2 * kernel_size - 1) * out + (2 * kernel_size + mixtures) * out / num_heads,
-    and 2 * out of the batch norm.
-
-    state_dict: ``qk.weight``, ``value.weight`` (mixtures * out, in, 1, 1), ``row``, ``column``, ``mixture``,
-    ``position.vectors.*``, ``norm.*``.
-
-    Raises:
-        ShapeError: channels that heads do not divide, an input of other channels or rank.
-        OptionError: blocks of a single cell.
-
-    Example:
-        >>> AttentionStem2d(3, 64)(torch.randn(2, 3, 224, 224)).shape
-        torch.Size([2, 64, 56, 56])
-    """
-
-    rank = 2
-
-    def __init__(
-        self,
-        in_channels: int = 3,
-        out_channels: int = 64,
-        *,
-        kernel_size: int = 4,
-        num_heads: int = 4,
-        mixtures: int = 4,
-        scale: float | None = None,
-        backend: str | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        _check_channels(num_heads, in_channels=in_channels, out_channels=out_channels)
-        if kernel_size < 2:
-            raise OptionError(
-                f"kernel_size must be at least 2: in a block of one cell nothing attends; received {kernel_size}"
-            )
-        head_dim = out_channels // num_heads
-        self.in_channels = in_channels
-        self.out_channels = out_channels
-        self.kernel_size = kernel_size
-        self.num_heads = num_heads
-        self.scale = scale
-        self.backend = backend
-        self.qk = nn.Conv2d(in_channels, 2 * out_channels, 1, bias=False)
-        self.value = nn.Conv2d(in_channels, mixtures * out_channels, 1, bias=False)
-        self.row = nn.Parameter(torch.randn(kernel_size, head_dim))
-        self.column = nn.Parameter(torch.randn(kernel_size, head_dim))
-        self.mixture = nn.Parameter(torch.randn(mixtures, head_dim))
-        self.window = Window(kernel_size, shared_by=kernel_size)
-        self.position = RelativePosition(num_heads, head_dim, self.window.table_size(2))
-        self.norm = nn.BatchNorm2d(out_channels)
-        for projection in (self.qk, self.value):
-            nn.init.normal_(projection.weight, std=in_channels**-0.5)
-        if device is not None or dtype is not None:
-            self.to(device=device, dtype=dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        self._check(x)
-        query, key = self._query_key(x)
-        value = split_heads(self._values(x), self.num_heads)
-        _, relative = self.tables_on(x.shape[2:])
-        out = local_attention(query, key, value, self.window, relative=relative, scale=self.scale, backend=self.backend)
-        return F.max_pool2d(self.norm(merge_heads(out, like=x)), self.kernel_size, ceil_mode=True)
-
-    def attention_weights(self, x: Tensor, queries: Tensor | None = None) -> Tensor:
-        """The weights before the max-pool, of every pixel over those of its block: (B, N, H, W, kernel_size, kernel_size).
-
-        With ``queries`` (Q, 2), row and column of each, those alone: (B, N, Q, kernel_size, kernel_size).
-        """
-        self._check(x)
-        _, relative = self.tables_on(x.shape[2:])
-        return attention_weights(*self._query_key(x), self.window, queries=queries, relative=relative, scale=self.scale)
-
-    def window_on(self, size: Sequence[int]) -> Window:
-        """The memory block, the same on an image of any size."""
-        return self.window
-
-    def tables_on(self, size: Sequence[int]) -> Tables:
-        """The position tables, ``(None, relative)``."""
-        return self.position.tables(self.window, size)
-
-    def mixing(self) -> Tensor:
-        """p: how much of each value matrix a place of the block uses, (mixtures, kernel_size, kernel_size).
-
-        In float32 or wider, as all weights.
-        """
-        with without_autocast(self.mixture.device.type):
-            row, column, mixture = (table.to(wide_of(table)) for table in (self.row, self.column, self.mixture))
-            return torch.einsum("y x d, m d -> m y x", row[:, None] + column, mixture).softmax(0)
-
-    def _check(self, x: Tensor) -> None:
-        if x.ndim != 4 or x.shape[1] != self.in_channels:
-            raise ShapeError(f"AttentionStem2d takes (B, {self.in_channels}, H, W); received {tuple(x.shape)}")
-
-    def _query_key(self, x: Tensor) -> list[Tensor]:
-        return [split_heads(tensor, self.num_heads) for tensor in self.qk(x).chunk(2, 1)]
-
-    def _values(self, x: Tensor) -> Tensor:
-        rows, columns = (torch.arange(size, device=x.device) % self.kernel_size for size in x.shape[2:])
-        p = self.mixing()[:, rows][:, :, columns]
-        values = self.value(x).unflatten(1, (-1, self.out_channels))
-        return (p[:, None] * values.to(wide_of(values))).sum(1).to(values.dtype)
-
-    def extra_repr(self) -> str:
-        return f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, num_heads={self.num_heads}"
-
-
-def split_parts(joined: Tensor, widths: Sequence[int]) -> tuple[Tensor, ...]:
-    """The parts of a fused projection, of ``widths`` channels.
-
-    ``joined.split(widths, 1)``, but its gradient is not copied together where it lies in memory as a whole already, as the
-    native kernel leaves it: up to a tenth of a layer's time.
-    """
-    if not records_plainly(joined):
-        return joined.split(widths, 1)
-    return _Parts.apply(joined, widths)  # pyright: ignore[reportReturnType]
-
-
-class _Parts(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, joined, widths):
-        return joined.split(widths, 1)
-
-    @staticmethod
-    def backward(ctx, *grads):  # pyright: ignore[reportIncompatibleMethodOverride]
-        whole = None if torch.is_grad_enabled() else _whole(grads)  # a gradient of gradients needs the copy's history
-        return torch.cat(grads, 1) if whole is None else whole, None
-
-
-def _whole(parts: Sequence[Tensor]) -> Tensor | None:
-    """The tensor of which these are the parts along axis 1, if there is one in memory."""
-    first, channels = parts[0], 0
-    for part in parts:
-        same_memory = part.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
-        in_place = part.storage_offset() == first.storage_offset() + channels * first.stride(1)
-        same_map = (len(part), *part.shape[2:]) == (len(first), *first.shape[2:]) and part.stride() == first.stride()
-        if not (same_memory and in_place and same_map):
-            return None
-        channels += part.shape[1]
-    return first.as_strided((len(first), channels, *first.shape[2:]), first.stride())
-
-
-def split_heads(x: Tensor, num_heads: int) -> Tensor:
-    """(B, N*D, *map) -> (B, N, *map, D), a view."""
-    return x.unflatten(1, (num_heads, -1)).movedim(2, -1)
-
-
-def merge_heads(x: Tensor, like: Tensor) -> Tensor:
-    """(B, N, *map, D) -> (B, N*D, *map), in the memory format of ``like``."""
-    if not like.is_contiguous() and like.movedim(1, -1).is_contiguous():
-        return x.movedim(1, -2).flatten(-2).contiguous().movedim(-1, 1)
-    return x.movedim(-1, 2).flatten(1, 2).contiguous()
-
-
-def _check_channels(num_heads: int, in_channels: int, **split: int) -> None:
-    """Every number at least 1, and those of ``split`` shared out evenly among the heads."""
-    for name, value in {"in_channels": in_channels, **split, "num_heads": num_heads}.items():
-        if not isinstance(value, int) or value < 1:
-            raise OptionError(f"{name} must be an int of at least 1; received {value!r}")
-    for name, channels in split.items():
-        if channels % num_heads:
-            fitting = max(heads for heads in range(1, num_heads) if all(n % heads == 0 for n in split.values()))
-            raise ShapeError(f"num_heads={num_heads} must divide {name}={channels}; num_heads={fitting} does")
+def _load_tables(layer: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """In files of older versions the tables were the layer's own."""
+    for old, new in (("rows", "position.vectors.0"), ("columns", "position.vectors.1")):
+        if prefix + old in state:
+            state.setdefault(prefix + new, state.pop(prefix + old))
 
 
 def _per_axis(name: str, value: int | tuple[int, ...], rank: int) -> tuple[int, ...]:
