@@ -15,7 +15,7 @@ from types import ModuleType
 import torch
 
 import nearsight as ns
-from nearsight.attention import BACKENDS
+from nearsight.attention.backend import BACKENDS
 from nearsight.attention.problem import Problem, describe
 
 PAGE = Path(__file__).with_suffix(".md")

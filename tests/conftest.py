@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import nearsight as ns
-from nearsight.attention import BACKENDS
+from nearsight.attention.backend import BACKENDS
 from nearsight.attention.problem import describe
 
 # The same examples on every run and machine. `pytest --hypothesis-profile explore` looks for new ones.

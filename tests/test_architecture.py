@@ -34,6 +34,7 @@ ROOMS = [
         "attention.native",
         "attention.natten",
     ),
+    ("attention.backend",),
     ("attention",),
     ("flops", "modes", "finite"),
     ("recompute",),

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import nearsight as ns
-from nearsight.attention import BACKENDS
+from nearsight.attention.backend import BACKENDS
 from nearsight.errors import BackendError
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

@@ -8,7 +8,7 @@ import torch
 from test_contract import NAMED, by_dtype, check_contract, named, tensors_of
 
 import nearsight as ns
-from nearsight.attention import BACKENDS
+from nearsight.attention.backend import BACKENDS
 from nearsight.attention.problem import describe
 
 pytestmark = pytest.mark.gpu

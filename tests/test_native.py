@@ -33,6 +33,7 @@ from torch.utils.data import DataLoader
 import nearsight as ns
 from nearsight import attention
 from nearsight.attention import native
+from nearsight.attention.backend import choose
 from nearsight.attention.problem import describe
 from nearsight.errors import BackendError, DtypeError, OptionError, ShapeError
 from nearsight.window import BORDERS
@@ -798,14 +799,14 @@ def test_another_backend_serves_where_the_scratch_memory_does_not_suffice():
 
 @needs_library
 def test_it_is_the_default_where_it_is_the_faster():
-    assert attention._choose(problem_of(9, 9), None) is native
+    assert choose(problem_of(9, 9), None) is native
     covered = problem_of(9, 9, kernel_size=17)
     assert native.why_not(covered) is None
     assert native.second_best(covered)
-    assert attention._choose(covered, None).name == "dense"
-    assert attention._choose(covered, "native") is native
-    assert attention._choose(problem_of(9, 9, kernel_size=17, bias=True), None) is native
-    assert attention._choose(problem_of(9, 9, kernel_size=17, head_dim=8), None) is native
+    assert choose(covered, None).name == "dense"
+    assert choose(covered, "native") is native
+    assert choose(problem_of(9, 9, kernel_size=17, bias=True), None) is native
+    assert choose(problem_of(9, 9, kernel_size=17, head_dim=8), None) is native
 
 
 # ----------------------------------------------------------------------------------------------------- the environment

@@ -16,7 +16,7 @@ from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.profiler import profile
 
 import nearsight as ns
-from nearsight.attention import BACKENDS
+from nearsight.attention.backend import BACKENDS
 from nearsight.attention.problem import describe
 from nearsight.errors import BackendError, DtypeError, OptionError, ShapeError
 

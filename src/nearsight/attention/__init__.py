@@ -5,18 +5,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
-from types import ModuleType
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
-from ..errors import BackendError, DtypeError, OptionError, ShapeError
+from ..errors import DtypeError, OptionError, ShapeError
 from ..precision import without_autocast
 from ..window import Window
-from . import blocked, dense, flex, native, natten, reference
-from .problem import Problem, describe
+from . import reference
+from .backend import attend, backends, choose
+from .problem import Call, Problem, describe
 from .softmax import softmax
 
 __all__ = [
@@ -27,12 +26,6 @@ __all__ = [
     "local_attention",
     "merge_attentions",
 ]
-
-# In order of preference. A backend is a module with a `name`, `unavailable()` (why it cannot run on this machine at all),
-# `why_not(problem)` (why it cannot take a problem) and `attend(...)`, which returns the result and, where the problem asks
-# for it, the log-sum-exp. It may have `second_best(problem)`: why a later one is the better choice; that keeps it from
-# being chosen, not from being named. `attend` gets as many query heads as keys, unless the backend says `takes_groups`.
-BACKENDS: tuple[ModuleType, ...] = (native, natten, flex, dense, blocked, reference)
 
 GATHERED = 2**22  # numbers of the keys: 16 MB in float32; of chosen queries so many are gathered at a time
 
@@ -123,13 +116,13 @@ def local_attention(
         torch.Size([2, 8, 32, 32, 16])
     """
     problem = describe(query, key, value, window, bias, relative, lse=return_lse)
-    scale = _scale(scale, problem)
-    run = _choose(problem, backend)
+    call = Call(query, key, value, bias, relative, _scale(scale, problem))
+    run = choose(problem, backend)
     if problem.empty:
-        out, lse = _nothing(query, key, value, bias, relative)
+        out, lse = _nothing(call)
     else:
         with without_autocast(problem.device):
-            out, lse = _attend(run, query, key, value, problem, bias, relative, scale)
+            out, lse = attend(run, call, problem)
     if not return_lse:
         return out
     assert lse is not None, f"backend {run.name!r} returned no log-sum-exp"
@@ -222,7 +215,7 @@ def attention_scores(
     problem = describe(query, key, key, window, bias, relative)
     key = key.repeat_interleave(problem.groups, 1)
     with without_autocast(problem.device):
-        return reference.attention_scores(query, key, problem, bias, relative, _scale(scale, problem))
+        return reference.attention_scores(Call(query, key, key, bias, relative, _scale(scale, problem)), problem)
 
 
 def attention_weights(
@@ -258,11 +251,12 @@ def attention_weights(
         return softmax(scores, query.ndim - 3)
     problem = describe(query, key, key, window, bias, relative)
     _check_queries(queries, problem)
-    key, scale = key.repeat_interleave(problem.groups, 1), _scale(scale, problem)
+    key = key.repeat_interleave(problem.groups, 1)
+    call = Call(query, key, key, bias, relative, _scale(scale, problem))
     per_query = query.shape[0] * query.shape[1] * query.shape[-1] * math.prod(axis.kernel_size for axis in problem.axes)
     with without_autocast(problem.device):
         parts = [
-            softmax(reference.attention_scores(query, key, problem, bias, relative, scale, some), problem.rank)
+            softmax(reference.attention_scores(call, problem, some), problem.rank)
             for some in queries.to(query.device).split(max(1, GATHERED // max(per_query, 1)))
         ]
     return torch.cat(parts, 2)
@@ -330,73 +324,11 @@ def merge_attentions(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple
     return out, seen.logsumexp(0).masked_fill(alone, float("-inf"))
 
 
-def backends(problem: Problem | None = None) -> dict[str, str | None]:
-    """Every backend with None, or the reason why it cannot run: on this machine, or the given problem.
-
-    Example:
-        >>> backends()["reference"] is None
-        True
-    """
-    return {backend.name: _why_not(backend, problem) for backend in BACKENDS}
-
-
-def _why_not(backend: ModuleType, problem: Problem | None) -> str | None:
-    reason = backend.unavailable()
-    return backend.why_not(problem) if reason is None and problem is not None else reason
-
-
-def _second_best(backend: ModuleType, problem: Problem) -> str | None:
-    return backend.second_best(problem) if hasattr(backend, "second_best") else None
-
-
-def _choose(problem: Problem, name: str | None) -> ModuleType:
-    if name is None:
-        return next(
-            backend for backend in BACKENDS if _why_not(backend, problem) is None and not _second_best(backend, problem)
-        )
-    for backend in BACKENDS:
-        if backend.name == name:
-            reason = _why_not(backend, problem)
-            if reason is None:
-                return backend
-            able = [other for other, why in backends(problem).items() if why is None]
-            raise BackendError(f"backend {name!r} cannot run this: {reason}. These can: {', '.join(able)}")
-    names = ", ".join(backend.name for backend in BACKENDS)
-    raise OptionError(f"backend must be one of {names}, or None to choose; received {name!r}")
-
-
-def _attend(
-    run: ModuleType,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    problem: Problem,
-    bias: Tensor | None,
-    relative: Sequence[Tensor] | None,
-    scale: float,
-) -> tuple[Tensor, Tensor | None]:
-    groups = problem.groups
-    if groups == 1 or getattr(run, "takes_groups", False):
-        return run.attend(query, key, value, problem, bias, relative, scale)
-    # The first query head of every key, then the second of every key, ...: keys and values stay where they are.
-    one_each = replace(problem, groups=1)
-    found = []
-    for nth in range(groups):
-        some = slice(nth, None, groups)
-        tables = (None if bias is None else bias[some], None if relative is None else [t[some] for t in relative])
-        found.append(run.attend(query[:, some], key, value, one_each, *tables, scale))
-    outs, lses = zip(*found, strict=True)
-    return torch.stack(outs, 2).flatten(1, 2), torch.stack(lses, 2).flatten(1, 2) if problem.lse else None
-
-
-def _nothing(
-    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, relative: Sequence[Tensor] | None
-) -> tuple[Tensor, Tensor]:
+def _nothing(call: Call) -> tuple[Tensor, Tensor]:
     """An empty result that is a function of every input, so that each gets its gradient of zeros."""
-    inputs = [query, key, value, *([] if bias is None else [bias]), *(relative or ())]
-    zero = torch.as_tensor(sum(tensor.sum() * 0 for tensor in inputs))
-    out = query.new_zeros(*query.shape[:-1], value.shape[-1]) + zero.to(query.dtype)
-    return out, out.sum(-1).to(torch.promote_types(query.dtype, torch.float32))
+    zero = torch.as_tensor(sum(tensor.sum() * 0 for tensor in call.tensors))
+    out = call.query.new_zeros(*call.query.shape[:-1], call.value.shape[-1]) + zero.to(call.query.dtype)
+    return out, out.sum(-1).to(torch.promote_types(call.query.dtype, torch.float32))
 
 
 def _scale(scale: float | None, problem: Problem) -> float:

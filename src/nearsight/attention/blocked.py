@@ -20,10 +20,11 @@ import torch
 from torch import Tensor
 
 from ..window import Axis, larger, smaller
-from .problem import Problem, is_exporting
+from .problem import Call, Problem, is_exporting
 from .softmax import NOTHING, let_see
 
 name = "blocked"
+takes_groups = False
 
 # Queries of a block along each axis in compiled code, by rank; otherwise `_block_size` weighs.
 BLOCK = {1: 32, 2: 7, 3: 4}
@@ -35,24 +36,21 @@ def unavailable() -> str | None:
     return None
 
 
+def second_best(problem: Problem) -> str | None:
+    return None
+
+
 def why_not(problem: Problem) -> str | None:
     return None
 
 
-def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    problem: Problem,
-    bias: Tensor | None,
-    relative: Sequence[Tensor] | None,
-    scale: float,
-) -> tuple[Tensor, Tensor | None]:
+def attend(call: Call, problem: Problem) -> tuple[Tensor, Tensor | None]:
+    query, key, value, bias, _, scale = call
     dtype = problem.compute_dtype
     block = BLOCK[problem.rank] if problem.compiling else _block_size(problem)
     cut = _cut_any_size if problem.exporting else _cut
     axes = [cut(axis, n, query.device, block) for axis, n in zip(problem.axes, problem.in_size, strict=True)]
-    relative = [table.to(dtype) for table in relative or ()]
+    relative = [table.to(dtype) for table in call.relative or ()]
     places = _combine(axes, problem)
     terms = None if bias is None else let_see(_block_bias(bias.to(dtype), axes), places.hidden)
     if problem.exporting:  # whole: how many slices there are would depend on sizes that are open

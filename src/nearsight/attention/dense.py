@@ -6,20 +6,23 @@ Position terms become its additive mask. Its fused kernels have neither forward-
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .once import first_order
-from .problem import Problem, laid_apart
+from .problem import Call, Problem, laid_apart
 from .softmax import let_see
 
 name = "dense"
+takes_groups = False
 
 
 def unavailable() -> str | None:
+    return None
+
+
+def second_best(problem: Problem) -> str | None:
     return None
 
 
@@ -35,30 +38,21 @@ def why_not(problem: Problem) -> str | None:
     return None
 
 
-def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    problem: Problem,
-    bias: Tensor | None,
-    relative: Sequence[Tensor] | None,
-    scale: float,
-) -> tuple[Tensor, None]:
-    mask, alone = position_logits(query, problem, bias, relative, scale)
+def attend(call: Call, problem: Problem) -> tuple[Tensor, None]:
+    mask, alone = position_logits(call, problem)
     # The mask must have the dtype of the rest, and logits are never held in half precision.
     dtype = problem.dtype if mask is None else problem.compute_dtype
-    flat = [laid_apart(tensor.flatten(2, -2).to(dtype)) for tensor in first_order(name, query, key, value)]
-    out = F.scaled_dot_product_attention(*flat, attn_mask=mask, scale=scale)
+    flat = [laid_apart(tensor.flatten(2, -2).to(dtype)) for tensor in first_order(name, *call[:3])]
+    out = F.scaled_dot_product_attention(*flat, attn_mask=mask, scale=call.scale)
     if alone is not None:
         out = out.masked_fill(alone, 0)
     return out.unflatten(2, problem.out_size).to(problem.dtype), None
 
 
-def position_logits(
-    query: Tensor, problem: Problem, bias: Tensor | None, relative: Sequence[Tensor] | None, scale: float
-) -> tuple[Tensor | None, Tensor | None]:
+def position_logits(call: Call, problem: Problem) -> tuple[Tensor | None, Tensor | None]:
     """Bias and q.r for every pair of cells, (1 or B, N, queries, keys), or None without position terms; and which queries
     see no key for their bias, (1, N, queries, 1), as in :func:`let_see`, or None without one."""
+    query, _, _, bias, relative, scale = call
     entries = [_entries(problem, axis, query.device) for axis in range(problem.rank)]
     logits = alone = None
     if bias is not None:

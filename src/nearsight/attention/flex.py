@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..window import Axis, smaller
 from .once import first_order
-from .problem import Problem, laid_apart
+from .problem import Call, Problem, laid_apart
 
 name = "flex"
 takes_groups = True
@@ -62,15 +62,8 @@ def second_best(problem: Problem) -> str | None:
     return None
 
 
-def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    problem: Problem,
-    bias: Tensor | None,
-    relative: Sequence[Tensor] | None,
-    scale: float,
-) -> tuple[Tensor, Tensor | None]:
+def attend(call: Call, problem: Problem) -> tuple[Tensor, Tensor | None]:
+    query, key, value, bias, relative, scale = call
     plan = _plan(problem.axes, problem.in_size, query.device)
     run = _flex if problem.device == "cpu" else _compiled(replace(problem, batch=1), query.device)
     tensors = (query, key, value)

@@ -25,9 +25,10 @@ from torch import Tensor
 from ..errors import BackendError, DtypeError, OptionError, ShapeError
 from ..private import below_autograd, constant_to_compilers
 from ..window import BORDERS, Window
-from .problem import Problem, describe
+from .problem import Call, Problem, describe
 
 name = "native"
+takes_groups = False
 
 SUFFIX = {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # of query, key, value, the output and their gradients
@@ -72,15 +73,8 @@ def second_best(problem: Problem) -> str | None:
     return None
 
 
-def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    problem: Problem,
-    bias: Tensor | None,
-    relative: Sequence[Tensor] | None,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
+def attend(call: Call, problem: Problem) -> tuple[Tensor, Tensor]:
+    query, key, value, bias, relative, scale = call
     geometry = (*_geometry(problem), scale, _isa)
     bias = None if bias is None else bias.to(SCALARS)
     relative = [table.to(SCALARS) for table in relative or ()]

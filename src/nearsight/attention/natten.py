@@ -7,7 +7,6 @@ stride of a window is another thing than ours, which leaves out queries. Maps go
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import lru_cache
 from importlib.util import find_spec
 from types import ModuleType
@@ -16,9 +15,10 @@ import torch
 from torch import Tensor
 
 from .once import first_order
-from .problem import Problem
+from .problem import Call, Problem
 
 name = "natten"
+takes_groups = False
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OPERATIONS = {1: "na1d", 2: "na2d", 3: "na3d"}
@@ -67,20 +67,17 @@ def why_not(problem: Problem) -> str | None:
     return None
 
 
-def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    problem: Problem,
-    bias: Tensor | None,
-    relative: Sequence[Tensor] | None,
-    scale: float,
-) -> tuple[Tensor, None]:
+def second_best(problem: Problem) -> str | None:
+    return None
+
+
+def attend(call: Call, problem: Problem) -> tuple[Tensor, None]:
+    query, key, value, *_ = call
     operation = getattr(_natten(), OPERATIONS[problem.rank])
     columns = ((axis.kernel_size, axis.dilation, axis.causal) for axis in problem.axes)
     kernel_size, dilation, causal = zip(*columns, strict=True)
     maps = (tensor.movedim(1, -2).contiguous() for tensor in first_order(name, query, key, value))
-    out = operation(*maps, kernel_size=kernel_size, dilation=dilation, is_causal=causal, scale=scale)
+    out = operation(*maps, kernel_size=kernel_size, dilation=dilation, is_causal=causal, scale=call.scale)
     return out.movedim(-2, 1), None
 
 

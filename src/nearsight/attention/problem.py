@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -61,6 +61,22 @@ class Problem:
     def compute_dtype(self) -> torch.dtype:
         """Logits, softmax and sums are held in float32 or wider."""
         return torch.promote_types(self.dtype, torch.float32)
+
+
+class Call(NamedTuple):
+    """The numbers of one call; :class:`Problem` is all else about it."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    bias: Tensor | None
+    relative: Sequence[Tensor] | None
+    scale: float
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All of them, in order."""
+        return [self.query, self.key, self.value, *([] if self.bias is None else [self.bias]), *(self.relative or ())]
 
 
 def describe(

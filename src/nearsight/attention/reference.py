@@ -19,13 +19,18 @@ import torch
 from einops import einsum
 from torch import Tensor
 
-from .problem import Problem
+from .problem import Call, Problem
 from .softmax import NOTHING, log_sum_exp, softmax
 
 name = "reference"
+takes_groups = False
 
 
 def unavailable() -> str | None:
+    return None
+
+
+def second_best(problem: Problem) -> str | None:
     return None
 
 
@@ -35,35 +40,21 @@ def why_not(problem: Problem) -> str | None:
     return None
 
 
-def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    problem: Problem,
-    bias: Tensor | None,
-    relative: Sequence[Tensor] | None,
-    scale: float,
-) -> tuple[Tensor, Tensor | None]:
-    scores = attention_scores(query, key, problem, bias, relative, scale)
+def attend(call: Call, problem: Problem) -> tuple[Tensor, Tensor | None]:
+    query, _, value, *_ = call
+    scores = attention_scores(call, problem)
     values = windows(value.to(problem.compute_dtype), blocks(problem, query.device))
     out, places = " ".join("pqr"[: problem.rank]), " ".join("ijk"[: problem.rank])
     y = einsum(softmax(scores, problem.rank), values, f"b n {out} {places}, b n {out} {places} d -> b n {out} d")
     return y.to(query.dtype), log_sum_exp(scores, problem.rank) if problem.lse else None
 
 
-def attention_scores(
-    query: Tensor,
-    key: Tensor,
-    problem: Problem,
-    bias: Tensor | None,
-    relative: Sequence[Tensor] | None,
-    scale: float,
-    queries: Tensor | None = None,
-) -> Tensor:
+def attention_scores(call: Call, problem: Problem, queries: Tensor | None = None) -> Tensor:
     """The logits of every query's window, (B, N, *out, *kernel_size), -inf where a cell takes no part.
 
     With ``queries`` (Q, rank), the index of each along every axis of the output, of those alone: (B, N, Q, *kernel_size).
     """
+    query, key, _, bias, relative, scale = call
     query, key = query.to(problem.compute_dtype), key.to(problem.compute_dtype)
     block = blocks(problem, query.device, queries)
     if queries is not None:

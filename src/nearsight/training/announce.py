@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..attention import BACKENDS
+from ..attention.backend import BACKENDS
 from ..flops import count_flops
 from ..modes import evaluating, keeping_modes
 from ..saved.view import View
