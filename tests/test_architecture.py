@@ -143,7 +143,7 @@ def test_arrows():
     assert imports_of(SOURCE / "attention" / "__init__.py", SOURCE) >= {
         "window",
         "attention.problem",
-        "attention.blocked",
+        "attention.backend",
     }
     assert wrong_arrows(SOURCE) == []
 
