@@ -17,7 +17,6 @@ from timm.models import build_model_with_cfg, checkpoint_seq
 from torch import Tensor, nn
 
 from ..errors import OptionError
-from ..layers.projection import PatchProjection2d
 from ..positions import UNNAMED_POSITION
 
 

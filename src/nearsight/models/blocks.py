@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from ..errors import OptionError
 from ..layers import LocalSelfAttention2d, SelfAttention
+from ..layers.projection import PatchProjection2d
 from ..positions import RelativePosition
-from ..projection import PatchProjection2d
 from .backbone import Bottleneck, average
 
 Attention = Callable[..., SelfAttention]
