@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from ..errors import NearsightError
 from ..files import write_text
 from ..inspect.maps import AttentionMap, attention_maps
-from ..layers import SelfAttention
+from ..layers import AttentionLayer
 from ..modes import evaluating
 from ..pages import drawings
 from ..pages.charts import Chart, Series, charts_to_csv, draw_charts
@@ -147,7 +147,7 @@ def _mistakes(evaluation: Evaluation, classes: Sequence[str]) -> list[tuple[str,
 
 def _attention(model: nn.Module, blueprint: Blueprint, evaluation: Evaluation, test: Any) -> list[Picture]:
     """Memory blocks in a few test images, then head by head in the first; empty for a network without attention."""
-    if not any(isinstance(module, SelfAttention) for module in model.modules()):
+    if not any(isinstance(module, AttentionLayer) for module in model.modules()):
         return []
     chosen = _choose(evaluation)
     images = torch.stack([test[int(evaluation.places[index])][0] for index in chosen]).to(
