@@ -97,6 +97,10 @@ class Position(nn.Module):
         """``bias`` and ``relative`` for a window on a map of ``size`` cells; None for what there is not."""
         return None, None
 
+    def no_weight_decay(self) -> set[str]:
+        """The names of parameters that weight decay is not to shrink: all of them. Places are no features."""
+        return {name for name, _ in self.named_parameters()}
+
 
 class SinusoidalPosition(Position):
     """Fixed absolute waves, added to the input.
@@ -462,6 +466,18 @@ def position_encoding(
     if not isinstance(made, Position):
         raise DtypeError(f"a position's factory must make a nearsight.positions.Position; {factory} made {_kind(made)}")
     return made
+
+
+def no_weight_decay_in(module: nn.Module) -> set[str]:
+    """The names of the parameters that the parts of a module, encodings and layers, ask not to be decayed.
+
+    Example:
+        >>> from nearsight import LocalSelfAttention2d
+        >>> sorted(no_weight_decay_in(nn.Sequential(nn.Linear(4, 4), LocalSelfAttention2d(8))))
+        ['1.position.vectors.0', '1.position.vectors.1']
+    """
+    parts = [(path, part) for path, part in module.named_modules() if path and hasattr(part, "no_weight_decay")]
+    return {f"{path}.{name}" for path, part in parts for name in part.no_weight_decay()}  # pyright: ignore
 
 
 def refuse_instance(position: PositionLike | None) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..attention import attention_weights, local_attention
 from ..errors import OptionError, ShapeError
-from ..positions import Position, PositionLike, Tables, position_encoding
+from ..positions import Position, PositionLike, Tables, no_weight_decay_in, position_encoding
 from ..recompute import keep_in_place_of
 from ..window import Window
 from .projection import POINTWISE, Projecting, check_channels, is_repeatable, merge_heads
@@ -105,6 +105,10 @@ class SelfAttention(Projecting):
     def tables_on(self, size: Sequence[int]) -> Tables:
         """The position tables on a map of ``size`` cells, ``(bias, relative)``; None for what there is not."""
         return self.position.tables(self.window_on(size), size)
+
+    def no_weight_decay(self) -> set[str]:
+        """The names of parameters that weight decay is not to shrink: those of the position encoding."""
+        return no_weight_decay_in(self)
 
     def window_on(self, size: Sequence[int]) -> Window:
         """The memory block on a map of ``size`` cells: the layer's own, or for global attention the whole map."""

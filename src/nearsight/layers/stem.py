@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..attention import attention_weights, local_attention
 from ..errors import OptionError, ShapeError
-from ..positions import RelativePosition, Tables
+from ..positions import RelativePosition, Tables, no_weight_decay_in
 from ..precision import wide_of, without_autocast
 from ..window import Window
 from .projection import check_channels, merge_heads, split_heads
@@ -104,6 +104,10 @@ class AttentionStem2d(nn.Module):
         self._check(x)
         _, relative = self.tables_on(x.shape[2:])
         return attention_weights(*self._query_key(x), self.window, queries=queries, relative=relative, scale=self.scale)
+
+    def no_weight_decay(self) -> set[str]:
+        """The names of parameters that weight decay is not to shrink: those that say where in a block a pixel is."""
+        return {"row", "column", "mixture"} | no_weight_decay_in(self)
 
     def window_on(self, size: Sequence[int]) -> Window:
         """The memory block, the same on an image of any size."""

@@ -17,7 +17,7 @@ from timm.models import build_model_with_cfg, checkpoint_seq
 from torch import Tensor, nn
 
 from ..errors import OptionError
-from ..positions import UNNAMED_POSITION
+from ..positions import UNNAMED_POSITION, no_weight_decay_in
 
 
 class Backbone(nn.Module, PyTorchModelHubMixin, library_name="nearsight", license="apache-2.0", tags=["timm"]):
@@ -102,6 +102,10 @@ class Backbone(nn.Module, PyTorchModelHubMixin, library_name="nearsight", licens
         """Swap the classifier for a fresh one of ``num_classes`` outputs; 0 removes it."""
         self.num_classes = num_classes
         self.head.reset(num_classes, global_pool)  # pyright: ignore[reportCallIssue]
+
+    def no_weight_decay(self) -> set[str]:
+        """The position tables of its layers, which timm's optimisers then leave alone."""
+        return no_weight_decay_in(self)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Keep the inputs of blocks only, and compute them again in the backward."""

@@ -162,10 +162,6 @@ class Nat(Backbone):
             self.reset_classifier(0)
         return wanted
 
-    def no_weight_decay(self) -> set[str]:
-        """The bias tables, as in the published training."""
-        return {name for name, _ in self.named_parameters() if name.endswith(".rpb")}
-
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """How timm's layer-wise learning rate decay groups the parameters."""
         down = (r"^levels\.(\d+)\.downsample", (0,))
@@ -267,6 +263,10 @@ class NeighbourhoodAttention(nn.Module):
     def tables_on(self, size: Sequence[int]) -> Tables:
         """The position tables, ``(bias, None)``."""
         return self.rpb, None
+
+    def no_weight_decay(self) -> set[str]:
+        """The bias table, as in the published training."""
+        return {"rpb"}
 
     def _project(self, x: Tensor) -> tuple[Tensor, ...]:
         """(B, H, W, C) -> query, key and value, three views (B, N, H, W, D)."""

@@ -12,30 +12,23 @@ from timm.optim import create_optimizer_v2, param_groups_weight_decay
 from timm.scheduler.cosine_lr import CosineLRScheduler
 from torch import nn
 
-from ..layers import AttentionStem2d, HaloSelfAttention2d
-from ..positions import Position
+from ..positions import no_weight_decay_in
 from .recipe import Recipe
 
 FINAL_LR_SHARE = 0.01  # of the peak, and where the warm-up begins
-POSITIONS_OF_LAYERS = {HaloSelfAttention2d: ("rows", "columns"), AttentionStem2d: ("row", "column", "mixture")}
 
 
 def undecayed(model: nn.Module) -> set[str]:
     """The names of the parameters that weight decay must not shrink: norms, biases and positions.
 
-    Positions are all parameters of :mod:`nearsight.positions`, the tables of the layers that keep their own, and what the
-    network itself names in ``no_weight_decay()``, as timm's do.
+    Positions are what the network, its layers and their encodings name in ``no_weight_decay()``, as timm's networks do.
     """
     names = {name for name, parameter in model.named_parameters() if parameter.ndim <= 1 or name.endswith(".bias")}
     if hasattr(model, "no_weight_decay"):
         names |= set(model.no_weight_decay())  # pyright: ignore[reportCallIssue, reportArgumentType]
-    for path, module in model.named_modules():
-        if isinstance(module, (Position, nn.LayerNorm)):
-            own = [name for name, _ in module.named_parameters()]
-        else:
-            own = [name for kind, names_ in POSITIONS_OF_LAYERS.items() if isinstance(module, kind) for name in names_]
-        names |= {f"{path}.{name}" if path else name for name in own}
-    return names
+    norms = [(path, module) for path, module in model.named_modules() if isinstance(module, nn.LayerNorm)]
+    names |= {f"{path}.{name}" if path else name for path, norm in norms for name, _ in norm.named_parameters()}
+    return names | no_weight_decay_in(model)
 
 
 def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
