@@ -50,7 +50,7 @@ def main() -> None:
         if not (run / WEIGHTS_FILE).exists():
             train(recipe, run)
         model, blueprint = load_model(run)
-        test = load_pictures(data).test.seen(blueprint.view, training=False)
+        test = load_pictures(data).test.dataset(blueprint.view, training=False)
         images = torch.stack([test[index][0] for index in range(LOOKED_AT)])
         image = images[SHOWN[data]]
         grey = (image * blueprint.view.std[0] + blueprint.view.mean[0]).clamp(0, 1)[0].numpy()

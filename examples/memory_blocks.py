@@ -19,7 +19,7 @@ from nearsight.training.data import load_pictures
 def main(run: str, output: str, image_index: int = 3, pixel: tuple[int, int] | None = None) -> None:
     model, blueprint = load_model(Path(run))
     view = blueprint.view
-    test = load_pictures(blueprint.data).test.seen(view, training=False)
+    test = load_pictures(blueprint.data).test.dataset(view, training=False)
     image, _ = test[image_index]
     maps = ns.attention_maps(model, image[None])
     grey = (image * view.std[0] + view.mean[0]).clamp(0, 1)[0].numpy()

@@ -300,7 +300,7 @@ def test_pictures_are_known_again_in_any_form(digits_run, tmp_path):
 def test_a_run_on_arrays_is_known_in_files(tmp_path, untrained):
     run = untrained("0123456789")
     pictures = load_pictures("digits")
-    write_trained(run, pictures.train.seen(GREY, training=True).digests().numpy())
+    write_trained(run, pictures.train.dataset(GREY, training=True).digests().numpy())
     assert len(read_trained(run)) == 1293
     assert [assess(run, "digits", split=split).trained for split in ("train", "test", "all")] == [1293, 0, 1293]
     assert assess(run, "digits").split == "test"

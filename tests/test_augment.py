@@ -37,7 +37,7 @@ def drawn(folder, augment=None, mirror=None, crop=None):
     """Of many draws, whether each is mirrored, and which share of the area it shows."""
     split: Any = augmented(load_pictures(f"folder:{folder}"), augment, mirror, crop).train
     split = replace(split, changes=replace(split.changes, jitter=0.0))  # which would change the slopes
-    images = [split.seen(VIEW, training=True)[draw][0] for draw in range(DRAWS)]
+    images = [split.dataset(VIEW, training=True)[draw][0] for draw in range(DRAWS)]
     slopes = torch.stack([image[0, 32, -4] - image[0, 32, 3] for image in images])
     heights = torch.stack([image[1, -4, 32] - image[1, 3, 32] for image in images])
     shares = (slopes.abs() * heights) / (57 * 4 / 255) ** 2
@@ -64,20 +64,20 @@ def test_full_mirrors_and_crops_far(folder):
     assert 0.25 < share < 0.75
     assert drawn(folder, "full", mirror=False)[0] == 0
     split = augmented(load_pictures(f"folder:{folder}"), "full", None, None).train
-    greens = [split.seen(VIEW, training=True)[draw][0][1] for draw in range(DRAWS)]
+    greens = [split.dataset(VIEW, training=True)[draw][0][1] for draw in range(DRAWS)]
     assert min((green.max() - green.min()).item() for green in greens) < 0.35  # of a narrow cut
 
 
 @pytest.mark.parametrize(("augment", "varies"), [("none", False), ("light", True), ("full", True)])
 def test_colours_vary_with_light_and_full(folder, augment, varies):
-    whole = augmented(load_pictures(f"folder:{folder}"), augment, False, 1.0).train.seen(VIEW, training=True)
+    whole = augmented(load_pictures(f"folder:{folder}"), augment, False, 1.0).train.dataset(VIEW, training=True)
     blues = torch.stack([whole[draw][0][2] for draw in range(10)])
     assert (blues.max() > 0) == varies  # there is no blue in the picture itself
 
 
 def test_none_only_resizes(folder):
     pictures = augmented(load_pictures(f"folder:{folder}"), "none", None, None)
-    seen, plain = pictures.train.seen(VIEW, training=True), pictures.train.seen(VIEW, training=False)
+    seen, plain = pictures.train.dataset(VIEW, training=True), pictures.train.dataset(VIEW, training=False)
     for draw in range(5):
         assert torch.equal(seen[draw][0], plain[draw][0])
     assert told(pictures) == "no crop, no mirror"
@@ -87,7 +87,7 @@ def test_none_only_resizes(folder):
 
 def test_pictures_are_measured_without_changes(folder):
     pictures = augmented(load_pictures(f"folder:{folder}"), "full", None, None)
-    test = pictures.test.seen(VIEW, training=False)
+    test = pictures.test.dataset(VIEW, training=False)
     assert torch.equal(test[0][0], test[len(test) - 1][0])
 
 

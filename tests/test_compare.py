@@ -24,7 +24,7 @@ from nearsight.saved.weights import load_model
 from nearsight.training import compare as comparison
 from nearsight.training import compare_report, data
 from nearsight.training.compare import PRESETS, Stopped, _alone, compare, run_name
-from nearsight.training.compare_report import Spread, Table, common_accuracy, seconds_to, verdict
+from nearsight.training.compare_report import Comparison, Spread, common_accuracy, seconds_to, verdict
 from nearsight.training.evaluate import evaluate
 from nearsight.training.intervals import tango, wilson
 from nearsight.training.measures import MEASURES_FILE, Measures, moved_by_a_pixel, read_measures
@@ -64,7 +64,7 @@ def hand_made():
 
 def test_the_table_is_mean_and_deviation_over_the_seeds():
     found, epochs = hand_made()
-    a, b = Table.of({"": ["a", "b"]}, found, epochs).rows
+    a, b = Comparison.of({"": ["a", "b"]}, found, epochs).rows
     assert a.accuracy.mean == pytest.approx(0.85)
     assert a.accuracy.sd == pytest.approx(statistics.stdev([0.8, 0.9]))
     assert b.accuracy == Spread(0.5, None)  # one seed has no deviation
@@ -78,15 +78,15 @@ def test_the_time_to_an_accuracy_ends_with_the_epoch_that_first_reaches_it():
     assert seconds_to(0.81, curve(0.5, 0.7, 0.8), (2.0, 3.0, 4.0)) is None
     found, epochs = hand_made()
     assert common_accuracy(list(epochs.values())) == 0.725  # the lowest of 0.8, 0.9 and 0.7256, to a tenth of a percent
-    a, b = Table.of({"": ["a", "b"]}, found, epochs).rows
+    a, b = Comparison.of({"": ["a", "b"]}, found, epochs).rows
     assert (a.seconds_to_target, b.seconds_to_target) == ((9.0 + 5.0) / 2, 9.0)
-    a, b = Table.of({"": ["a", "b"]}, found, epochs, target=0.85).rows
+    a, b = Comparison.of({"": ["a", "b"]}, found, epochs, target=0.85).rows
     assert (a.seconds_to_target, b.seconds_to_target) == (None, None)  # one seed of a does not reach it
 
 
 def test_the_csv_has_a_line_per_model_and_leaves_empty_what_there_is_not():
     found, epochs = hand_made()
-    table = Table.of({"first": ["a"], "second": ["b", "a"]}, found, epochs)
+    table = Comparison.of({"first": ["a"], "second": ["b", "a"]}, found, epochs)
     lines = list(csv.DictReader(table.to_csv().splitlines()))
     assert [(line["group"], line["model"]) for line in lines] == [("first", "a"), ("second", "b"), ("second", "a")]
     assert set(lines[0]) >= COLUMNS
@@ -102,7 +102,7 @@ def answered(model, seed, answers):
 def table_of(answers):
     """From model -> its answers, one text per seed."""
     found = {(m, seed): answered(m, seed, one) for m, seeds in answers.items() for seed, one in enumerate(seeds)}
-    return Table.of({"": list(answers)}, found, {key: curve(0.5, 0.6, 0.7) for key in found})
+    return Comparison.of({"": list(answers)}, found, {key: curve(0.5, 0.6, 0.7) for key in found})
 
 
 def test_differences_are_to_the_first_model_on_the_same_images_and_seeds():
@@ -219,7 +219,7 @@ def test_the_answers_are_those_of_the_saved_network(compared):
     output, table = compared
     network, blueprint = load_model(output / "runs" / run_name("sasa_nano", 1))
     test = data.load_pictures("digits").test
-    said = evaluate(network, data.loader(test.seen(blueprint.view, training=False), 128, 0))
+    said = evaluate(network, data.loader(test.dataset(blueprint.view, training=False), 128, 0))
     found = table.measures["sasa_nano", 1]
     assert found.answers == "".join("01"[right] for right in (said.predictions == said.labels).tolist())
     assert (found.size, found.opt, found.lr) == (8, "adamw", 0.01)

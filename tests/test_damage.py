@@ -250,7 +250,7 @@ def shard(file, count=12):
 def samples(folder):
     pictures = load_pictures(f"wds:{folder}")
     splits = (pictures.train, pictures.validation, pictures.test)
-    return sorted((split.album.fetch(int(n)), int(split.album.labels[n])) for split in splits for n in split.chosen)
+    return sorted((split.store.fetch(int(n)), int(split.store.labels[n])) for split in splits for n in split.chosen)
 
 
 @pytest.fixture

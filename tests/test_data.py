@@ -16,7 +16,7 @@ from webdataset import TarWriter
 
 from nearsight.errors import DataError, OptionError
 from nearsight.saved.view import View
-from nearsight.training.data import IGNORED, Dealer, RandomAffine, decoded, load_pictures, loader, warn_of_broken
+from nearsight.training.data import IGNORED, RandomAffine, SplitSampler, decoded, load_pictures, loader, warn_of_broken
 from nearsight.training.data.arrays import _turned
 from nearsight.training.evaluate import evaluate
 from nearsight.training.recipe import Recipe
@@ -61,7 +61,7 @@ def test_digits_are_split_in_three_disjoint_stratified_parts_the_same_each_time(
 
 def test_batches_are_normalised():
     pictures = load_pictures("digits")
-    data = pictures.train.seen(pictures.view(8), training=True)
+    data = pictures.train.dataset(pictures.view(8), training=True)
     images, labels = next(iter(loader(data, len(data), workers=0)))
     assert images.shape == (1293, 1, 8, 8)
     assert labels.dtype == torch.int64
@@ -74,7 +74,7 @@ def test_batches_are_normalised():
 
 def test_pictures_are_brought_to_the_channels_and_size_of_the_model():
     pictures = load_pictures("digits")
-    coloured = pictures.test.seen(View(3, 12, (0.0,) * 3, (1.0,) * 3), training=False)
+    coloured = pictures.test.dataset(View(3, 12, (0.0,) * 3, (1.0,) * 3), training=False)
     image, _ = coloured[0]
     assert image.shape == (3, 12, 12)
     assert torch.equal(image[0], image[2])
@@ -160,7 +160,7 @@ def test_a_folder_of_class_folders_is_split(tmp_path):
     pictures = load_pictures(f"folder:{tmp_path}")
     assert pictures.classes == ("cat", "dog")
     assert [len(part) for part in (pictures.train, pictures.validation, pictures.test)] == [28, 4, 8]
-    image, label = pictures.test.seen(pictures.view(16), training=False)[0]
+    image, label = pictures.test.dataset(pictures.view(16), training=False)[0]
     assert image.shape == (3, 16, 16)
     assert label == 0
 
@@ -195,7 +195,7 @@ def test_only_headers_and_a_sample_of_many_are_read(tmp_path, monkeypatch):
     pictures = load_pictures(f"folder:{tmp_path}")
     opened = []
     monkeypatch.setattr(decoded, "SAMPLE", 7)
-    monkeypatch.setattr(decoded.Files, "fetch", lambda self, index: opened.append(index) or self.paths[index])
+    monkeypatch.setattr(decoded.ImageFiles, "fetch", lambda self, index: opened.append(index) or self.paths[index])
     monkeypatch.setattr(Image.Image, "load", None)  # what decodes
     assert pictures.train.median_side() == 10
     assert len(opened) == 7
@@ -244,7 +244,7 @@ def test_a_broken_image_is_an_error_that_names_it_when_none_may_be(tmp_path, cut
     break_images(tmp_path, ["cat/0.png"], cut)
     pictures = load_pictures(f"folder:{tmp_path}")
     parts = [
-        part.seen(pictures.view(16), training=False, max_broken=0)
+        part.dataset(pictures.view(16), training=False, max_broken=0)
         for part in (pictures.train, pictures.validation, pictures.test)
     ]
     with pytest.raises(DataError, match=r"cannot read the image .*cat/0\.png: .*mend or remove them"):
@@ -267,7 +267,7 @@ def test_broken_images_are_skipped_and_named_up_to_a_limit(tmp_path, workers, ca
     broken = [f"{tmp_path}/{name}" for name in names if f"{tmp_path}/{name}" in paths_of(train)]
     assert len(broken) >= 2
 
-    seen = train.seen(view, training=True, max_broken=len(broken))
+    seen = train.dataset(view, training=True, max_broken=len(broken))
     labels = torch.cat([labels for _, labels in loader(seen, 6, workers)])
     assert len(labels) == len(train)  # the next image takes the place of each
     assert (labels >= 0).all()
@@ -280,11 +280,11 @@ def test_broken_images_are_skipped_and_named_up_to_a_limit(tmp_path, workers, ca
     with pytest.raises(
         DataError, match=rf"more than {len(broken) - 1} images cannot be read, among them {tmp_path}/train"
     ):
-        list(loader(train.seen(view, training=True, max_broken=len(broken) - 1), 6, workers))
+        list(loader(train.dataset(view, training=True, max_broken=len(broken) - 1), 6, workers))
 
 
 def paths_of(split):
-    return [split.album.name(index) for index in split.chosen]
+    return [split.store.name(index) for index in split.chosen]
 
 
 def test_an_evaluation_leaves_broken_images_out(tmp_path, capsys):
@@ -293,7 +293,7 @@ def test_an_evaluation_leaves_broken_images_out(tmp_path, capsys):
     first, *others = paths_of(test)
     break_images(tmp_path, [first])
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 8 * 8, 2))
-    result = evaluate(model, loader(test.seen(View(3, 8, (0.5,) * 3, (0.5,) * 3), training=False), 3, 0))
+    result = evaluate(model, loader(test.dataset(View(3, 8, (0.5,) * 3, (0.5,) * 3), training=False), 3, 0))
     assert result.count == len(others) == len(result.labels)
     assert result.places.tolist() == list(range(1, len(test)))
     assert first in capsys.readouterr().err
@@ -303,8 +303,8 @@ def test_what_is_drawn_follows_from_seed_and_draw_alone(tmp_path):
     write_folder(tmp_path)
     train = load_pictures(f"folder:{tmp_path}").train
     view = View(3, 16, (0.5,) * 3, (0.5,) * 3)
-    once, again = train.seen(view, training=True, seed=3), train.seen(view, training=True, seed=3)
-    other_seed, draw = train.seen(view, training=True, seed=4), 5 + 2 * len(train)
+    once, again = train.dataset(view, training=True, seed=3), train.dataset(view, training=True, seed=3)
+    other_seed, draw = train.dataset(view, training=True, seed=4), 5 + 2 * len(train)
     image, label = once[draw]
     once[7]
     assert torch.equal(again[draw][0], image)
@@ -318,13 +318,13 @@ def test_what_is_drawn_follows_from_seed_and_draw_alone(tmp_path):
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_an_order_is_dealt_out_among_processes(world):
     split = load_pictures("digits").train
-    whole = Dealer(split, step=64, seed=5)
-    dealers = [Dealer(split, rank, world, step=64, seed=5) for rank in range(world)]
+    whole = SplitSampler(split, step=64, seed=5)
+    samplers = [SplitSampler(split, rank, world, step=64, seed=5) for rank in range(world)]
     for epoch in (0, 1):
-        for dealer in (whole, *dealers):
-            dealer.set_epoch(epoch)
-        parts = [list(dealer) for dealer in dealers]
-        assert [len(part) for part in parts] == [len(dealer) for dealer in dealers] == [1280 // world] * world
+        for sampler in (whole, *samplers):
+            sampler.set_epoch(epoch)
+        parts = [list(sampler) for sampler in samplers]
+        assert [len(part) for part in parts] == [len(sampler) for sampler in samplers] == [1280 // world] * world
         together = [draw for draws in zip(*parts, strict=True) for draw in draws]
         assert together == list(whole)
         assert len({draw % len(split) for draw in together}) == 1280
@@ -334,8 +334,8 @@ def test_an_order_is_dealt_out_among_processes(world):
 @pytest.mark.parametrize("world", [1, 2, 3, 5])
 def test_each_image_of_an_evaluation_counts_once(world):
     split = load_pictures("digits").validation
-    data = split.seen(View(1, 8, (0.3,), (0.4,)), training=False)
-    batches = [list(loader(data, 10, 0, Dealer(split, rank, world))) for rank in range(world)]
+    data = split.dataset(View(1, 8, (0.3,), (0.4,)), training=False)
+    batches = [list(loader(data, 10, 0, SplitSampler(split, rank, world))) for rank in range(world)]
     assert len({len(one) for one in batches}) == 1  # as many for each process
     labels = torch.cat([labels for one in batches for _, labels in one])
     assert sorted(labels[labels != IGNORED].tolist()) == sorted(split.labels.tolist())
@@ -418,7 +418,7 @@ def test_local_data_of_the_hubs_library_is_read(tmp_path, form):
     pictures = load_pictures(f"hf:{folder}")
     assert pictures.classes == ("cat", "dog")
     assert [len(part) for part in (pictures.train, pictures.validation, pictures.test)] == [36, 4, 6]
-    image, label = pictures.test.seen(RAW, training=False)[5]
+    image, label = pictures.test.dataset(RAW, training=False)[5]
     assert image.shape == (3, 8, 8)
     assert int(label) == 1
     if form != "folder of images":
@@ -433,7 +433,7 @@ def test_a_broken_row_is_named(tmp_path):
     table.cast_column("image", datasets.Image()).save_to_disk(str(tmp_path / "pets"))
     test = load_pictures(f"hf:{tmp_path / 'pets'}").test
     with pytest.raises(DataError, match=r"cannot read the image row \d+ of train"):
-        test.seen(RAW, training=False, max_broken=0)[0]
+        test.dataset(RAW, training=False, max_broken=0)[0]
 
 
 def test_hub_data_without_images_or_labels_or_a_train_split_is_refused(tmp_path):
@@ -466,11 +466,11 @@ def seen_by(split, world, workers, training, epoch=0, step=None):
     """The shades that each of ``world`` ranks loads with ``workers`` processes, and their labels."""
     shades, labels = [], []
     for rank in range(world):
-        dealer = Dealer(split, rank, world, step=step, seed=1)
-        dealer.set_epoch(epoch)
+        sampler = SplitSampler(split, rank, world, step=step, seed=1)
+        sampler.set_epoch(epoch)
         # As validation sees them, so that a picture shows which it is; the order is that of training.
-        data = split.seen(RAW, training=False)
-        for images, truth in loader(UnitEpoch(data) if training else data, 3, workers, dealer):
+        data = split.dataset(RAW, training=False)
+        for images, truth in loader(UnitEpoch(data) if training else data, 3, workers, sampler):
             counts = truth != IGNORED
             shades += [shade_of(image) for image in images[counts]]
             labels += truth[counts].tolist()
@@ -519,7 +519,7 @@ def test_shards_come_in_runs_of_their_own(tmp_path, monkeypatch):
     monkeypatch.setattr("nearsight.training.data.decoded.WINDOW", 1)
     train = load_pictures(f"wds:{write_shards(tmp_path / 'shards')}").train
     order = train.order(torch.Generator().manual_seed(0))
-    shards = train.album.blocks[train.chosen[order]]
+    shards = train.store.blocks[train.chosen[order]]
     assert sorted(order.tolist()) == list(range(36))
     assert (np.diff(shards) != 0).sum() == len(np.unique(shards)) - 1
 

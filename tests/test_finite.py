@@ -99,7 +99,7 @@ class Answers(nn.Module):
 @pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
 def test_one_answer_that_is_not_finite_is_enough(number):
     pictures = load_pictures("digits")
-    test = pictures.test.seen(pictures.view(8), training=False)
+    test = pictures.test.dataset(pictures.view(8), training=False)
     with pytest.raises(
         TrainingError, match="not finite for 1 of 360 images, though its weights are; there is no accuracy"
     ):
@@ -109,7 +109,7 @@ def test_one_answer_that_is_not_finite_is_enough(number):
 
 def test_a_loss_that_overflows_is_told_though_every_output_is_finite():
     pictures = load_pictures("digits")
-    test = pictures.test.seen(pictures.view(8), training=False)
+    test = pictures.test.dataset(pictures.view(8), training=False)
     far = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
     nn.init.zeros_(far[1].weight)
     nn.init.constant_(far[1].bias, -3e38)

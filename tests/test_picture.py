@@ -95,10 +95,10 @@ def test_training_evaluation_and_explorer_see_the_same_picture(tmp_path):
     upright[:, :4] = 0  # turned clockwise: the left half is at the top
     pictures = load_pictures(f"folder:{tmp_path}")
     for split in (pictures.train, pictures.validation, pictures.test):
-        assert torch.equal(split.seen(view, training=False)[0][0], upright)
+        assert torch.equal(split.dataset(view, training=False)[0][0], upright)
     assert torch.equal(read_picture(tmp_path / "a" / "0.png"), upright)
     blue = View(3, 8, (0.0,) * 3, (1.0,) * 3, background="#0000ff")
-    assert pictures.test.seen(blue, training=False)[0][0][:, 7, 0].tolist() == [0, 0, 1]
+    assert pictures.test.dataset(blue, training=False)[0][0][:, 7, 0].tolist() == [0, 0, 1]
     assert read_picture(tmp_path / "a" / "0.png", "#0000ff")[:, 7, 0].tolist() == [0, 0, 1]
 
 
@@ -283,7 +283,7 @@ def test_endings_in_any_case_are_read_and_the_rest_is_counted(tmp_path, kind, ca
     pictures = load_pictures(f"{kind}:{pets}")
     assert pictures.classes == ("cat", "dog")
     assert count(pictures) == 40
-    names = [pictures.train.album.name(index) for index in range(len(pictures.train))]  # pyright: ignore[reportAttributeAccessIssue]
+    names = [pictures.train.store.name(index) for index in range(len(pictures.train))]  # pyright: ignore[reportAttributeAccessIssue]
     assert not any("/." in name.partition("/.own/")[2] for name in names)
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("left out")]
     said, _, kinds = line.partition(": ")

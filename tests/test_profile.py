@@ -14,7 +14,7 @@ import nearsight as ns
 from nearsight.bench import growth as growing
 from nearsight.bench import profile as profiling
 from nearsight.bench.growth import GLOBAL, LOCAL, TEXTBOOK, Growth, Point, crossing, geometry_of, growth, verdict
-from nearsight.bench.profile import REST, Profile, Row, draw_profile, profile, table
+from nearsight.bench.profile import REST, LayerCost, Profile, draw_profile, profile, profile_table
 from nearsight.cli import main
 from nearsight.errors import OptionError
 from nearsight.flops import count_flops
@@ -189,9 +189,9 @@ def test_times_are_medians_and_the_passes_take_turns(monkeypatch):
 @pytest.fixture(scope="module")
 def found():
     rows = [
-        Row("stem", "Conv2d", 1200, 4_000_000, 3_000_000, 1.5, 0.375, 0.3, 5.0),
-        Row("body", "ResNet.forward", 0, 0, 500_000, 2.0, 0.5, 0.05, 40.0),
-        Row("unused", "Conv2d", 10, 0, 0, 0.5, 0.125, 0.0, None),
+        LayerCost("stem", "Conv2d", 1200, 4_000_000, 3_000_000, 1.5, 0.375, 0.3, 5.0),
+        LayerCost("body", "ResNet.forward", 0, 0, 500_000, 2.0, 0.5, 0.05, 40.0),
+        LayerCost("unused", "Conv2d", 10, 0, 0, 0.5, 0.125, 0.0, None),
     ]
     return Profile(rows, (1, 3, 32, 32), 3.9, GFLOPS, GBS, {"threads": 1})
 
@@ -199,7 +199,7 @@ def found():
 def test_the_table_says_everything(found, capsys):
     from rich.console import Console
 
-    Console(width=120).print(table(found))
+    Console(width=120).print(profile_table(found))
     text = capsys.readouterr().out
     assert "forward pass of 1 x 3 x 32 x 32 on 1 thread(s): 3.90 ms" in text
     assert "floor: 50 GFLOP/s (matrix product) or 10.0 GB/s (copy)" in text
@@ -240,9 +240,9 @@ def test_growth_is_predicted_by_the_equation(monkeypatch):
 
 def test_each_attention_computes_what_it_is_called(monkeypatch):
     """Local attention and the two ways to global attention, on one map that a block does not cover."""
-    problem = growing.Problem(6, kernel_size=3, head_dim=4, num_heads=2)
+    problem = growing.GrowthCase(6, kernel_size=3, head_dim=4, num_heads=2)
     maps = problem.maps()
-    monkeypatch.setattr(growing.Problem, "maps", lambda self: maps)
+    monkeypatch.setattr(growing.GrowthCase, "maps", lambda self: maps)
     window = ns.Window(3)
     torch.testing.assert_close(problem.attend(LOCAL)(), ns.local_attention(*maps, window, backend="reference"))
     expected = ns.global_attention(*maps, backend="reference")
@@ -252,7 +252,7 @@ def test_each_attention_computes_what_it_is_called(monkeypatch):
 
 def test_memory_is_that_of_a_fresh_process():
     """The textbook makes logits and weights, 4 n^4 N bytes each; what comes before must not hide it."""
-    large, small = growing.Problem(40, 3, 8, 1), growing.Problem(8, 3, 8, 1)
+    large, small = growing.GrowthCase(40, 3, 8, 1), growing.GrowthCase(8, 3, 8, 1)
     tasks = [(large, TEXTBOOK), (large, TEXTBOOK), (large, GLOBAL), (small, LOCAL)]
     *textbook, dense, unseen = growing._extra_memory(tasks)
     weights = 4 * 40**4

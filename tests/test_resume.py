@@ -25,7 +25,7 @@ from nearsight.models.halonet import HaloNet
 from nearsight.saved.view import View
 from nearsight.saved.weights import Blueprint, read_checkpoint
 from nearsight.training import task
-from nearsight.training.data import Dealer
+from nearsight.training.data import SplitSampler
 from nearsight.training.optimizer import make_optimizer
 from nearsight.training.recipe import Recipe
 from nearsight.training.task import Classifier
@@ -115,7 +115,7 @@ def test_a_resumed_run_ends_bit_identical_in_all_its_state(whole, photos, tmp_pa
 
 
 def forget_the_epoch(patch):
-    patch.setattr(Dealer, "set_epoch", lambda self, epoch: None)
+    patch.setattr(SplitSampler, "set_epoch", lambda self, epoch: None)
 
 
 def draw_from_where_the_process_stands(patch):

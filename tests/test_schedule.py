@@ -11,7 +11,7 @@ import torch
 
 from nearsight.training import data
 from nearsight.training.callbacks import METRICS_FILE
-from nearsight.training.data import Dealer
+from nearsight.training.data import SplitSampler
 from nearsight.training.optimizer import make_schedule
 from nearsight.training.recipe import Recipe
 from nearsight.training.task import Classifier
@@ -103,8 +103,8 @@ def test_seeds_and_epochs_have_orders_of_their_own():
     orders = set()
     for seed in range(5):
         for epoch in range(5):
-            dealer = Dealer(split, step=50, seed=seed)
-            dealer.set_epoch(epoch)
-            orders.add(tuple(draw - epoch * 50 for draw in dealer))
+            sampler = SplitSampler(split, step=50, seed=seed)
+            sampler.set_epoch(epoch)
+            orders.add(tuple(draw - epoch * 50 for draw in sampler))
     assert len(orders) == 25
     assert all(sorted(order) == list(range(50)) for order in orders)

@@ -398,7 +398,9 @@ def test_a_picture_is_of_the_kinds_that_were_asked_for_or_is_broken(tmp_path, no
     with pytest.raises(DataError, match="cannot read the image"):
         read_picture(path)
     pictures = data.load_pictures(f"folder:{tmp_path}")
-    parts = [part.seen(BLUEPRINT.view, training=False) for part in (pictures.train, pictures.validation, pictures.test)]
+    parts = [
+        part.dataset(BLUEPRINT.view, training=False) for part in (pictures.train, pictures.validation, pictures.test)
+    ]
     read = [int(label) for part in parts for _, label in (part[index] for index in range(len(part)))]
     assert sorted(read) == [IGNORED, *[0] * 14, *[1] * 14]
     assert [name for part in parts for name in part.broken()] == [str(path)]
@@ -412,7 +414,7 @@ def test_pillow_opens_files_in_one_place():
 
 def paths(pictures) -> list[str]:
     parts = (pictures.train, pictures.validation, pictures.test)
-    return sorted(part.album.name(int(index)) for part in parts for index in part.chosen)
+    return sorted(part.store.name(int(index)) for part in parts for index in part.chosen)
 
 
 def test_links_in_circles_add_nothing(tmp_path):
@@ -676,7 +678,7 @@ def test_the_page_of_a_run_runs_nothing_that_came_from_outside(tmp_path, network
     from nearsight.training.report import write_report
 
     pictures = data.load_pictures("digits")
-    test = pictures.test.seen(BLUEPRINT.view, training=False)
+    test = pictures.test.dataset(BLUEPRINT.view, training=False)
     logits = torch.eye(10)[torch.arange(10).roll(1)]
     evaluation = Evaluation(torch.arange(10), logits, torch.arange(10))
     rows = [dict.fromkeys(("epoch", "lr", "train_loss", "train_accuracy", "val_loss", "val_accuracy", EVIL), 1.0)] * 2

@@ -216,7 +216,7 @@ def test_a_row_without_a_picture_is_named(tmp_path):
     whole = load_whole(hub(tmp_path / "hub", train=rows))
     view = load_pictures("digits").view(8)
     with pytest.raises(DataError, match=r"cannot read the image row 1 of train"):
-        whole.splits[0].seen(view, training=False, max_broken=0)[1]
+        whole.splits[0].dataset(view, training=False, max_broken=0)[1]
     assert np.array_equal(whole.splits[0].labels, [0, 1] * 10)
 
 
@@ -312,7 +312,7 @@ def test_keys_with_dots_capitals_and_further_fields_are_read(tmp_path):
     shard(tmp_path / "train-0.tar", *members, ("._b.png", b"a Mac's"), ("b.json", b"{}"))
     whole = load_whole(f"wds:{tmp_path}")
     assert named_labels(f"wds:{tmp_path}") == [["0", "1", "0"]]
-    assert [whole.splits[0].album.fetch(place) for place in range(3)] == [picture(0), picture(2), picture(4)]
+    assert [whole.splits[0].store.fetch(place) for place in range(3)] == [picture(0), picture(2), picture(4)]
 
 
 @pytest.mark.parametrize("names", [None, "dog\ncat\n", "\ufeffdog\r\ncat \r\n\r\n"])

@@ -96,7 +96,7 @@ def test_the_trained_model_is_rebuilt_with_its_answers(run, few_digits, file):
     model, blueprint = load_model(run.output / file)
     assert blueprint.classes == tuple("0123456789")
     pictures = data.load_pictures("digits")
-    test = pictures.test.seen(blueprint.view, training=False)
+    test = pictures.test.dataset(blueprint.view, training=False)
     result = evaluate(model, loader(test, 50, workers=0))
     torch.testing.assert_close(result.logits, run.evaluation.logits)
     assert result.accuracy == run.evaluation.accuracy
@@ -144,7 +144,7 @@ def test_a_run_at_another_size_says_so_everywhere_and_is_measured_and_resumed_at
     model, blueprint = load_model(tmp_path)
     assert (blueprint.view.size, blueprint.img_size) == (13, 13)
     test = data.load_pictures("digits").test
-    again = evaluate(model, loader(test.seen(blueprint.view, training=False), 64, 0))
+    again = evaluate(model, loader(test.dataset(blueprint.view, training=False), 64, 0))
     assert again.accuracy == found.evaluation.accuracy
     assert any(2 * 13 - 1 in table.shape for table in model.parameters())
     # The command that began it goes on, and so does one whose config does not name the size yet.

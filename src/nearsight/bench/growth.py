@@ -42,7 +42,7 @@ ANY = 64  # cells per axis of a map on which a window that covers it is no local
 
 
 @dataclass(frozen=True)
-class Problem:
+class GrowthCase:
     """Maps of one image, and the window of local attention."""
 
     size: int
@@ -206,37 +206,37 @@ def growth(
         sizes = [least, *(n for n in (4, 8, 16, 32, 64) if n > least)]
     if not sizes or min(sizes) < 1:
         raise OptionError(f"sizes must be one or more, each at least 1; received {list(sizes)}")
-    problems = [Problem(size, kernel_size, head_dim, num_heads) for size in sorted(set(sizes))]
-    tasks = [(problem, attention) for problem in problems for attention in (LOCAL, GLOBAL, TEXTBOOK)]
+    cases = [GrowthCase(size, kernel_size, head_dim, num_heads) for size in sorted(set(sizes))]
+    tasks = [(case, attention) for case in cases for attention in (LOCAL, GLOBAL, TEXTBOOK)]
     small = [task for task in tasks if task[1] != TEXTBOOK or task[0].weights(TEXTBOOK) <= KEPT]
     extra = dict(zip(small, _extra_memory(small), strict=True))
     times = {}
-    for problem in problems:
-        calls = {attention: problem.attend(attention) for one, attention in small if one == problem}
+    for case in cases:
+        calls = {attention: case.attend(attention) for one, attention in small if one == case}
         with torch.no_grad():
-            times |= {(problem, name): found.median for name, found in race(calls, rounds, SECONDS).items()}
+            times |= {(case, name): found.median for name, found in race(calls, rounds, SECONDS).items()}
     gflops = matrix_rate()
     points = [_point(*task, gflops, times.get(task), extra.get(task)) for task in tasks]
     return Growth(points, kernel_size, head_dim, num_heads, gflops, setting())
 
 
-def _point(problem: Problem, attention: str, gflops: float, ms: float | None, extra: int | None) -> Point:
-    flops, weights = problem.flops(attention), problem.weights(attention)
-    return Point(attention, problem.size, problem.size**2, flops, flops / gflops / 1e6, ms, weights, extra)
+def _point(case: GrowthCase, attention: str, gflops: float, ms: float | None, extra: int | None) -> Point:
+    flops, weights = case.flops(attention), case.weights(attention)
+    return Point(attention, case.size, case.size**2, flops, flops / gflops / 1e6, ms, weights, extra)
 
 
 # ------------------------------------------------------------------------------------------------------------- memory
 
 
-def _extra_memory(tasks: Sequence[tuple[Problem, str]]) -> list[int | None]:
+def _extra_memory(tasks: Sequence[tuple[GrowthCase, str]]) -> list[int | None]:
     """Bytes that a call of each adds to the peak of a fresh process; None below those of its output, which it must make."""
-    told = [(asdict(problem), attention, torch.get_num_threads()) for problem, attention in tasks]
+    told = [(asdict(case), attention, torch.get_num_threads()) for case, attention in tasks]
     found = zip(tasks, in_fresh_process(_extra_memory_in_forks, told), strict=True)
-    return [extra if extra >= problem.output_bytes else None for (problem, _), extra in found]
+    return [extra if extra >= case.output_bytes else None for (case, _), extra in found]
 
 
 def _extra_memory_in_forks(tasks: Sequence[tuple[dict[str, int], str, int]]) -> list[int]:
-    """For every (problem, attention, threads); to be run in a process that has done nothing else.
+    """For every (case, attention, threads); to be run in a process that has done nothing else.
 
     Each is measured in a fork, so that none finds the memory of another, and PyTorch is loaded once.
     """
@@ -253,12 +253,12 @@ def _extra_memory_in_forks(tasks: Sequence[tuple[dict[str, int], str, int]]) -> 
     return found
 
 
-def _extra_memory_here(problem: dict[str, int], attention: str, threads: int) -> int:
+def _extra_memory_here(case: dict[str, int], attention: str, threads: int) -> int:
     torch.set_num_threads(threads)
     with torch.no_grad():
-        small = min(problem["size"], problem["kernel_size"])
-        Problem(**{**problem, "size": small}).attend(attention)()  # sets up what is set up once
-        call = Problem(**problem).attend(attention)
+        small = min(case["size"], case["kernel_size"])
+        GrowthCase(**{**case, "size": small}).attend(attention)()  # sets up what is set up once
+        call = GrowthCase(**case).attend(attention)
         before = peak_memory()
         call()
         return peak_memory() - before
@@ -267,7 +267,7 @@ def _extra_memory_here(problem: dict[str, int], attention: str, threads: int) ->
 # --------------------------------------------------------------------------------------------------------------- shown
 
 
-def table(found: Growth) -> Table:
+def growth_table(found: Growth) -> Table:
     """For a terminal."""
     from rich.table import Table
 

@@ -28,7 +28,7 @@ REST = "(calls of modules)"
 
 
 @dataclass(frozen=True)
-class Row:
+class LayerCost:
     """One layer; or, as ``ResNet.forward``, what a module that holds layers computes beside them.
 
     What neither computes nor holds anything, such as a dropout or a module that only calls others, shares the last row.
@@ -63,7 +63,7 @@ class Profile:
     setting  of the machine, as :func:`nearsight.bench.timing.setting`
     """
 
-    rows: list[Row]
+    rows: list[LayerCost]
     input_size: tuple[int, ...]
     ms: float
     gflops: float
@@ -107,9 +107,9 @@ def profile(model: nn.Module, x: Tensor, *, rounds: int = 7) -> Profile:
         ms, floor = times.get(name, 0.0), floors.get(name, 0.0)
         cost = (parameters[name], flops.get(name, 0), traffic.get(name, 0))
         title = name or type(model).__name__
-        rows.append(Row(title, kind, *cost, ms, ms / total, floor, ms / floor if floor else None))
+        rows.append(LayerCost(title, kind, *cost, ms, ms / total, floor, ms / floor if floor else None))
     if rest := sum(ms for name, ms in times.items() if name not in kinds):
-        rows.append(Row(REST, "", 0, 0, 0, rest, rest / total, 0.0, None))
+        rows.append(LayerCost(REST, "", 0, 0, 0, rest, rest / total, 0.0, None))
     return Profile(rows, tuple(x.shape), whole, gflops, gbs, setting())
 
 
@@ -247,7 +247,7 @@ def _kinds(model: nn.Module, times: Mapping[str, float]) -> dict[str, str]:
 # --------------------------------------------------------------------------------------------------------------- shown
 
 
-def table(found: Profile) -> Table:
+def profile_table(found: Profile) -> Table:
     """For a terminal."""
     from rich.table import Table
 
@@ -269,7 +269,7 @@ def table(found: Profile) -> Table:
     return shown
 
 
-def _title(row: Row) -> str:
+def _title(row: LayerCost) -> str:
     return f"{row.layer} ({row.kind})" if row.kind.endswith(".forward") else row.layer
 
 

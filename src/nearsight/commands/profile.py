@@ -85,8 +85,8 @@ def _tell_cost(title: str, found: Any, grown: Any, options: argparse.Namespace) 
     console = Console()
     if not console.is_terminal:
         console.width = 160  # a file has no edge to break lines at
-    console.print(profile.table(found))
+    console.print(profile.profile_table(found))
     if grown is not None:
-        console.print(growth.table(grown))
+        console.print(growth.growth_table(grown))
     if options.output is not None:
         print(f"wrote {options.output}")

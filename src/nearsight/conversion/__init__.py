@@ -25,9 +25,9 @@ from ..positions import Factory, name_of, refuse_instance, refuse_shared
 from ..private import has_hooks, tree_leaves
 from .fresh import attention_like
 from .gpsa import GatedPositionalSelfAttention
-from .report import ATTENTION, CONVERTED, SKIPPED, Report, Row
+from .report import ATTENTION, CONVERTED, SKIPPED, ConversionReport, LayerOutcome
 
-__all__ = ["GatedPositionalSelfAttention", "Report", "Row", "convert"]
+__all__ = ["ConversionReport", "GatedPositionalSelfAttention", "LayerOutcome", "convert"]
 
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 _CONVOLUTION = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -50,7 +50,7 @@ def convert(
     locality: float | None = None,
     content: bool | None = None,
     input_size: Sequence[int] | None = None,
-) -> Report:
+) -> ConversionReport:
     """Put attention in the place of a model's spatial convolutions. The model is changed in place.
 
     ``init="random"`` is the surgery of SASA (Ramachandran et al. 2019, arXiv:1906.05909, section 3.2): every convolution
@@ -107,7 +107,7 @@ def convert(
     chosen = _Filter(model, found, names, stages, kernels, where, stem)
     make = attention_like if init == "random" else _exactly
     new: dict[nn.Module, nn.Module] = {}
-    rows: list[Row] = []
+    rows: list[LayerOutcome] = []
     for name, module in found:
         reason = _reason_to_skip(module) or chosen.reason_to_skip(name, module)
         outcome, after = SKIPPED, module
@@ -116,13 +116,13 @@ def convert(
         elif isinstance(module, _CONVOLUTION) and reason is None:
             after, reason = make(module, **options)
             outcome, new[module] = CONVERTED, after
-        rows.append(Row(name, _describe(module), outcome, reason or "", _count(module), _count(after)))
+        rows.append(LayerOutcome(name, _describe(module), outcome, reason or "", _count(module), _count(after)))
 
     refuse_shared(layer for after in new.values() for layer in after.modules())
     before = _Measures(model, input_size)
     _replace(model, new)
     after = _Measures(model, input_size)
-    return Report(
+    return ConversionReport(
         init=init,
         rows=tuple(rows),
         options={

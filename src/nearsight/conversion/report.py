@@ -14,7 +14,7 @@ CONVERTED, SKIPPED, ATTENTION = "converted", "skipped", "attention"
 
 
 @dataclass(frozen=True)
-class Row:
+class LayerOutcome:
     """One layer.
 
     name                its name in the model
@@ -33,7 +33,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Report:
+class ConversionReport:
     """What :func:`nearsight.convert` returns. ``print(report)``, or with rich ``rich.print(report)``, shows it as a table.
 
     init                ``"random"`` or ``"exact"``
@@ -47,7 +47,7 @@ class Report:
     """
 
     init: str
-    rows: tuple[Row, ...]
+    rows: tuple[LayerOutcome, ...]
     options: dict[str, Any]
     parameters_before: int
     parameters_after: int
@@ -112,7 +112,7 @@ class Report:
         return Group(table, *map(escape, self._summary()))
 
 
-def _cells(row: Row) -> tuple[str, ...]:
+def _cells(row: LayerOutcome) -> tuple[str, ...]:
     before, after = row.parameters_before, row.parameters_after
     parameters = f"{before:,}" if before == after else f"{before:,} -> {after:,}"
     return row.name, row.layer, row.outcome, parameters, row.note

@@ -15,7 +15,7 @@ from timm.data import ImageNetInfo, infer_imagenet_subset
 from timm.models import get_pretrained_cfg, load_state_dict, split_model_name_tag
 from torch import nn
 
-from ..conversion import Report, convert
+from ..conversion import ConversionReport, convert
 from ..errors import DataError, NearsightError, OptionError, TrainingError
 from ..files import make_folder, write_text
 from ..finite import why_not_finite
@@ -30,7 +30,7 @@ REPORT_FILE = "report.json"
 
 def convert_to_folder(
     model: str, output: Path, *, pretrained: bool = False, checkpoint: Path | None = None, **options: Any
-) -> Report:
+) -> ConversionReport:
     """Convert a network and leave ``model.safetensors``, which ``nearsight eval`` reads, and ``report.json`` in a folder.
 
     Args:

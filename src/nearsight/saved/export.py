@@ -30,7 +30,7 @@ AXES = ("batch", "height", "width")
 TOLERANCE = 1e-4  # of the largest output, or of one
 BATCH = 2  # of the example that is traced
 
-Run = Callable[[Tensor], Tensor]
+Program = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def _check_finite(model: nn.Module, blueprint: Blueprint, sides: tuple[int, int]
 
 
 def _made(
-    model: nn.Module, blueprint: Blueprint, form: Callable[..., tuple[bytes, Run]], sides: tuple[int, int] | None
+    model: nn.Module, blueprint: Blueprint, form: Callable[..., tuple[bytes, Program]], sides: tuple[int, int] | None
 ) -> tuple[bytes, Exported]:
     """The file's content, saved, loaded and tried, with as many sizes open as that works for.
 
@@ -161,14 +161,14 @@ def trace(model: nn.Module, example: Tensor, names: tuple[str, ...] = AXES) -> A
 # -------------------------------------------------------------------------------------------------------------- formats
 
 
-def _pt2(program: Any, blueprint: Blueprint) -> tuple[bytes, Run]:
+def _pt2(program: Any, blueprint: Blueprint) -> tuple[bytes, Program]:
     buffer = io.BytesIO()
     torch.export.save(program, buffer, extra_files={f"{KEY}.json": blueprint.to_json()})
     buffer.seek(0)
     return buffer.getvalue(), torch.export.load(buffer).module()
 
 
-def _onnx(program: Any, blueprint: Blueprint) -> tuple[bytes, Run]:
+def _onnx(program: Any, blueprint: Blueprint) -> tuple[bytes, Program]:
     content = to_onnx(program, {KEY: blueprint.to_json()}).SerializeToString()
     return content, onnx_session(content)
 
@@ -183,7 +183,7 @@ def to_onnx(program: Any, notes: dict[str, str]) -> Any:
     return proto
 
 
-def onnx_session(content: bytes) -> Run:
+def onnx_session(content: bytes) -> Program:
     """An ONNX model as a function of pictures, run by onnxruntime."""
     import onnxruntime
 
@@ -195,7 +195,7 @@ def onnx_session(content: bytes) -> Run:
 
 
 @torch.no_grad()
-def _difference(model: nn.Module, run: Run, shape: tuple[int, ...]) -> float:
+def _difference(model: nn.Module, run: Program, shape: tuple[int, ...]) -> float:
     pictures = torch.randn(shape, generator=torch.Generator().manual_seed(0), device="cpu")
     expected = model(pictures)
     return ((run(pictures) - expected).abs().max() / expected.abs().max().clamp(min=1)).item()

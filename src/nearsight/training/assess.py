@@ -16,7 +16,7 @@ from ..picture import opaque
 from ..saved.trained_on import TRAINED_FILE, read_trained
 from ..saved.view import View
 from ..saved.weights import Blueprint, load_model
-from .data import MAX_BROKEN, STORED, Pictures, Split, Whole, load_pictures, load_whole, loader
+from .data import FILE_KINDS, MAX_BROKEN, Pictures, Split, Whole, load_pictures, load_whole, loader
 from .evaluate import Evaluation, evaluate, joined
 from .matching import classes_in
 
@@ -135,7 +135,7 @@ def assess(
     classes = classes_in(blueprint, run, pictures, chosen, by_order=by_order)
     found, seen_before = [], []
     for part in chosen:
-        images = part.seen(blueprint.view, training=False, max_broken=max_broken)
+        images = part.dataset(blueprint.view, training=False, max_broken=max_broken)
         result = evaluate(model, loader(images, BATCH, part.workers), classes)
         found.append(result)
         seen_before.append(np.isin(images.digests(result.places).numpy(), [] if known is None else known))
@@ -160,7 +160,7 @@ def _chosen(data: str, root: str | None, split: str) -> tuple[Pictures | Whole, 
 
 def _usual_split(data: str, root: str | None, blueprint: Blueprint, known: np.ndarray | None) -> str:
     """Of pictures in files all, unless the run was trained on them: then those that it has not seen."""
-    if data.partition(":")[0] not in STORED:
+    if data.partition(":")[0] not in FILE_KINDS:
         return "test"
     if known is None:
         return "test" if data == blueprint.data else "all"
@@ -170,5 +170,5 @@ def _usual_split(data: str, root: str | None, blueprint: Blueprint, known: np.nd
 def _holds(split: Split, view: View, known: np.ndarray) -> bool:
     """Whether a run was trained on any of a split's pictures; of many, some all over it are looked at."""
     spread = torch.from_numpy(np.linspace(0, len(split) - 1, min(SPREAD, len(split))).round().astype(np.int64))
-    images = split.seen(view, training=False, max_broken=len(split))
+    images = split.dataset(view, training=False, max_broken=len(split))
     return bool(np.isin(images.digests(spread).numpy(), known).any())

@@ -21,7 +21,7 @@ from ..files import write_bytes, write_text
 from ..pages.csv_json import write_csv
 from ..saved.trained_on import write_trained
 from ..saved.weights import CHECKPOINT_FILE, read_checkpoint
-from .data import Seen, warn_of_broken
+from .data import PictureDataset, warn_of_broken
 
 METRICS_FILE = "metrics.csv"
 TIMING_FILE = "timing.csv"
@@ -72,7 +72,7 @@ class Journal(L.Callback):
 
     def _note_pictures(self, trainer: L.Trainer) -> None:
         """Before the first checkpoint, so that no weights are without it. Most were decoded in this epoch anyway."""
-        data: Seen = trainer.train_dataloader.dataset  # pyright: ignore[reportOptionalMemberAccess]
+        data: PictureDataset = trainer.train_dataloader.dataset  # pyright: ignore[reportOptionalMemberAccess]
         if trainer.world_size > 1:  # each process has decoded a share of them
             known = data.known.to(trainer.strategy.root_device)
             dist.all_reduce(known, dist.ReduceOp.MAX)

@@ -28,7 +28,7 @@ from ..errors import OptionError, TrainingError
 from ..files import make_folder, make_inner_folder, write_text
 from ..models import input_size
 from ..saved.weights import CHECKPOINT_FILE, Blueprint
-from .compare_report import Table, write_comparison
+from .compare_report import Comparison, write_comparison
 from .data import Pictures, check_trainable, load_pictures
 from .measures import MEASURES_FILE, Measures, measure, read_measures, read_rows
 from .recipe import OWN_SIZE, Recipe, read_recipe
@@ -89,7 +89,7 @@ def compare(
     *,
     target: float | None = None,
     download: bool = False,
-) -> Table:
+) -> Comparison:
     """Train every model with every seed, measure them, and write table, plots and page.
 
     Args:
@@ -137,7 +137,7 @@ def compare(
             run = output / "runs" / run_name(model, seed)
             found[model, seed] = _measured(run, model, replace(alone[model], seed=seed), pictures, lock)
         rows = {key: read_rows(output / "runs" / run_name(*key)) for key in runs}
-        table = Table.of(groups, found, rows, target)
+        table = Comparison.of(groups, found, rows, target)
         write_comparison(output, table, recipe, pictures)
     return table
 

@@ -25,7 +25,7 @@ from .data import Pictures
 from .intervals import Interval, paired, wilson
 from .measures import Measures
 from .recipe import Recipe
-from .report import Picture, is_drawn
+from .report import Drawing, is_drawn
 
 TABLE_FILE, RUNS_FILE, PAGE_FILE, PLOTS = "table.csv", "runs.csv", "compare.html", "plots"
 
@@ -45,7 +45,7 @@ class Spread(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Row:
+class ModelResult:
     """A model, over all seeds: means, of what :mod:`.measures` defines for a run.
 
     accuracy_low, accuracy_high: Wilson's interval of the mean, see :mod:`.intervals`. difference and its ends: of the
@@ -79,10 +79,10 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Table:
+class Comparison:
     """All rows, what they were made from, and the accuracy whose time was taken."""
 
-    rows: list[Row]
+    rows: list[ModelResult]
     measures: Mapping[Key, Measures]
     epochs: Mapping[Key, Epochs]
     target: float
@@ -94,7 +94,7 @@ class Table:
         measures: Mapping[Key, Measures],
         epochs: Mapping[Key, Epochs],
         target: float | None = None,
-    ) -> Table:
+    ) -> Comparison:
         """Put runs together; ``target`` None takes :func:`common_accuracy`."""
         target = common_accuracy(list(epochs.values())) if target is None else target
         first = next(model for models in groups.values() for model in models)
@@ -154,7 +154,7 @@ class Table:
         return [model for model, ahead in found.items() if ahead is None or ahead.spans_zero]
 
     @property
-    def best(self) -> Row:
+    def best(self) -> ModelResult:
         """The row with the highest mean, which luck alone may have put there."""
         return max(self.rows, key=lambda row: row.accuracy.mean)
 
@@ -177,9 +177,9 @@ def _row(
     times: Sequence[float | None],
     accuracy: Interval | None,
     ahead: Interval | None,
-) -> Row:
+) -> ModelResult:
     reached = [time for time in times if time is not None]
-    return Row(
+    return ModelResult(
         group=group,
         model=model,
         seeds=len(runs),
@@ -238,7 +238,7 @@ def _difference(measures: Mapping[Key, Measures], model: str, other: str, seed: 
 # --------------------------------------------------------------------------------------------------------- the output
 
 
-def write_comparison(output: Path, table: Table, recipe: Recipe, pictures: Pictures) -> None:
+def write_comparison(output: Path, table: Comparison, recipe: Recipe, pictures: Pictures) -> None:
     """Write and show the table, then the plots and the page; a line tells if these cannot be drawn."""
     write_text(output / TABLE_FILE, table.to_csv())
     write_text(output / RUNS_FILE, table.runs_to_csv())
@@ -248,17 +248,17 @@ def write_comparison(output: Path, table: Table, recipe: Recipe, pictures: Pictu
         print(f"page     {output / PAGE_FILE}")
 
 
-def _draw(output: Path, table: Table, recipe: Recipe, pictures: Pictures) -> None:
+def _draw(output: Path, table: Comparison, recipe: Recipe, pictures: Pictures) -> None:
     make_inner_folder(output / PLOTS)
     shown = []
     for name, (chart, caption) in charts(table).items():
         figure = draw_charts([chart], legend_below=True)
         write_plot(output / PLOTS / name, figure, chart.to_csv())
-        shown.append(Picture(drawings.to_svg(figure, _described(chart, caption)), caption, chart.to_csv()))
+        shown.append(Drawing(drawings.to_svg(figure, _described(chart, caption)), caption, chart.to_csv()))
     write_text(output / PAGE_FILE, _page(table, shown, recipe, pictures))
 
 
-def columns(table: Table) -> dict[str, Callable[[Row], str]]:
+def columns(table: Comparison) -> dict[str, Callable[[ModelResult], str]]:
     """Headings of the table for readers, and what stands under them."""
     return {
         "image": lambda row: f"{row.size}x{row.size}",
@@ -279,7 +279,7 @@ def columns(table: Table) -> dict[str, Callable[[Row], str]]:
     }
 
 
-def charts(table: Table) -> dict[str, tuple[Chart, str]]:
+def charts(table: Comparison) -> dict[str, tuple[Chart, str]]:
     """File name -> what is drawn, and the sentence under it. A panel per group of models."""
     several = table.rows[0].seeds > 1
     bars = "Bars: one standard deviation over the seeds." if several else "One seed: others would lie elsewhere."
@@ -302,7 +302,7 @@ def charts(table: Table) -> dict[str, tuple[Chart, str]]:
     }
 
 
-def _scatter(table: Table, x: str, of: Callable[[Row], float]) -> Chart:
+def _scatter(table: Comparison, x: str, of: Callable[[ModelResult], float]) -> Chart:
     panels: dict[str, list[Series]] = {}
     for row in table.rows:
         sd = None if row.accuracy.sd is None else [100 * row.accuracy.sd]
@@ -310,7 +310,7 @@ def _scatter(table: Table, x: str, of: Callable[[Row], float]) -> Chart:
     return Chart(x, "test accuracy, %", panels)
 
 
-def _curves(table: Table, what: str, y: str, unit: float) -> Chart:
+def _curves(table: Comparison, what: str, y: str, unit: float) -> Chart:
     panels: dict[str, list[Series]] = {}
     for row in table.rows:
         runs = table.of_model(row.model)
@@ -330,8 +330,8 @@ def _described(chart: Chart, caption: str) -> str:
     return f"{caption} {'; '.join(points)}."
 
 
-def _page(table: Table, pictures: Sequence[Picture], recipe: Recipe, data: Pictures) -> str:
-    groups: dict[str, list[Row]] = {}
+def _page(table: Comparison, pictures: Sequence[Drawing], recipe: Recipe, data: Pictures) -> str:
+    groups: dict[str, list[ModelResult]] = {}
     for row in table.rows:
         groups.setdefault(row.group, []).append(row)
     return render(
@@ -359,7 +359,7 @@ def _page(table: Table, pictures: Sequence[Picture], recipe: Recipe, data: Pictu
     )
 
 
-def _show(table: Table) -> None:
+def _show(table: Comparison) -> None:
     from rich import box
     from rich.console import Console
     from rich.markup import escape
@@ -380,7 +380,7 @@ def _show(table: Table) -> None:
     print(verdict(table))
 
 
-def verdict(table: Table) -> str:
+def verdict(table: Comparison) -> str:
     """Which model is ahead of all others, or that none is known to be."""
     best, undecided = table.best, table.undecided
     if len({row.model for row in table.rows}) == 1:

@@ -101,7 +101,7 @@ def measure(
     view = blueprint.view
     flops = count_flops(network, (view.channels, view.size, view.size))
     network.to(_device())
-    test = pictures.test.seen(view, training=False, max_broken=max_broken)
+    test = pictures.test.dataset(view, training=False, max_broken=max_broken)
     batches = loader(test, batch_size, pictures.test.workers)
     result = evaluate(network, batches, classes_in(blueprint, run, pictures, [pictures.test]))
     recipe = read_recipe(run / CONFIG_FILE)

@@ -37,7 +37,7 @@ SHOWN_MISTAKES = 5
 
 
 @dataclass(frozen=True)
-class Picture:
+class Drawing:
     """An SVG element, the sentence under it, and as CSV the numbers that it shows."""
 
     svg: str
@@ -110,7 +110,7 @@ def _interval(evaluation: Evaluation) -> tuple[float, float]:
     return interval.low, interval.high
 
 
-def _curve(rows: Sequence[Mapping[str, float]], *, mixed: bool) -> Picture:
+def _curve(rows: Sequence[Mapping[str, float]], *, mixed: bool) -> Drawing:
     first, last = rows[0], rows[-1]
     text = (
         f"Over {len(rows)} epochs the training loss goes from {first['train_loss']:.2f} to {last['train_loss']:.2f} and "
@@ -124,16 +124,16 @@ def _curve(rows: Sequence[Mapping[str, float]], *, mixed: bool) -> Picture:
         parts = (("training, mixed" if mixed else "training", "train"), ("validation", "val"))
         series = [Series(label, epochs, [unit * row[f"{part}_{what}"] for row in rows]) for label, part in parts]
         charts.append(Chart("epoch", name, {"": series}))
-    return Picture(drawings.to_svg(draw_charts(charts), f"Learning curve. {text}"), text, charts_to_csv(charts))
+    return Drawing(drawings.to_svg(draw_charts(charts), f"Learning curve. {text}"), text, charts_to_csv(charts))
 
 
-def _confusion(evaluation: Evaluation, classes: Sequence[str]) -> Picture:
+def _confusion(evaluation: Evaluation, classes: Sequence[str]) -> Drawing:
     wrong = evaluation.count - evaluation.correct
     text = f"{evaluation.correct} of {evaluation.count} test images are right, {wrong} wrong."
     figure = drawings.confusion_matrix(evaluation.confusion, classes)
     pairs = ((classes[true], classes[said], count) for (true, said), count in np.ndenumerate(evaluation.confusion))
     numbers = write_csv(("true class", "predicted", "images"), pairs)
-    return Picture(drawings.to_svg(figure, f"Confusion matrix of {len(classes)} classes. {text}"), text, numbers)
+    return Drawing(drawings.to_svg(figure, f"Confusion matrix of {len(classes)} classes. {text}"), text, numbers)
 
 
 def _mistakes(evaluation: Evaluation, classes: Sequence[str]) -> list[tuple[str, str, int]]:
@@ -145,7 +145,7 @@ def _mistakes(evaluation: Evaluation, classes: Sequence[str]) -> list[tuple[str,
     return [(classes[true], classes[guess], int(counts[true, guess])) for true, guess in pairs if counts[true, guess]]
 
 
-def _attention(model: nn.Module, blueprint: Blueprint, evaluation: Evaluation, test: Any) -> list[Picture]:
+def _attention(model: nn.Module, blueprint: Blueprint, evaluation: Evaluation, test: Any) -> list[Drawing]:
     """Memory blocks in a few test images, then head by head in the first; empty for a network without attention."""
     if not any(isinstance(module, AttentionLayer) for module in model.modules()):
         return []
@@ -165,10 +165,10 @@ def _attention(model: nn.Module, blueprint: Blueprint, evaluation: Evaluation, t
         text = f"Test image {index}: {verdict}. The query is the pixel in row {pixel[0] + 1}, column {pixel[1] + 1}."
         figure = drawings.memory_blocks(image, maps, pixel, place)
         numbers = drawings.blocks_to_csv(maps, pixel, place)
-        pictures.append(Picture(drawings.to_svg(figure, f"{text} {_where(maps, pixel, place)}"), text, numbers))
+        pictures.append(Drawing(drawings.to_svg(figure, f"{text} {_where(maps, pixel, place)}"), text, numbers))
     text = f"The same query in test image {chosen[0]}, head by head."
     figure = drawings.heads(shown[0], maps, pixels[0])
-    pictures.append(Picture(drawings.to_svg(figure, text), text, drawings.blocks_to_csv(maps, pixels[0])))
+    pictures.append(Drawing(drawings.to_svg(figure, text), text, drawings.blocks_to_csv(maps, pixels[0])))
     return pictures
 
 

@@ -23,7 +23,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from ..errors import DataError, TrainingError
 from ..saved.view import View
 from ..saved.weights import KEY, PREFIX, RECIPE, Blueprint
-from .data import IGNORED, Dealer, Pictures, RandomAffine, loader
+from .data import IGNORED, Pictures, RandomAffine, SplitSampler, loader
 from .data.decoded import seed_all
 from .data.pictures import Split, hashed
 from .optimizer import make_optimizer, make_schedule, state_apart
@@ -209,9 +209,9 @@ class Batches(L.LightningDataModule):
     def _loader(self, split: Split, batch_size: int, training: bool, step: int | None = None) -> DataLoader:
         assert self.trainer is not None
         seed, rank, world = self.recipe.seed, self.trainer.global_rank, self.trainer.world_size
-        data = split.seen(self.view, training, seed, self.recipe.max_broken)
+        data = split.dataset(self.view, training, seed, self.recipe.max_broken)
         workers = split.workers if self.recipe.workers is None else self.recipe.workers
-        dealer = Dealer(split, rank, world, step=step, seed=seed)
+        sampler = SplitSampler(split, rank, world, step=step, seed=seed)
         # Lightning tells the epoch only after a resumed run's workers have begun to load.
-        dealer.set_epoch(self.trainer.fit_loop.epoch_progress.total.processed)  # pyright: ignore[reportAttributeAccessIssue]
-        return loader(data, batch_size, workers, dealer)
+        sampler.set_epoch(self.trainer.fit_loop.epoch_progress.total.processed)  # pyright: ignore[reportAttributeAccessIssue]
+        return loader(data, batch_size, workers, sampler)

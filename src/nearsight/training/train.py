@@ -39,7 +39,7 @@ from ..saved.weights import (
 from .announce import announcement, conclusion
 from .batchnorm import synced_batch_norms
 from .callbacks import Forecast, Journal, StopTogether, WholeFiles
-from .data import STORED, Pictures, augmented, check_trainable, load_pictures, loader, told
+from .data import FILE_KINDS, Pictures, augmented, check_trainable, load_pictures, loader, told
 from .data.pictures import last_words
 from .evaluate import Evaluation, evaluate
 from .matching import check_same_classes
@@ -53,7 +53,7 @@ MOVABLE = ("data_root", "devices", "nodes", "strategy", "workers", "max_broken",
 
 
 @dataclass(frozen=True)
-class Run:
+class TrainedRun:
     """A finished run."""
 
     recipe: Recipe
@@ -66,7 +66,7 @@ class Interrupted(TrainingError):
     """The user stopped the run; the message says how to go on."""
 
 
-def train(recipe: Recipe, output: Path | None = None, *, download: bool = False) -> Run:
+def train(recipe: Recipe, output: Path | None = None, *, download: bool = False) -> TrainedRun:
     """Train as the recipe says; leave config, checkpoint, weights, metrics, timing and report in a folder.
 
     Every file is written whole or not at all. The same recipe gives the same metrics on the same CPU.
@@ -91,7 +91,7 @@ def train(recipe: Recipe, output: Path | None = None, *, download: bool = False)
     return _run(recipe.settled(), output, download=download)
 
 
-def resume(output: Path, given: Mapping[str, Any] | None = None) -> Run:
+def resume(output: Path, given: Mapping[str, Any] | None = None) -> TrainedRun:
     """Go on from the last checkpoint of a run that was stopped, to the end that it would have had.
 
     Args:
@@ -111,7 +111,7 @@ def resume(output: Path, given: Mapping[str, Any] | None = None) -> Run:
     stored = read_checkpoint(checkpoint)
     begun = read_blueprint(stored, checkpoint)
     kept = noted if noted.size is not None else replace(noted, size=begun.view.size)  # older configs do not name it
-    if "augment" not in stored.get(RECIPE, {}) and kept.data.partition(":")[0] in STORED:
+    if "augment" not in stored.get(RECIPE, {}) and kept.data.partition(":")[0] in FILE_KINDS:
         kept = replace(kept, augment="full")  # as all did before there was a choice
     given = _asked(given, kept)
     asked = replace(kept, **given)  # by the same rules, whether a number or a word was typed
@@ -171,7 +171,7 @@ def _run(
     *,
     begun: Blueprint | None = None,
     download: bool = False,
-) -> Run:
+) -> TrainedRun:
     pictures = load_pictures(recipe.data, recipe.data_root, download)
     pictures = augmented(pictures, recipe.augment, recipe.mirror, recipe.crop)
     check_trainable(pictures)
@@ -209,7 +209,7 @@ def _run(
     seconds = time.perf_counter() - start
 
     best = task.best.to(trainer.strategy.root_device)  # Lightning has moved it to the CPU
-    test = pictures.test.seen(view, training=False, max_broken=recipe.max_broken)
+    test = pictures.test.dataset(view, training=False, max_broken=recipe.max_broken)
     evaluation = evaluate(best, loader(test, recipe.batch_size, pictures.test.workers))
     if _is_main_process():
         save_model(output / WEIGHTS_FILE, best, blueprint)
@@ -220,7 +220,7 @@ def _run(
             is_drawn(report, lambda: write_report(report, *facts))
         print(f"report   {report}", flush=True)
         print(told_overlap(output, test.digests(evaluation.places).numpy()), end="", flush=True)
-    return Run(recipe, output, best, evaluation)
+    return TrainedRun(recipe, output, best, evaluation)
 
 
 def _began(file: Path) -> str:

@@ -30,23 +30,23 @@ from ...errors import OptionError
 from ...saved.view import View
 from .arrays import SOURCES, ArraySplit, RandomAffine
 from .augment import augmented, told
-from .decoded import StoredSplit, Whole, load_folder, warn_of_broken, whole
+from .decoded import DecodedSplit, Whole, load_folder, warn_of_broken, whole
 from .hub import load_hub
-from .pictures import IGNORED, MAX_BROKEN, Dealer, Pictures, Seen, Split, check_trainable, loader
+from .pictures import IGNORED, MAX_BROKEN, PictureDataset, Pictures, Split, SplitSampler, check_trainable, loader
 from .shards import load_shards
 
 __all__ = [
+    "FILE_KINDS",
     "IGNORED",
     "MAX_BROKEN",
     "SOURCES",
-    "STORED",
     "ArraySplit",
-    "Dealer",
+    "DecodedSplit",
+    "PictureDataset",
     "Pictures",
     "RandomAffine",
-    "Seen",
     "Split",
-    "StoredSplit",
+    "SplitSampler",
     "Whole",
     "augmented",
     "check_trainable",
@@ -58,7 +58,7 @@ __all__ = [
     "warn_of_broken",
 ]
 
-STORED = {"folder": load_folder, "hf": load_hub, "wds": load_shards}
+FILE_KINDS = {"folder": load_folder, "hf": load_hub, "wds": load_shards}
 
 
 def load_pictures(name: str, root: str | None = None, download: bool = False) -> Pictures:
@@ -77,8 +77,8 @@ def load_pictures(name: str, root: str | None = None, download: bool = False) ->
         360
     """
     kind, colon, _ = name.partition(":")
-    if colon and kind in STORED:
-        return STORED[kind](name)
+    if colon and kind in FILE_KINDS:
+        return FILE_KINDS[kind](name)
     if name not in SOURCES:
         raise OptionError(
             f"data must be one of {', '.join(SOURCES)}, folder:PATH, hf:NAME or wds:PATH; received {name!r}"
@@ -94,8 +94,8 @@ def load_whole(name: str, root: str | None = None) -> Whole:
         1797
     """
     kind, colon, _ = name.partition(":")
-    if colon and kind in STORED:
-        return STORED[kind](name, whole)
+    if colon and kind in FILE_KINDS:
+        return FILE_KINDS[kind](name, whole)
     pictures = load_pictures(name, root)
     return Whole(name, pictures.classes, (pictures.train, pictures.validation, pictures.test))
 
@@ -117,6 +117,6 @@ def numbered_picture(name: str, view: View, root: str | None = None) -> tuple[Te
     pictures = load_pictures(data, root)
     if int(number) >= len(pictures.test):
         raise OptionError(f"{data} has {len(pictures.test)} test images, counted from 0; received {name}")
-    image, label = pictures.test.seen(view, training=False, max_broken=0)[int(number)]
+    image, label = pictures.test.dataset(view, training=False, max_broken=0)[int(number)]
     mean, std = (image.new_tensor(values).view(-1, 1, 1) for values in (view.mean, view.std))
     return image, (image * std + mean).clamp(0, 1), pictures.classes[int(label)]

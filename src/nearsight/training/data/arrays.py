@@ -20,7 +20,17 @@ from torch import Tensor, nn
 from ...errors import DataError
 from ...files import open_regular
 from ...saved.view import View
-from .pictures import IGNORED, MAX_BROKEN, TEST_SHARE, VALIDATION_SHARE, Changes, Pictures, Seen, digest, stratified
+from .pictures import (
+    IGNORED,
+    MAX_BROKEN,
+    TEST_SHARE,
+    VALIDATION_SHARE,
+    Changes,
+    PictureDataset,
+    Pictures,
+    digest,
+    stratified,
+)
 
 DIGITS = tuple(str(digit) for digit in range(10))
 TURN_SEED = 0  # of rotated data: whatever the seed of the run, the pictures are the same
@@ -45,11 +55,11 @@ class ArraySplit:
     def median_side(self) -> float:
         return min(self.images.shape[-2:])
 
-    def seen(self, view: View, training: bool, seed: int = 0, max_broken: int = MAX_BROKEN) -> Seen:
-        return _SeenArrays(self.images, self.labels, view)
+    def dataset(self, view: View, training: bool, seed: int = 0, max_broken: int = MAX_BROKEN) -> PictureDataset:
+        return _ArrayDataset(self.images, self.labels, view)
 
 
-class _SeenArrays(Seen):
+class _ArrayDataset(PictureDataset):
     """A batch at a time: for small pictures the loop over single ones would cost more than the network."""
 
     def __init__(self, images: Tensor, labels: Tensor, view: View) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from .arrays import RandomAffine
-from .decoded import StoredSplit
+from .decoded import DecodedSplit
 from .pictures import AUGMENTS, Pictures
 
 
@@ -25,7 +25,7 @@ def augmented(pictures: Pictures, augment: str | None, mirror: bool | None, crop
         'crops to 80 to 100 % of the area, mirrors half'
     """
     train: Any = pictures.train
-    if isinstance(train, StoredSplit):
+    if isinstance(train, DecodedSplit):
         changes = train.changes if augment is None else AUGMENTS[augment]
         return replace(pictures, train=replace(train, changes=changes.but(mirror, crop)))
     if (augment, mirror, crop) == (None, None, None):
@@ -41,5 +41,5 @@ def augmented(pictures: Pictures, augment: str | None, mirror: bool | None, crop
 
 def told(pictures: Pictures) -> str:
     """In a few words, what training does to the pictures."""
-    changes: Any = pictures.train.changes if isinstance(pictures.train, StoredSplit) else pictures.augment
+    changes: Any = pictures.train.changes if isinstance(pictures.train, DecodedSplit) else pictures.augment
     return AUGMENTS["none"].told() if isinstance(changes, nn.Identity) else changes.told()

@@ -28,8 +28,8 @@ from .pictures import (
     TEST_SHARE,
     VALIDATION_SHARE,
     Changes,
+    PictureDataset,
     Pictures,
-    Seen,
     Split,
     digest,
     hashed,
@@ -43,7 +43,7 @@ WINDOW = 16384  # images of neighbouring blocks that are shuffled among each oth
 WORTH_WORKERS = 512  # images to decode, from which on processes of their own are worth starting
 
 
-class Album(Protocol):
+class ImageStore(Protocol):
     """Labelled pictures that are fetched one by one.
 
     Attributes:
@@ -75,20 +75,20 @@ class Whole(NamedTuple):
 
 
 Gather = Callable[
-    [str, tuple[str, ...], Mapping[str, Album]], Any
+    [str, tuple[str, ...], Mapping[str, ImageStore]], Any
 ]  # name, classes and parts: what becomes of a data set
 
 
-def whole(name: str, classes: tuple[str, ...], albums: Mapping[str, Album]) -> Whole:
+def whole(name: str, classes: tuple[str, ...], stores: Mapping[str, ImageStore]) -> Whole:
     """All pictures of a data set: a few new ones can be measured, though they are too few to be split."""
     return Whole(
         name,
         tuple(map(readable, classes)),
-        tuple(StoredSplit(album, np.arange(len(album.labels))) for album in albums.values()),
+        tuple(DecodedSplit(store, np.arange(len(store.labels))) for store in stores.values()),
     )
 
 
-def divided(name: str, classes: tuple[str, ...], albums: Mapping[str, Album]) -> Pictures:
+def divided(name: str, classes: tuple[str, ...], stores: Mapping[str, ImageStore]) -> Pictures:
     """A data set from its parts ``train`` and, where there are, ``val`` and ``test``.
 
     A lone val or test is taken as the test set, as is usual for ImageNet; what is missing is split off train, every class
@@ -96,7 +96,7 @@ def divided(name: str, classes: tuple[str, ...], albums: Mapping[str, Album]) ->
     """
     from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-    splits = {part: StoredSplit(album, np.arange(len(album.labels))) for part, album in albums.items()}
+    splits = {part: DecodedSplit(store, np.arange(len(store.labels))) for part, store in stores.items()}
     train = splits.pop("train")
     if not splits:
         _check_divisible(name, classes, train)
@@ -121,7 +121,7 @@ def divided(name: str, classes: tuple[str, ...], albums: Mapping[str, Album]) ->
     )
 
 
-def _check_divisible(name: str, classes: tuple[str, ...], train: StoredSplit) -> None:
+def _check_divisible(name: str, classes: tuple[str, ...], train: DecodedSplit) -> None:
     """That each class can be in both parts of what is divided."""
     (alone,) = (np.bincount(train.labels) == 1).nonzero()
     if len(alone):
@@ -132,10 +132,10 @@ def _check_divisible(name: str, classes: tuple[str, ...], train: StoredSplit) ->
 
 
 @dataclass(frozen=True)
-class StoredSplit:
-    """Some of the pictures of an album."""
+class DecodedSplit:
+    """Some of the pictures of a store."""
 
-    album: Album
+    store: ImageStore
     chosen: np.ndarray
     changes: Changes = AUGMENTS["light"]
     workers: int = min(8, os.cpu_count() or 1)
@@ -145,18 +145,18 @@ class StoredSplit:
 
     @property
     def labels(self) -> np.ndarray:
-        return self.album.labels[self.chosen]
+        return self.store.labels[self.chosen]
 
-    def divide(self, share: float) -> tuple[StoredSplit, StoredSplit]:
+    def divide(self, share: float) -> tuple[DecodedSplit, DecodedSplit]:
         larger, smaller = stratified(self.labels, share)
         return replace(self, chosen=self.chosen[larger]), replace(self, chosen=self.chosen[smaller])
 
     def order(self, generator: torch.Generator) -> Tensor:
         order = torch.randperm(len(self), generator=generator, device=generator.device)
-        if self.album.blocks is None:
+        if self.store.blocks is None:
             return order
         # Block by block, so that each is read about once, at random within a window of some of them.
-        blocks = torch.from_numpy(self.album.blocks[self.chosen])
+        blocks = torch.from_numpy(self.store.blocks[self.chosen])
         rank = torch.randperm(int(blocks.max()) + 1, generator=generator, device=generator.device)
         order = order[rank[blocks[order]].argsort(stable=True)]
         windows = order.split(WINDOW)
@@ -173,15 +173,15 @@ class StoredSplit:
     def _shorter_side(self, index: int) -> int | None:
         """None for a picture that cannot be read: training will name it."""
         try:
-            return shorter_side(self.album.fetch(index))
+            return shorter_side(self.store.fetch(index))
         except (OSError, DataError):
             return None
 
-    def seen(self, view: View, training: bool, seed: int = 0, max_broken: int = MAX_BROKEN) -> Seen:
-        return SeenPictures(self, view, training, seed, max_broken)
+    def dataset(self, view: View, training: bool, seed: int = 0, max_broken: int = MAX_BROKEN) -> PictureDataset:
+        return DecodingDataset(self, view, training, seed, max_broken)
 
 
-class SeenPictures(Seen):
+class DecodingDataset(PictureDataset):
     """The pictures of a split, decoded and, in training, changed at random as the split says.
 
     One that cannot be read is skipped: in training the next one takes its place, otherwise it does not count. More than
@@ -189,7 +189,7 @@ class SeenPictures(Seen):
     those that were read.
     """
 
-    def __init__(self, split: StoredSplit, view: View, training: bool, seed: int, max_broken: int) -> None:
+    def __init__(self, split: DecodedSplit, view: View, training: bool, seed: int, max_broken: int) -> None:
         self.split, self.view, self.training, self.seed, self.max_broken = split, view, training, seed, max_broken
         self.unreadable = torch.zeros(len(split), dtype=torch.bool, device="cpu").share_memory_()
         self.read = torch.zeros(len(split), dtype=torch.int64, device="cpu").share_memory_()
@@ -206,7 +206,7 @@ class SeenPictures(Seen):
                 index = (draw + place) % len(self)
                 image = self._open(index)
                 if image is not None:
-                    return self.transform(image), int(self.split.album.labels[self.split.chosen[index]])
+                    return self.transform(image), int(self.split.store.labels[self.split.chosen[index]])
         if self.training:
             raise DataError(f"none of the {len(self)} training images can be read; the first is {self.name(0)}")
         return torch.zeros(
@@ -214,7 +214,7 @@ class SeenPictures(Seen):
         ), IGNORED
 
     def name(self, index: int) -> str:
-        return readable(self.split.album.name(int(self.split.chosen[index])))
+        return readable(self.split.store.name(int(self.split.chosen[index])))
 
     def broken(self) -> list[str]:
         """The names of the pictures that could not be read so far."""
@@ -237,7 +237,7 @@ class SeenPictures(Seen):
         if self.unreadable[index]:
             return None
         try:
-            source = self.split.album.fetch(int(self.split.chosen[index]))
+            source = self.split.store.fetch(int(self.split.chosen[index]))
             image = open_picture(source, self.view.channels, self.view.background)
             if not self.read[index]:
                 self.read[index] = digest(image)
@@ -281,7 +281,7 @@ def _transform(view: View, changes: Changes) -> Callable[[Any], Tensor]:
 class _Opened(Dataset):
     """Nothing but the decoding of pictures, which leaves their digests behind."""
 
-    def __init__(self, pictures: SeenPictures) -> None:
+    def __init__(self, pictures: DecodingDataset) -> None:
         self.pictures = pictures
 
     def __getitem__(self, index: int) -> None:
@@ -291,7 +291,7 @@ class _Opened(Dataset):
 def warn_of_broken(data: Any, known: set[str] | None = None) -> None:
     """Tell on standard error which pictures were skipped, but for those that are ``known``; these are added to it."""
     known = set() if known is None else known
-    found = [name for name in data.broken() if name not in known] if isinstance(data, SeenPictures) else []
+    found = [name for name in data.broken() if name not in known] if isinstance(data, DecodingDataset) else []
     if found:
         print(f"skipped {len(found)} images that cannot be read: {', '.join(found)}", file=sys.stderr, flush=True)
     known.update(found)
@@ -308,7 +308,7 @@ def seed_all(*numbers: int) -> None:
 # ------------------------------------------------------------------------------------------------- folder:PATH
 
 
-class Files:
+class ImageFiles:
     """Pictures in files."""
 
     blocks = None
@@ -337,7 +337,7 @@ def load_folder(name: str, gather: Gather = divided) -> Any:
     if not parts:
         _check_not_splits(path, folders)
         found = class_folders(path)
-        return gather(name, tuple(found.classes), {"train": Files(found.samples)})
+        return gather(name, tuple(found.classes), {"train": ImageFiles(found.samples)})
     beside = [folder for folder in folders if folder not in parts.values()]
     _check_not_classes(path, parts, beside)
     found = {part: class_folders(path / folder) for part, folder in parts.items()}
@@ -351,7 +351,7 @@ def load_folder(name: str, gather: Gather = divided) -> Any:
             )
     tell_unread(beside, parts.values(), str(path))
     refuse_shared(found)
-    return gather(name, tuple(classes), {part: Files(one.samples) for part, one in found.items()})
+    return gather(name, tuple(classes), {part: ImageFiles(one.samples) for part, one in found.items()})
 
 
 def _check_not_classes(path: Path, parts: Mapping[str, str], beside: Sequence[str]) -> None:

@@ -17,7 +17,7 @@ from .folders import ending, tell_left_out
 from .splits import parts_among, tell_unread
 
 
-class Rows:
+class HubImages:
     """Pictures in the rows of a table of ``datasets``."""
 
     blocks = None
@@ -80,9 +80,9 @@ def load_hub(name: str, gather: Gather = divided) -> Any:
             )
     if folder.is_dir():
         tables = _only_pictures(tables, image, folder)
-    albums = {part: Rows(tables[split], image, label, split) for part, split in parts.items()}
-    classes = _classes(source, {part: features[split][label] for part, split in parts.items()}, albums)
-    return gather(name, classes, albums)
+    stores = {part: HubImages(tables[split], image, label, split) for part, split in parts.items()}
+    classes = _classes(source, {part: features[split][label] for part, split in parts.items()}, stores)
+    return gather(name, classes, stores)
 
 
 def _only_pictures(tables: Mapping[str, Any], image: str, folder: Path) -> dict[str, Any]:
@@ -123,43 +123,43 @@ def _columns(source: str, features: Any) -> tuple[str, str]:
     return images[0], label[0]
 
 
-def _classes(source: str, features: Mapping[str, Any], albums: Mapping[str, Rows]) -> tuple[str, ...]:
+def _classes(source: str, features: Mapping[str, Any], stores: Mapping[str, HubImages]) -> tuple[str, ...]:
     """The names of the classes, with the labels of every split numbered as train's names are.
 
     Each split may have an order of its own. Whole numbers without names are the names.
     """
     named = {part: getattr(feature, "names", None) for part, feature in features.items()}
-    without = [albums[part].part for part, names in named.items() if names is None]
+    without = [stores[part].part for part, names in named.items() if names is None]
     if without and len(without) < len(named):
         raise DataError(
             f"all splits of {source} must name their classes or none; {', '.join(without)} does not: cast its labels to "
             "the ClassLabel of the others"
         )
     if without:
-        numbers = sorted({int(label) for album in albums.values() for label in np.unique(album.labels)})
-        names_of = {part: {number: str(number) for number in numbers if number >= 0} for part in albums}
+        numbers = sorted({int(label) for store in stores.values() for label in np.unique(store.labels)})
+        names_of = {part: {number: str(number) for number in numbers if number >= 0} for part in stores}
         classes = tuple(map(str, numbers))
     else:
         names_of = {part: dict(enumerate(names or ())) for part, names in named.items()}
         classes = tuple(names_of["train"].values())
     places = {name: place for place, name in enumerate(classes)}
-    for part, album in albums.items():
-        album.labels = _renumbered(source, album, names_of[part], places)
+    for part, store in stores.items():
+        store.labels = _renumbered(source, store, names_of[part], places)
     return classes
 
 
-def _renumbered(source: str, album: Rows, names: Mapping[int, str], places: Mapping[str, int]) -> np.ndarray:
-    numbers, inverse = np.unique(album.labels, return_inverse=True)
+def _renumbered(source: str, store: HubImages, names: Mapping[int, str], places: Mapping[str, int]) -> np.ndarray:
+    numbers, inverse = np.unique(store.labels, return_inverse=True)
     for number in numbers.tolist():
-        row = int((album.labels == number).argmax())
+        row = int((store.labels == number).argmax())
         if number not in names:
             raise DataError(
                 f"the labels of {source} must be 0 to {len(places) - 1}, or whole numbers from 0 where they have no names; "
-                f"received {number} in {album.name(row)}: is {album.part} a split without labels?"
+                f"received {number} in {store.name(row)}: is {store.part} a split without labels?"
             )
         if names[number] not in places:
             raise DataError(
-                f"all splits of {source} must have the classes of train; {album.name(row)} is of the class "
+                f"all splits of {source} must have the classes of train; {store.name(row)} is of the class "
                 f"{names[number]}, and train has {', '.join(places)}"
             )
     return np.array([places[names[number]] for number in numbers.tolist()], dtype=np.int64)[inverse]

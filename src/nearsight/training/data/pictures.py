@@ -62,7 +62,7 @@ AUGMENTS = {
 }
 
 
-class Seen(Dataset[tuple[Tensor, Tensor]]):
+class PictureDataset(Dataset[tuple[Tensor, Tensor]]):
     """The pictures of a split as a model with a certain view wants them."""
 
     @property
@@ -108,7 +108,7 @@ class Split(Protocol):
         """Of the pictures' shorter sides, in pixels; None where none can be read."""
         ...
 
-    def seen(self, view: View, training: bool, seed: int = 0, max_broken: int = MAX_BROKEN) -> Seen:
+    def dataset(self, view: View, training: bool, seed: int = 0, max_broken: int = MAX_BROKEN) -> PictureDataset:
         """The pictures as a model with that view wants them: pairs of float32 (C, H, W) and label.
 
         Item ``epoch * len(split) + index`` is the picture at ``index`` as it is drawn in that epoch. Its random changes in
@@ -158,8 +158,8 @@ class Pictures:
         return self.train.median_side()
 
 
-class Dealer(Sampler[int]):
-    """Deals one order of a split out among processes: image i goes to process i modulo their number.
+class SplitSampler(Sampler[int]):
+    """Shares one order of a split among processes: image i goes to process i modulo their number.
 
     In training the order is shuffled by ``(seed, epoch)`` and cut to whole steps, so that any number of processes take the
     same steps over the same images. Otherwise all images come in order, with padding (-1) so that all processes get as many.
@@ -184,11 +184,11 @@ class Dealer(Sampler[int]):
         total = len(self) * self.world
         if self.step is None:
             count = len(self.split)
-            draws = [*range(count), *[-1] * (total - count)]
+            items = [*range(count), *[-1] * (total - count)]
         else:
             generator = torch.Generator().manual_seed(hashed(self.seed, self.epoch))
-            draws = (self.epoch * len(self.split) + self.split.order(generator)[:total]).tolist()
-        return iter(draws[self.rank :: self.world])
+            items = (self.epoch * len(self.split) + self.split.order(generator)[:total]).tolist()
+        return iter(items[self.rank :: self.world])
 
 
 def hashed(*numbers: int) -> int:

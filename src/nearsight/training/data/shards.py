@@ -82,11 +82,11 @@ def load_shards(name: str, gather: Gather = divided) -> Any:
     names, classes = _classes(shards, labels, Path(pattern).expanduser())
     index["label"] = classes[index["label"]]
     part_of_shard = np.array([PARTS[word] for word in spelled])
-    albums = {}
+    stores = {}
     for part in dict.fromkeys(part_of_shard.tolist()):
         chosen = part_of_shard[index["shard"]] == part
-        albums[part] = Shards(files, {column: values[chosen] for column, values in index.items()})
-    return gather(name, names, albums)
+        stores[part] = Shards(files, {column: values[chosen] for column, values in index.items()})
+    return gather(name, names, stores)
 
 
 def _shards(pattern: str) -> list[Path]:
