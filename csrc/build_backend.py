@@ -36,7 +36,7 @@ __all__ = [
     "get_requires_for_build_wheel",
 ]
 
-RECORD = "no-kernel.txt"  # src/nearsight/attention/native.py reads it
+RECORD = "no-kernel.txt"  # src/nearsight/attention/native/library.py reads it
 LOG_LINES = 200
 Settings = dict[str, "list[str] | str"]
 

@@ -51,6 +51,7 @@ ROOMS = [
     ("__main__", "start"),
 ]
 SHARED_WITHIN = (
+    "attention.native",
     "layers",
     "models",
     "inspect",

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from nearsight.attention import native
+from nearsight.attention.native import library as lib
 
 ROOT = Path(__file__).parents[1]
 PROBLEMS = "200"
@@ -54,7 +55,7 @@ def build_for_arm64(compiler: str, folder: Path) -> Path:
 
 def build_here(folder: Path) -> Path:
     """The same driver with the library that is installed."""
-    library = Path(native._loaded()._name)
+    library = Path(lib.loaded()._name)
     driver, program = ROOT / "tests" / "native_driver.cpp", folder / "driver-here"
     run_path = f"-Wl,-rpath,{library.parent}"
     subprocess.run(["g++", *FLAGS, "-fopenmp", driver, library, run_path, "-o", program], check=True)

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 
 from nearsight.attention import native
+from nearsight.attention.native import library as lib
 
 ROOT = Path(__file__).parents[1]
 CSRC = ROOT / "csrc"
@@ -210,13 +211,13 @@ class Installed(SimpleNamespace):
     [("the compiler said: no\n\nlog", "the compiler said: no"), (None, "no failed build is on record")],
 )
 def test_the_reason_is_shown(kept, expected, monkeypatch):
-    monkeypatch.setattr(native.metadata, "distribution", lambda name: Installed(kept=kept))
-    monkeypatch.setattr(native, "SUFFIX", ".absent")
-    native._library.cache_clear()
+    monkeypatch.setattr(lib.metadata, "distribution", lambda name: Installed(kept=kept))
+    monkeypatch.setattr(lib, "SUFFIX", ".absent")
+    lib.find.cache_clear()
     try:
         reason = native.unavailable()
     finally:
-        native._library.cache_clear()
+        lib.find.cache_clear()
     assert reason is not None
     assert expected in reason
     assert "pip install --no-cache-dir --force-reinstall" in reason

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import nearsight as ns
 from nearsight.attention import native
+from nearsight.attention.native import library as lib
 from nearsight.flops import count_flops
 from nearsight.inspect.rollout import attention_rollout
 from nearsight.inspect.statistics import attention_statistics
@@ -79,7 +80,7 @@ def test_what_the_kernel_writes_is_as_large_as_it_thinks(name):
     """Bytes, not only numbers: the scalars of the interface are float32."""
     maps = [torch.randn(1, 2, 5, 7, 4) for _ in range(3)]
     bias, relative = torch.randn(2, 3, 3), [torch.randn(2, 3, 4) for _ in range(2)]
-    geometry = ([3, 3], [1, 1], [1, 1], [0, 0], [1, 1], [0, 0], 0.5, native.AUTO)
+    geometry = ([3, 3], [1, 1], [1, 1], [0, 0], [1, 1], [0, 0], 0.5, lib.AUTO)
     with default(name):
         out, lse = torch.ops.nearsight.attend(*maps, bias, relative, *geometry)
         wanted = [True] * 5

@@ -15,13 +15,13 @@ from zipfile import ZipFile
 import pytest
 import torch
 
-from nearsight.attention.native import SUFFIX
+from nearsight.attention.native.library import SUFFIX
 
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[1]
 PARTS = ("CMakeLists.txt", "LICENSE", "README.md", "csrc", "pyproject.toml", "src")
-LIBRARY = f"nearsight/attention/libnearsight{SUFFIX}"
+LIBRARY = f"nearsight/attention/native/libnearsight{SUFFIX}"
 NO_COMPILER = {"CXX": "/bin/false"}
 BAD_FLAG = {"CXXFLAGS": "-fno-such-flag"}
 # Prints where the package is from, why there is no native kernel, and what the default computes for equal values.

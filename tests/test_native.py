@@ -31,9 +31,9 @@ from torch.profiler import profile
 from torch.utils.data import DataLoader
 
 import nearsight as ns
-from nearsight import attention
 from nearsight.attention import native
 from nearsight.attention.backend import choose
+from nearsight.attention.native import library as lib
 from nearsight.attention.problem import describe
 from nearsight.errors import BackendError, DtypeError, OptionError, ShapeError
 from nearsight.window import BORDERS
@@ -366,7 +366,7 @@ def test_fork_after_use():
 @pytest.mark.filterwarnings("ignore:This process")  # that forks with threads may hang, which is the point
 def test_a_library_that_is_loaded_after_the_fork(tmp_path):
     """PyTorch alone had used its threads: a copy of the library, which no fork has seen, stands for one not loaded."""
-    shutil.copy(native._loaded()._name, tmp_path)
+    shutil.copy(lib.loaded()._name, tmp_path)
     maps, window = [torch.randn(2, 2, 17, 19, 8) for _ in range(3)], ns.Window(5)
     expected = local(*maps, window)
     with threads(2):
@@ -418,7 +418,7 @@ print(*sorted(file for file in files if re.search(r"/lib[a-z]*omp[0-9]*[-.]", fi
 """
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
     assert len(found) == 1, found
-    assert native._loaded().nearsight_has_openmp()
+    assert lib.loaded().nearsight_has_openmp()
 
 
 # ------------------------------------------------------------------------------------------------------------ operators
@@ -433,7 +433,7 @@ def sample(dtype=torch.float32, bias=True, relative=True, value_dim=6, grad=True
         tables[0].requires_grad_(grad) if bias else None,
         [r.requires_grad_(grad) for r in tables[1]][: 2 * relative],
     ]
-    return (*maps, *tables, [3, 3], [1, 1], [1, 1], [0, 1], [1, 1], [0, 0], 0.5, native.AUTO)
+    return (*maps, *tables, [3, 3], [1, 1], [1, 1], [0, 1], [1, 1], [0, 0], 0.5, lib.AUTO)
 
 
 SAMPLES = {
@@ -833,7 +833,7 @@ def test_environment_is_read_strictly(value, monkeypatch):
 
 @needs_library
 def test_an_instruction_set_of_another_machine(monkeypatch):
-    monkeypatch.setenv("NEARSIGHT_ISA", next(isa for isa in native.ISAS[1:] if isa not in ISAS))
+    monkeypatch.setenv("NEARSIGHT_ISA", next(isa for isa in lib.ISAS[1:] if isa not in ISAS))
     with pytest.raises(BackendError, match=f"NEARSIGHT_ISA must be auto.*{ISAS[-1]} on this machine; received"):
         native.unavailable()
 
@@ -858,34 +858,35 @@ int nearsight_has_openmp(void) {{ return 0; }}
 @contextmanager
 def installed_in(folder: Path):
     """As if the package lay in `folder`."""
-    before = attention.__path__[:]
-    attention.__path__[:] = [str(folder)]
-    native._library.cache_clear()
+    before = native.__path__[:]
+    native.__path__[:] = [str(folder)]
+    lib.find.cache_clear()
     try:
         yield
     finally:
-        attention.__path__[:] = before
-        native._library.cache_clear()
+        native.__path__[:] = before
+        lib.find.cache_clear()
 
 
 def compiled(folder: Path, source: str) -> Path:
     compiler = shutil.which("g++")
     assert compiler, "this test needs g++"
-    code, library = folder / "stub.cpp", folder / f"libnearsight{native.SUFFIX}"
+    code, library = folder / "stub.cpp", folder / f"libnearsight{lib.SUFFIX}"
     code.write_text(source)
     subprocess.run([compiler, "-shared", "-fPIC", "-o", library, code], check=True)
     return library
 
 
 @pytest.mark.parametrize(
-    ("version", "check"), [(native.ABI_VERSION + 1, 0), (native.ABI_VERSION, native.ERROR_VERSION)]
+    ("version", "check"),
+    [(lib.ABI_VERSION + 1, 0), (lib.ABI_VERSION, lib.ERROR_VERSION)],
 )
 def test_a_library_of_another_version_is_refused(version, check, tmp_path):
     compiled(tmp_path, STUB.format(version=version, check=check))
     with installed_in(tmp_path):
         reason = native.unavailable()
         assert re.search(
-            f"another interface, version {version}.*needs {native.ABI_VERSION}.*install nearsight again", reason
+            f"another interface, version {version}.*needs {lib.ABI_VERSION}.*install nearsight again", reason
         )
         query = planar()
         with pytest.raises(BackendError, match=r"another interface.*blocked"):
@@ -895,7 +896,7 @@ def test_a_library_of_another_version_is_refused(version, check, tmp_path):
 
 
 def test_the_stub_is_taken_when_it_is_right(tmp_path):
-    native.load(compiled(tmp_path, STUB.format(version=native.ABI_VERSION, check=0)))
+    lib.load(compiled(tmp_path, STUB.format(version=lib.ABI_VERSION, check=0)))
 
 
 @pytest.mark.parametrize("content", ["", "no library", "a library of something else"])
@@ -903,7 +904,7 @@ def test_a_file_that_is_no_library_of_ours(content, tmp_path):
     if content.startswith("a library"):
         compiled(tmp_path, "int something;")
     else:
-        (tmp_path / f"libnearsight{native.SUFFIX}").write_text(content)
+        (tmp_path / f"libnearsight{lib.SUFFIX}").write_text(content)
     with installed_in(tmp_path):
         assert "cannot be loaded" in native.unavailable()
 
@@ -924,8 +925,8 @@ def test_without_a_library_blocked_serves(tmp_path):
 HUGE = 1 << 62
 LIES = {  # what is said of a right 2-d problem of 5 x 7 cells: the error
     "struct_size 0": ({"struct_size": 0}, 1),
-    "struct_size of a longer struct": ({"struct_size": ctypes.sizeof(native.CProblem) + 8}, 1),
-    "abi_version": ({"abi_version": native.ABI_VERSION + 1}, 1),
+    "struct_size of a longer struct": ({"struct_size": ctypes.sizeof(lib.CProblem) + 8}, 1),
+    "abi_version": ({"abi_version": lib.ABI_VERSION + 1}, 1),
     "rank 0": ({"rank": 0}, 3),
     "rank 4": ({"rank": 4}, 3),
     "rank negative": ({"rank": -1}, 3),
@@ -966,7 +967,7 @@ LIES = {  # what is said of a right 2-d problem of 5 x 7 cells: the error
 SIZE, HEADS, DIM = (5, 7), 2, 4
 
 
-def c_problem(**changes) -> native.CProblem:
+def c_problem(**changes) -> lib.CProblem:
     fields = (
         torch.float32,
         1,
@@ -981,10 +982,10 @@ def c_problem(**changes) -> native.CProblem:
         (1, 1),
         (0, 0),
         0.5,
-        native.AUTO,
+        lib.AUTO,
         1,
     )
-    problem = native.CProblem.from_buffer_copy(native._c_problem(*fields))
+    problem = lib.CProblem.from_buffer_copy(lib.c_problem(*fields))
     for field, value in changes.items():
         setattr(problem, field, value)
     return problem
@@ -997,16 +998,16 @@ class Call:
         self.maps = [torch.randn(1, HEADS, *SIZE, DIM) for _ in range(3)]
         self.written = [torch.full((1, HEADS, *SIZE, DIM), 7.0) for _ in range(4)]
         self.lse = torch.full((1, HEADS, *SIZE), 7.0)
-        self.inputs = native._c_inputs(*self.maps, None, [])
-        self.out, *self.places = map(native._c_tensor, self.written)
-        self.gradients = native.CGradients(*map(ctypes.pointer, self.places))
+        self.inputs = lib.c_inputs(*self.maps, None, [])
+        self.out, *self.places = map(lib.c_tensor, self.written)
+        self.gradients = lib.CGradients(*map(ctypes.pointer, self.places))
 
-    def forward(self, problem: native.CProblem) -> int:
-        return native._loaded().nearsight_forward(problem, self.inputs, self.out, self.lse.data_ptr())
+    def forward(self, problem: lib.CProblem) -> int:
+        return lib.loaded().nearsight_forward(problem, self.inputs, self.out, self.lse.data_ptr())
 
-    def backward(self, problem: native.CProblem) -> int:
+    def backward(self, problem: lib.CProblem) -> int:
         args = self.inputs, self.out, self.lse.data_ptr(), self.out, self.gradients
-        return native._loaded().nearsight_backward(problem, *args)
+        return lib.loaded().nearsight_backward(problem, *args)
 
     def untouched(self) -> bool:
         return all((tensor == 7).all() for tensor in (*self.written, self.lse))
@@ -1015,8 +1016,8 @@ class Call:
 @needs_library
 def test_a_right_call():
     call = Call()
-    assert call.forward(c_problem()) == native.OK
-    assert call.backward(c_problem()) == native.OK
+    assert call.forward(c_problem()) == lib.OK
+    assert call.backward(c_problem()) == lib.OK
     assert not any((tensor == 7).any() for tensor in (*call.written, call.lse))
 
 
@@ -1024,13 +1025,13 @@ def test_a_right_call():
 @pytest.mark.parametrize("name", LIES)
 def test_lies_about_the_problem(name):
     changes, error = LIES[name]
-    call, problem, library = Call(), c_problem(**changes), native._loaded()
+    call, problem, library = Call(), c_problem(**changes), lib.loaded()
     assert library.nearsight_check(problem, 1) == call.forward(problem) == call.backward(problem) == error
     assert call.untouched()
-    assert native._text(error, library) not in ("", "no error")
+    assert lib.text(error, library) not in ("", "no error")
 
 
-def strides_of(tensor: native.CTensor, *strides: int) -> None:
+def strides_of(tensor: lib.CTensor, *strides: int) -> None:
     tensor.strides[:] = (*strides, *tensor.strides[len(strides) :])
 
 
@@ -1063,7 +1064,7 @@ def test_what_is_written_may_not_be_expanded():
     assert call.forward(c_problem()) == 5
     call = Call()
     strides_of(call.places[1], 0, 0)
-    call.gradients = native.CGradients(*map(ctypes.pointer, call.places))
+    call.gradients = lib.CGradients(*map(ctypes.pointer, call.places))
     assert call.backward(c_problem()) == 5
     assert call.untouched()
 
@@ -1071,22 +1072,22 @@ def test_what_is_written_may_not_be_expanded():
 @needs_library
 @every_isa
 def test_the_check_knows_which_calls_need_too_much_scratch_memory(isa):
-    library, tensor = native._loaded(), native._c_tensor
+    library, tensor = lib.loaded(), lib.c_tensor
     query, key, value, out, incoming, *places = torch.randn(8, 1, 1, 96, 96, 1)
-    gradients = native.CGradients(*(ctypes.pointer(tensor(place)) for place in places))
-    inputs, lse = native._c_inputs(query, key, value, None, []), torch.empty(96, 96)
+    gradients = lib.CGradients(*(ctypes.pointer(tensor(place)) for place in places))
+    inputs, lse = lib.c_inputs(query, key, value, None, []), torch.empty(96, 96)
     sizes = {"batch": 1, "heads": 1, "head_dim": 1, "value_dim": 1, "size": (96, 96, 0)}
-    for kernel, expected in ((191, 11), (3, native.OK)):
-        problem = c_problem(**sizes, kernel=(kernel, kernel, 0), isa=native.ISAS.index(isa))
-        assert library.nearsight_check(problem, 0) == native.OK
-        assert library.nearsight_forward(problem, inputs, tensor(out), lse.data_ptr()) == native.OK
+    for kernel, expected in ((191, 11), (3, lib.OK)):
+        problem = c_problem(**sizes, kernel=(kernel, kernel, 0), isa=lib.ISAS.index(isa))
+        assert library.nearsight_check(problem, 0) == lib.OK
+        assert library.nearsight_forward(problem, inputs, tensor(out), lse.data_ptr()) == lib.OK
         found = library.nearsight_backward(problem, inputs, tensor(out), lse.data_ptr(), tensor(incoming), gradients)
         assert library.nearsight_check(problem, 1) == found == expected
 
 
 @needs_library
 def test_null_structures():
-    call, problem, library = Call(), c_problem(), native._loaded()
+    call, problem, library = Call(), c_problem(), lib.loaded()
     assert library.nearsight_check(None, 1) == 2
     assert library.nearsight_forward(None, call.inputs, call.out, None) == 2
     assert library.nearsight_forward(problem, None, call.out, None) == 2
@@ -1107,10 +1108,10 @@ def test_structures_are_those_of_the_header(tmp_path):
     compiler = shutil.which("g++")
     assert compiler, "this test needs g++"
     structures = {
-        "nearsight_problem": native.CProblem,
-        "nearsight_tensor": native.CTensor,
-        "nearsight_inputs": native.CInputs,
-        "nearsight_gradients": native.CGradients,
+        "nearsight_problem": lib.CProblem,
+        "nearsight_tensor": lib.CTensor,
+        "nearsight_inputs": lib.CInputs,
+        "nearsight_gradients": lib.CGradients,
     }
     lines, expected = [], []
     for c_name, structure in structures.items():
@@ -1128,9 +1129,9 @@ def test_structures_are_those_of_the_header(tmp_path):
     found = subprocess.run([program], capture_output=True, text=True, check=True).stdout.split()
     assert [int(one) for one in found] == expected
     names = dict(re.findall(r"NEARSIGHT_(\w+) = (\d+)", (ROOT / "csrc" / "nearsight.h").read_text()))
-    assert [names[f"ISA_{isa.upper()}"] for isa in native.ISAS] == [str(n) for n in range(len(native.ISAS))]
-    assert [names[f"BORDER_{border.upper()}"] for border in native.BORDERS] == ["0", "1", "2", "3"]
-    assert {names["FLOAT32"], names["BFLOAT16"]} == {str(number) for number in native.DTYPES.values()}
+    assert [names[f"ISA_{isa.upper()}"] for isa in lib.ISAS] == [str(n) for n in range(len(lib.ISAS))]
+    assert [names[f"BORDER_{border.upper()}"] for border in BORDERS] == ["0", "1", "2", "3"]
+    assert {names["FLOAT32"], names["BFLOAT16"]} == {str(number) for number in lib.DTYPES.values()}
 
 
 # ----------------------------------------------------------------------------------------------------------- sanitizers

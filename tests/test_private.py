@@ -15,6 +15,7 @@ from torch import nn
 import nearsight as ns
 from nearsight import flops, private
 from nearsight.attention import native
+from nearsight.attention.native import library as lib
 from nearsight.errors import BackendError
 
 SOURCE = Path(ns.__file__).parent
@@ -116,8 +117,8 @@ def test_what_cannot_be_asked_for_hooks_has_some(without, monkeypatch):
 
 def test_the_native_backend_says_what_it_lacks(without, monkeypatch):
     assert without("torch._C._AutoDispatchBelowAutograd").below_autograd is None
-    monkeypatch.setattr(native, "below_autograd", None)
-    if not isinstance(native._library(), str):
+    monkeypatch.setattr(native.backend, "below_autograd", None)
+    if not isinstance(lib.find(), str):
         assert "_AutoDispatchBelowAutograd" in native.unavailable()
 
 
