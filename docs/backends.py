@@ -10,12 +10,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
-from types import ModuleType
 
 import torch
 
 import nearsight as ns
-from nearsight.attention.backend import BACKENDS
+from nearsight.attention.backend import BACKENDS, Backend
 from nearsight.attention.problem import Problem, describe
 
 PAGE = Path(__file__).with_suffix(".md")
@@ -46,6 +45,8 @@ def problem(window: ns.Window = COVERS, size: tuple[int, ...] = (9, 11), **chang
 
 FEATURES = {
     **{f'`border="{border}"`': problem(ns.Window(3, border=border)) for border in BORDERS},
+    "a border per axis": problem(ns.Window(3, border=("mask", "wrap"))),
+    "`shared_by`": problem(ns.Window(3, shared_by=3)),
     "a block that covers the map": problem(),
     "a block larger than the map": problem(ns.Window(13, border="shift")),
     "one axis": problem(ns.Window(9, border="shift"), (9,)),
@@ -62,11 +63,10 @@ FEATURES = {
 }
 
 
-def first_choice(asked: Problem, among: Iterable[ModuleType] = BACKENDS) -> ModuleType:
+def first_choice(asked: Problem, among: Iterable[Backend] = BACKENDS) -> Backend:
     """The backend that is taken where all of them are installed: the first that can and calls no later one better."""
     for backend in among:
-        best = not hasattr(backend, "second_best") or backend.second_best(asked) is None
-        if backend.why_not(asked) is None and best:
+        if backend.why_not(asked) is None and backend.second_best(asked) is None:
             return backend
     raise AssertionError("the reference takes everything")
 
@@ -101,15 +101,15 @@ def abilities() -> Iterator[list[str]]:
         yield [name, *("yes" if _takes(backend, asked) else "-" for backend in BACKENDS)]
 
 
-def _devices(backend: ModuleType) -> list[str]:
+def _devices(backend: Backend) -> list[str]:
     return [device for device in DEVICES if backend.why_not(problem(device=device)) is None]
 
 
-def _dtypes(backend: ModuleType) -> list[str]:
+def _dtypes(backend: Backend) -> list[str]:
     return [_name(dtype) for dtype in DTYPES if _takes(backend, problem(dtype=dtype))]
 
 
-def _takes(backend: ModuleType, asked: Problem) -> bool:
+def _takes(backend: Backend, asked: Problem) -> bool:
     return backend.why_not(replace(asked, device=_devices(backend)[-1])) is None
 
 
