@@ -12,6 +12,7 @@ import torch
 
 import nearsight as ns
 from nearsight.attention import natten
+from nearsight.attention.problem import Call
 
 FILE = Path(__file__).parents[1] / "docs" / "backends.py"
 spec = importlib.util.spec_from_file_location("docs_backends", FILE)
@@ -97,5 +98,5 @@ def test_natten_is_called_heads_last(monkeypatch):
     window = ns.Window((3, 2), dilation=(2, 3), causal=(True, False), border="shift")
     q, k, v = torch.randn(3, 2, 3, 11, 8, 16)
     asked = replace(docs.problem(window, (11, 8)), batch=2, num_heads=3)
-    found, _ = natten.attend(q, k, v, asked, None, None, 0.3)
+    found, _ = natten.attend(Call(q, k, v, None, None, 0.3), asked)
     torch.testing.assert_close(found, ns.local_attention(q, k, v, window, scale=0.3))
