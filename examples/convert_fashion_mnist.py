@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as change
 
 import nearsight as ns
-from nearsight.conversion import GatedPositionalSelfAttention, Report
+from nearsight.conversion import ConversionReport, GatedPositionalSelfAttention
 from nearsight.files import make_folder, write_bytes, write_text
 from nearsight.training.data import Pictures, load_pictures
 
@@ -168,7 +168,7 @@ def _groups(network: nn.Module, lr: float) -> list[dict[str, Any]]:
 # ----------------------------------------------------------------------------------------------------- measurements
 
 
-def compare(before: nn.Module, after: nn.Module, pictures: Pictures, report: Report) -> dict[str, Any]:
+def compare(before: nn.Module, after: nn.Module, pictures: Pictures, report: ConversionReport) -> dict[str, Any]:
     """Every test image through both networks: as it is deployed, and with attention computed, as it is trained."""
     images = pictures.test.images.float() / 255  # pyright: ignore[reportAttributeAccessIssue]
     one, two = logits(before, images, pictures), logits(after, images, pictures)
@@ -282,7 +282,7 @@ def draw_heads(seeds: list[dict[str, Any]]) -> bytes:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    from nearsight.pages.drawings import BLUE, ORANGE, SKY
+    from nearsight.pages.style import BLUE, ORANGE, SKY
 
     layers = list(seeds[0])
     figure = Figure(figsize=(2.6 * len(layers), 2.8), layout="constrained")

@@ -176,7 +176,7 @@ def test_training_data(name):
 
     def read() -> list[Tensor]:
         torch.manual_seed(3)
-        pictures, _ = split.seen(view, training=True).__getitems__([0, 4])  # pyright: ignore[reportAttributeAccessIssue]
+        pictures, _ = split.dataset(view, training=True).__getitems__([0, 4])  # pyright: ignore[reportAttributeAccessIssue]
         return [
             pictures,
             RandomAffine(2, 10, 0.1, mirror=True)(pictures),

@@ -18,9 +18,9 @@ from PIL import Image
 
 from nearsight.cli import main
 from nearsight.pages import drawings
-from nearsight.pages.charts import to_png, to_svg_file
 from nearsight.pages.csv_json import write_csv
 from nearsight.pages.names import readable, short
+from nearsight.pages.style import to_png, to_svg, to_svg_file
 from nearsight.saved.weights import load_model
 from nearsight.training import compare as comparison
 from nearsight.training import compare_report, data, report
@@ -100,7 +100,7 @@ def test_every_name_can_be_drawn_and_without_a_warning(names):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         figure = drawings.confusion_matrix(np.eye(len(names), dtype=int), names)
-        svg = drawings.to_svg(figure, " ".join(names))
+        svg = to_svg(figure, " ".join(names))
         to_png(figure)
         to_svg_file(figure)
     drawn = "".join(ElementTree.fromstring(svg).itertext())

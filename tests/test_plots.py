@@ -14,18 +14,9 @@ from PIL import Image
 import nearsight
 from nearsight.errors import TrainingError
 from nearsight.inspect.equivariance import PARTS
-from nearsight.pages import drawings
-from nearsight.pages.charts import (
-    COLOURS,
-    DASHES,
-    MARKERS,
-    Chart,
-    Series,
-    charts_to_csv,
-    draw_charts,
-    to_svg_file,
-    write_plot,
-)
+from nearsight.pages import drawings, style
+from nearsight.pages.charts import COLOURS, DASHES, MARKERS, Chart, Series, charts_to_csv, draw_charts, write_plot
+from nearsight.pages.style import to_svg_file
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = Path(nearsight.__file__).parent
@@ -77,10 +68,10 @@ def test_colours_that_cannot_would_be_found():
 
 
 def test_there_is_one_palette():
-    """A colour that a Python file names stands in drawings.py, and the pages use the same ones for data."""
+    """A colour that a Python file names stands in style.py, and the pages use the same ones for data."""
     for file in SOURCE.rglob("*.py"):
         found = re.findall(r'"#[0-9a-f]{6}"', file.read_text())
-        assert not found or file.name == "drawings.py", f"{file} has colours of its own: {found}"
+        assert not found or file.name == "style.py", f"{file} has colours of its own: {found}"
     page = (SOURCE / "pages" / "templates" / "explore.js").read_text()
     (parts,) = re.findall(r"const PARTS = \{(.*?)\}", page)
     shown = dict(re.findall(r'(\w+): "(#\w+)"', parts))
@@ -153,7 +144,7 @@ def test_a_grid_shows_signs_and_sizes():
     figure = drawings.grid([[np.array([[2.0, -1.0], [0.0, 1.0]])]], ["row"], ["column"])
     (axes,) = figure.axes
     shades = axes.images[0].get_array()
-    blue, orange = (np.array(drawings._rgb(colour))[:3] for colour in (drawings.BLUE, drawings.ORANGE))
+    blue, orange = (np.array(drawings._rgb(colour))[:3] for colour in (style.BLUE, style.ORANGE))
     assert np.allclose(shades[..., 3], [[1, 0.5], [0, 0.5]])
     assert np.allclose(shades[0, 0, :3], blue)
     assert np.allclose(shades[0, 1, :3], orange)

@@ -34,7 +34,7 @@ from nearsight.files import make_inner_folder, open_regular, read_yaml, remove_l
 from nearsight.inspect.explore import read_picture
 from nearsight.pages import html
 from nearsight.pages.html import without_styles
-from nearsight.saved.spec import check_stored_spec, own_options, stored_spec
+from nearsight.saved.spec import check_saved_spec, own_options, saved_spec
 from nearsight.saved.view import View
 from nearsight.saved.weights import Blueprint, load_model, save_model
 from nearsight.training import data
@@ -238,14 +238,14 @@ def test_options_of_a_network_are_its_own():
     ],
 )
 def test_where_weights_came_from_is_left_out(typed, stored):
-    assert stored_spec(typed) == check_stored_spec(stored) == stored
+    assert saved_spec(typed) == check_saved_spec(stored) == stored
     assert Blueprint.from_json(replace(BLUEPRINT, model=typed).to_json()).model == stored
 
 
 @pytest.mark.parametrize("typed", ["sasa_nano,features_only=true", "resnet18,pruned=true", "resnet18,norm_layer='a/b'"])
 def test_what_no_file_can_hold_is_said_before_training(typed):
     with pytest.raises(OptionError, match="a file may name"):
-        stored_spec(typed)
+        saved_spec(typed)
 
 
 @pytest.fixture(scope="module")
@@ -332,7 +332,7 @@ def test_yaml_is_plain_values(tmp_path, text):
 
 def test_an_alias_in_a_models_options_is_no_option():
     with pytest.raises(OptionError, match="NAME,option=value"):
-        check_stored_spec("sasa_nano,kernel_size=[&a [1, 1], *a, *a]")
+        check_saved_spec("sasa_nano,kernel_size=[&a [1, 1], *a, *a]")
 
 
 def test_a_recipe_is_small(tmp_path):

@@ -25,7 +25,7 @@ from ..attention import global_attention, local_attention
 from ..errors import OptionError
 from ..flops import attend_flops
 from ..layers import AttentionLayer
-from ..pages.drawings import BLUE, INK, ORANGE, _figure, _in_style
+from ..pages.style import BLUE, INK, ORANGE, in_style, new_figure
 from ..window import BORDERS, Window
 from .memory import in_fresh_process, peak_memory
 from .timing import matrix_rate, race, setting
@@ -300,10 +300,10 @@ def _from(found: Growth, attention: str) -> str:
     return "at all of these sizes" if size == 0 else f"from n = {size:.1f} on"
 
 
-@_in_style
+@in_style
 def draw_growth(found: Growth) -> Figure:
     """Time and memory over the size of the map, both axes logarithmic: lines are predicted, marks are measured."""
-    figure = _figure(7.2, 3.6)
+    figure = new_figure(7.2, 3.6)
     what = (("ms", "milliseconds", 1), ("bytes", "megabytes", 1e-6))
     for place, (field, unit, factor) in enumerate(what, start=1):
         axes = figure.add_subplot(1, 2, place)

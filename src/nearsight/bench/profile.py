@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..inspect.layer_list import layers_of
 from ..modes import evaluating
-from ..pages.drawings import BLUE, INK, ORANGE, _figure, _in_style
+from ..pages.style import BLUE, INK, ORANGE, in_style, new_figure
 from ..private import TorchDispatchMode, is_mutable, tree_leaves
 from .timing import copy_rate, matrix_rate, setting
 
@@ -273,12 +273,12 @@ def _title(row: LayerCost) -> str:
     return f"{row.layer} ({row.kind})" if row.kind.endswith(".forward") else row.layer
 
 
-@_in_style
+@in_style
 def draw_profile(found: Profile, title: str = "") -> Figure:
     """Time and floor of the rows that take longest, in the order of their running."""
     longest = sorted(found.rows, key=lambda row: -row.ms)[:DRAWN]
     rows = [row for row in found.rows if row in longest]  # as they run
-    figure = _figure(7.2, 1.4 + 0.2 * len(rows))
+    figure = new_figure(7.2, 1.4 + 0.2 * len(rows))
     axes = figure.add_subplot()
     places = range(len(rows))
     axes.barh(places, [row.ms for row in rows], 0.65, color=BLUE, label="time")

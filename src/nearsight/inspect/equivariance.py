@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..errors import OptionError, ShapeError
 from ..layers import AttentionLayer
 from ..modes import evaluating
-from ..pages.drawings import BLUE, GREY, INK, ORANGE, SKY, _figure, _in_style
+from ..pages.style import BLUE, GREY, INK, ORANGE, SKY, in_style, new_figure
 from ..private import tree_map
 from .layer_list import layers_of
 from .reach import Reach, closes, inside_of, reach_of, strides_of
@@ -372,7 +372,7 @@ def decisive(rows: Sequence[LayerError]) -> list[LayerError]:
     return [row for row in rows if row.mixes or (row.encoding or 0) > ROUNDING or row is rows[-1]]
 
 
-@_in_style
+@in_style
 def draw_equivariance(rows: Sequence[LayerError], title: str = "") -> Figure:
     """Each layer's own error as a bar, by cause, and as a mark what the network is off by from the image to there.
 
@@ -380,7 +380,7 @@ def draw_equivariance(rows: Sequence[LayerError], title: str = "") -> Figure:
         rows: of :func:`equivariance_by_layer`; those of :func:`decisive` are drawn.
     """
     rows = decisive(rows)
-    figure = _figure(7.2, 1.8 + 0.2 * len(rows))
+    figure = new_figure(7.2, 1.8 + 0.2 * len(rows))
     axes = figure.add_subplot()
     places = range(len(rows))
     left = [0.0] * len(rows)

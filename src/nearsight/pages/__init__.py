@@ -3,7 +3,8 @@
 
 names.py      names that others gave, as they can be shown
 csv_json.py   numbers as CSV and JSON
-drawings.py   the style of all drawings, and pictures made of cells
+style.py      how all drawings look, and the files that they become
+drawings.py   pictures made of cells
 charts.py     lines and points, with their numbers beside them
 html.py       pages of HTML in which nothing runs but what the package wrote
 templates/    the pages

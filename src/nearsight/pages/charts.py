@@ -7,7 +7,6 @@ in marker and in dashes, so that no chart needs its colours to be read.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ import numpy as np
 
 from ..files import write_bytes, write_text
 from .csv_json import write_csv
-from .drawings import BLUE, GREEN, INK, ORANGE, PINK, RED, SKY, STYLE, _figure, _in_style, without_glyph_warnings
+from .style import BLUE, GREEN, INK, ORANGE, PINK, RED, SKY, in_style, new_figure, to_png, to_svg_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -77,7 +76,7 @@ def charts_to_csv(charts: Sequence[Chart]) -> str:
     return write_csv(["y is", "panel", "series", charts[0].x, "y", "standard deviation"], points)
 
 
-@_in_style
+@in_style
 def draw_charts(charts: Sequence[Chart], columns: int = 3, legend_below: bool = False) -> Figure:
     """All panels of one or more charts, ``columns`` to a row, each with its legend.
 
@@ -94,7 +93,7 @@ def draw_charts(charts: Sequence[Chart], columns: int = 3, legend_below: bool = 
     columns = min(columns, len(panels))
     rows = -(-len(panels) // columns)
     lines = max(len(series) for _, _, series in panels) if legend_below else 0
-    figure = _figure(PANEL_SIZE[0] * columns, (PANEL_SIZE[1] + 0.18 * lines) * rows)
+    figure = new_figure(PANEL_SIZE[0] * columns, (PANEL_SIZE[1] + 0.18 * lines) * rows)
     for place, (chart, title, series) in enumerate(panels, start=1):
         axes = figure.add_subplot(rows, columns, place)
         for number, one in enumerate(series):
@@ -107,32 +106,12 @@ def draw_charts(charts: Sequence[Chart], columns: int = 3, legend_below: bool = 
     return figure
 
 
-def to_png(figure: Figure) -> bytes:
-    """A picture for slides and readers that take no SVG: 200 dots per inch, on white."""
-    return _saved(figure, "png", dpi=200)
-
-
-def to_svg_file(figure: Figure) -> bytes:
-    """An SVG that stands alone, on white; a page takes :func:`nearsight.pages.drawings.to_svg`."""
-    return _saved(figure, "svg")
-
-
 def write_plot(path: Path, figure: Figure, numbers: str, formats: Sequence[str] = ("svg", "png")) -> None:
     """A picture in every format, and beside it the numbers that it shows: ``path`` with .csv, .svg, .png."""
     write_text(path.with_name(f"{path.name}.csv"), numbers)
     for name, draw in (("svg", to_svg_file), ("png", to_png)):
         if name in formats:
             write_bytes(path.with_name(f"{path.name}.{name}"), draw(figure))
-
-
-def _saved(figure: Figure, format: str, **options: Any) -> bytes:
-    from matplotlib import rc_context
-
-    buffer = io.BytesIO()
-    nothing = {"Date": None, "Creator": None} if format == "svg" else {"Software": None}
-    with rc_context(STYLE), without_glyph_warnings():
-        figure.savefig(buffer, format=format, facecolor="white", metadata=nothing, **options)
-    return buffer.getvalue()
 
 
 def _draw_series(axes: Axes, series: Series, number: int) -> None:

@@ -1,61 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures for the reports: SVG that takes the page's own text colour, so that one picture serves light and dark.
-
-Colours are Okabe and Ito's, which people with any colour vision can tell apart; lines differ in their dashes too.
-"""
+"""Pictures made of cells: what was confused with what, memory blocks on a picture, maps of numbers."""
 
 from __future__ import annotations
 
-import io
-import re
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import wraps
-from typing import TYPE_CHECKING, Any, ParamSpec, Protocol
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from .csv_json import write_csv
-from .html import without_styles
-from .names import readable, short
+from .names import short
+from .style import BLUE, INK, ON_BLUE, ON_ORANGE, ORANGE, SKY, in_style, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-BLUE, ORANGE, GREEN, PINK, RED, SKY = "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9"
-GREY = "#999999"
-INK = "#0b0c0d"  # stands for the page's text colour until the picture becomes SVG
-STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",  # text stays text: sharp, selectable, in the page's font
-    "svg.hashsalt": "nearsight",  # the same picture gives the same file
-    "text.parse_math": False,  # a class may be called $5_to_$10
-    "font.size": 9,
-    "text.color": INK,
-    "axes.edgecolor": INK,
-    "axes.labelcolor": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "figure.facecolor": "none",
-    "axes.facecolor": "none",
-    "legend.frameon": False,
-}
-
-Params = ParamSpec("Params")
-
-
-def _in_style(draw: Callable[Params, Figure]) -> Callable[Params, Figure]:
-    @wraps(draw)
-    def styled(*args: Params.args, **kwargs: Params.kwargs) -> Figure:
-        from matplotlib import rc_context
-
-        with rc_context(STYLE):
-            return draw(*args, **kwargs)
-
-    return styled
 
 
 class BlockMap(Protocol):
@@ -71,11 +30,11 @@ class BlockMap(Protocol):
         ...
 
 
-@_in_style
+@in_style
 def confusion_matrix(counts: np.ndarray, classes: Sequence[str]) -> Figure:
     """True classes down, predicted ones across; right answers blue, wrong ones orange."""
     n = len(classes)
-    figure = _figure(0.7 + max(3.6, min(0.42 * n, 8.0)), max(3.6, min(0.42 * n, 8.0)))
+    figure = new_figure(0.7 + max(3.6, min(0.42 * n, 8.0)), max(3.6, min(0.42 * n, 8.0)))
     axes = figure.add_subplot()
     share = counts / counts.sum(1, keepdims=True).clip(1)
     axes.imshow(_shades(share), interpolation="nearest")
@@ -88,13 +47,13 @@ def confusion_matrix(counts: np.ndarray, classes: Sequence[str]) -> Figure:
     axes.set_yticks(range(n), names)
     axes.tick_params(length=0)
     for true, predicted in np.argwhere(counts):
-        strong = "white" if true == predicted else "#111111"  # on a deep blue, on a deep orange
+        strong = ON_BLUE if true == predicted else ON_ORANGE
         colour = strong if share[true, predicted] > 0.3 else INK
         axes.text(predicted, true, str(counts[true, predicted]), ha="center", va="center", color=colour, fontsize=8)
     return figure
 
 
-@_in_style
+@in_style
 def memory_blocks(image: np.ndarray, maps: Sequence[BlockMap], pixel: tuple[int, int], index: int = 0) -> Figure:
     """An image with the query marked, and for every layer how its heads, on average, weighted the cells it looked at.
 
@@ -105,7 +64,7 @@ def memory_blocks(image: np.ndarray, maps: Sequence[BlockMap], pixel: tuple[int,
         index: of the image in the batch that the maps were made from.
     """
     columns = 1 + len(maps)
-    figure = _figure(1.45 * columns, 1.85)
+    figure = new_figure(1.45 * columns, 1.85)
     _panel(figure.add_subplot(1, columns, 1), image, pixel, "the query")
     for place, layer in enumerate(maps, start=2):
         weights = layer.memory_block(pixel, index).mean(0)
@@ -113,7 +72,7 @@ def memory_blocks(image: np.ndarray, maps: Sequence[BlockMap], pixel: tuple[int,
     return figure
 
 
-@_in_style
+@in_style
 def grid(pictures: Sequence[Sequence[np.ndarray]], rows: Sequence[str], columns: Sequence[str]) -> Figure:
     """Maps of numbers, each on a scale of its own: above zero blue, below orange.
 
@@ -122,7 +81,7 @@ def grid(pictures: Sequence[Sequence[np.ndarray]], rows: Sequence[str], columns:
         rows, columns: what stands beside and above them.
     """
     wide, high = max(map(len, pictures)), len(pictures)
-    figure = _figure(0.6 + 1.1 * wide, 0.3 + 1.1 * high)
+    figure = new_figure(0.6 + 1.1 * wide, 0.3 + 1.1 * high)
     for row, (label, maps) in enumerate(zip(rows, pictures, strict=True)):
         for column, values in enumerate(maps):
             axes = figure.add_subplot(high, wide, row * wide + column + 1)
@@ -133,12 +92,12 @@ def grid(pictures: Sequence[Sequence[np.ndarray]], rows: Sequence[str], columns:
     return figure
 
 
-@_in_style
+@in_style
 def heads(image: np.ndarray, maps: Sequence[BlockMap], pixel: tuple[int, int], index: int = 0) -> Figure:
     """What each head of each layer looked at: layers down, heads across. Arguments as in :func:`memory_blocks`."""
     blocks = [layer.memory_block(pixel, index) for layer in maps]
     columns = max(len(block) for block in blocks)
-    figure = _figure(1.45 * columns, 1.5 * len(maps))
+    figure = new_figure(1.45 * columns, 1.5 * len(maps))
     for row, (layer, block) in enumerate(zip(maps, blocks, strict=True)):
         for head, weights in enumerate(block):
             axes = figure.add_subplot(len(maps), columns, row * columns + head + 1)
@@ -157,36 +116,6 @@ def blocks_to_csv(maps: Sequence[BlockMap], pixel: tuple[int, int], index: int =
             (layer.layer, head + 1, row, column, block[head, row, column]) for head, row, column in np.argwhere(block)
         ]
     return write_csv(("layer", "head", "row", "column", "weight"), lines)
-
-
-def to_svg(figure: Figure, alt: str) -> str:
-    """An ``<svg>`` element for a page: as wide as its place, in the page's colour, with a text for those who cannot see."""
-    from html import escape
-
-    from matplotlib import rc_context
-
-    buffer = io.StringIO()
-    with rc_context(STYLE), without_glyph_warnings():
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    svg = buffer.getvalue()
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
-    svg = re.sub(r' (width|height)="[\d.]+pt"', "", svg, count=2).replace(INK, "currentColor")
-    label = escape(readable(alt), quote=True)
-    return without_styles(svg).replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
-
-
-@contextmanager
-def without_glyph_warnings() -> Iterator[None]:
-    """Matplotlib's font has not the letters of every script; an SVG takes the reader's fonts, a PNG shows boxes."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*(Glyph|Matplotlib currently does not support)")
-        yield
-
-
-def _figure(width: float, height: float) -> Figure:
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), layout="constrained")
 
 
 def _panel(

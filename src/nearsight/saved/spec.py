@@ -36,14 +36,14 @@ _SET_BY_WHAT_BUILDS = ("num_classes", "in_chans", "drop_path_rate")
 _WORD = r"([A-Za-z0-9_+-]+(\.[A-Za-z0-9_+-]+)*)?"  # a position of one's own may have dots in its name
 
 
-def check_stored_spec(spec: Any) -> str:
+def check_saved_spec(spec: Any) -> str:
     """A network as a file names it, if a file may.
 
     Raises:
         OptionError: it is not registered, or an option is not the network's own or no plain value.
 
     Example:
-        >>> check_stored_spec("sasa_micro,kernel_size=[3, 5, 7],position=none")
+        >>> check_saved_spec("sasa_micro,kernel_size=[3, 5, 7],position=none")
         'sasa_micro,kernel_size=[3, 5, 7],position=none'
     """
     if not isinstance(spec, str):
@@ -60,17 +60,17 @@ def check_stored_spec(spec: Any) -> str:
     return spec
 
 
-def stored_spec(spec: str, network: nn.Module | None = None) -> str:
+def saved_spec(spec: str, network: nn.Module | None = None) -> str:
     """``spec`` as a file may hold it: without what says where weights come from.
 
     Args:
         network: what was built from it. A network from a hub or a folder is written as the registered one that it is.
 
     Raises:
-        OptionError: what is left cannot be held by a file; see :func:`check_stored_spec`.
+        OptionError: what is left cannot be held by a file; see :func:`check_saved_spec`.
 
     Example:
-        >>> stored_spec("resnet18,pretrained=true,drop_rate=0.1")
+        >>> saved_spec("resnet18,pretrained=true,drop_rate=0.1")
         'resnet18,drop_rate=0.1'
     """
     name, options = parse_spec(spec)
@@ -83,9 +83,9 @@ def stored_spec(spec: str, network: nn.Module | None = None) -> str:
         name = config.get("architecture") or name
         options = {**{option: value for option, value in saved.items() if option not in built}, **options}
     elif not options.keys() & _AROUND:
-        return check_stored_spec(spec)
+        return check_saved_spec(spec)
     kept = [f"{option}={_write(value)}" for option, value in options.items() if option not in _AROUND]
-    return check_stored_spec(",".join([name, *kept]))
+    return check_saved_spec(",".join([name, *kept]))
 
 
 def own_options(name: str) -> set[str]:

@@ -29,7 +29,7 @@ from ..modes import evaluating
 from ..pages.names import readable
 from ..picture import opaque
 from ..positions import UNNAMED_POSITION
-from .spec import check_stored_spec, is_plain, stored_spec
+from .spec import check_saved_spec, is_plain, saved_spec
 from .view import View
 
 WEIGHTS_FILE = "model.safetensors"
@@ -99,7 +99,7 @@ class Blueprint:
         Raises:
             OptionError: the model has options that no file may hold; see docs/security.md.
         """
-        return replace(self, model=stored_spec(self.model, network))
+        return replace(self, model=saved_spec(self.model, network))
 
     def to_json(self) -> str:
         """The blueprint as text, without what says where weights came from.
@@ -107,7 +107,7 @@ class Blueprint:
         Raises:
             OptionError: it was converted with a position that has no name, or the model has options no file may hold.
         """
-        return json.dumps(asdict(replace(self, model=stored_spec(self.model))), default=_unnamed)
+        return json.dumps(asdict(replace(self, model=saved_spec(self.model))), default=_unnamed)
 
     @classmethod
     def from_json(cls, text: str) -> Blueprint:
@@ -125,7 +125,7 @@ class Blueprint:
         return blueprint
 
     def _check(self) -> None:
-        check_stored_spec(self.model)
+        check_saved_spec(self.model)
         if not isinstance(self.data, str):
             raise ValueError("its data must be a text")
         sizes, numbers = (self.view.channels, self.view.size), (*self.view.mean, *self.view.std)

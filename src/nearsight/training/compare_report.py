@@ -17,10 +17,10 @@ import numpy as np
 from ..bench.timing import setting
 from ..errors import DataError
 from ..files import make_inner_folder, write_text
-from ..pages import drawings
 from ..pages.charts import Chart, Series, draw_charts, write_plot
 from ..pages.csv_json import write_csv
 from ..pages.html import render
+from ..pages.style import to_svg
 from .data import Pictures
 from .intervals import Interval, paired, wilson
 from .measures import Measures
@@ -254,7 +254,7 @@ def _draw(output: Path, table: Comparison, recipe: Recipe, pictures: Pictures) -
     for name, (chart, caption) in charts(table).items():
         figure = draw_charts([chart], legend_below=True)
         write_plot(output / PLOTS / name, figure, chart.to_csv())
-        shown.append(Drawing(drawings.to_svg(figure, _described(chart, caption)), caption, chart.to_csv()))
+        shown.append(Drawing(to_svg(figure, _described(chart, caption)), caption, chart.to_csv()))
     write_text(output / PAGE_FILE, _page(table, shown, recipe, pictures))
 
 

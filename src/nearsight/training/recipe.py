@@ -18,7 +18,7 @@ from ..errors import DataError, NearsightError, OptionError
 from ..files import read_text, read_yaml
 from ..models import parse_spec, refuse_ignored
 from ..picture import BACKGROUND, opaque
-from ..saved.spec import check_stored_spec, stored_spec
+from ..saved.spec import check_saved_spec, saved_spec
 from .data.pictures import AUGMENTS
 
 CONFIG_FILE = "config.yaml"  # in a run's folder
@@ -162,7 +162,7 @@ class Recipe:
         """
         import yaml
 
-        stored = stored_spec(self.model) if stored is None else stored
+        stored = saved_spec(self.model) if stored is None else stored
         values = {name: value for name, value in asdict(replace(self, model=stored)).items() if value is not None}
         began = "" if stored == self.model else f"{BEGAN}; for the same add --model {json.dumps(self.model)}\n"
         return f"{RERUN}\n{began}{yaml.safe_dump(values, sort_keys=False)}"
@@ -238,7 +238,7 @@ def read_settings(path: Path, given: Container[str] = ()) -> dict[str, Any]:
     try:
         if "model" in values and "model" not in given:
             model = values["model"]
-            check_stored_spec(_split(model)[0] if isinstance(model, str) else model)
+            check_saved_spec(_split(model)[0] if isinstance(model, str) else model)
     except NearsightError as error:
         raise DataError(f"{path}: {error}; if you trust where the file comes from, type it: --model ...") from error
     if "data" not in given and str(values.get("data")).startswith("hf:"):

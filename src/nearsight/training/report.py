@@ -25,6 +25,7 @@ from ..pages.charts import Chart, Series, charts_to_csv, draw_charts
 from ..pages.csv_json import write_csv
 from ..pages.html import render
 from ..pages.names import readable
+from ..pages.style import to_svg
 from ..saved.view import View
 from ..saved.weights import Blueprint
 from .evaluate import Evaluation
@@ -124,7 +125,7 @@ def _curve(rows: Sequence[Mapping[str, float]], *, mixed: bool) -> Drawing:
         parts = (("training, mixed" if mixed else "training", "train"), ("validation", "val"))
         series = [Series(label, epochs, [unit * row[f"{part}_{what}"] for row in rows]) for label, part in parts]
         charts.append(Chart("epoch", name, {"": series}))
-    return Drawing(drawings.to_svg(draw_charts(charts), f"Learning curve. {text}"), text, charts_to_csv(charts))
+    return Drawing(to_svg(draw_charts(charts), f"Learning curve. {text}"), text, charts_to_csv(charts))
 
 
 def _confusion(evaluation: Evaluation, classes: Sequence[str]) -> Drawing:
@@ -133,7 +134,7 @@ def _confusion(evaluation: Evaluation, classes: Sequence[str]) -> Drawing:
     figure = drawings.confusion_matrix(evaluation.confusion, classes)
     pairs = ((classes[true], classes[said], count) for (true, said), count in np.ndenumerate(evaluation.confusion))
     numbers = write_csv(("true class", "predicted", "images"), pairs)
-    return Drawing(drawings.to_svg(figure, f"Confusion matrix of {len(classes)} classes. {text}"), text, numbers)
+    return Drawing(to_svg(figure, f"Confusion matrix of {len(classes)} classes. {text}"), text, numbers)
 
 
 def _mistakes(evaluation: Evaluation, classes: Sequence[str]) -> list[tuple[str, str, int]]:
@@ -165,10 +166,10 @@ def _attention(model: nn.Module, blueprint: Blueprint, evaluation: Evaluation, t
         text = f"Test image {index}: {verdict}. The query is the pixel in row {pixel[0] + 1}, column {pixel[1] + 1}."
         figure = drawings.memory_blocks(image, maps, pixel, place)
         numbers = drawings.blocks_to_csv(maps, pixel, place)
-        pictures.append(Drawing(drawings.to_svg(figure, f"{text} {_where(maps, pixel, place)}"), text, numbers))
+        pictures.append(Drawing(to_svg(figure, f"{text} {_where(maps, pixel, place)}"), text, numbers))
     text = f"The same query in test image {chosen[0]}, head by head."
     figure = drawings.heads(shown[0], maps, pixels[0])
-    pictures.append(Drawing(drawings.to_svg(figure, text), text, drawings.blocks_to_csv(maps, pixels[0])))
+    pictures.append(Drawing(to_svg(figure, text), text, drawings.blocks_to_csv(maps, pixels[0])))
     return pictures
 
 

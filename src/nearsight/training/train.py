@@ -25,7 +25,7 @@ from torch import nn
 from ..errors import DataError, OptionError, TrainingError
 from ..files import make_folder, make_inner_folder, read_text, remove_leftovers, write_text
 from ..models import ELSEWHERE, input_size, parse_spec
-from ..saved.spec import stored_spec
+from ..saved.spec import saved_spec
 from ..saved.trained_on import TRAINED_FILE, told_overlap
 from ..saved.weights import (
     CHECKPOINT_FILE,
@@ -123,7 +123,7 @@ def resume(output: Path, given: Mapping[str, Any] | None = None) -> TrainedRun:
             )
     _check_unchanged(noted, stored.get(RECIPE, {}), output / CONFIG_FILE)
     # The weights are in the checkpoint: those that the run began with are not fetched again.
-    recipe = replace(kept, **{**given, "model": stored_spec(kept.model)})
+    recipe = replace(kept, **{**given, "model": saved_spec(kept.model)})
     return _run(recipe, output, checkpoint, begun=begun)
 
 
@@ -233,7 +233,7 @@ def _is_same(name: str, value: Any, recipe: Recipe) -> bool:
     noted = getattr(recipe, name)
     if name != "model" or value == noted:
         return value == noted
-    return value.startswith(ELSEWHERE) or parse_spec(stored_spec(value)) == parse_spec(noted)
+    return value.startswith(ELSEWHERE) or parse_spec(saved_spec(value)) == parse_spec(noted)
 
 
 def _trainer(recipe: Recipe, journal: Journal, output: Path) -> L.Trainer:
