@@ -14,10 +14,10 @@
 // that only some lanes of a vector see go through a mask.
 
 #include "plan.h"
-#include "rows.h"
-#include "simd.h"
-#include "steps.h"
-#include "walk.h"
+#include "rows-inl.h"
+#include "simd-inl.h"
+#include "steps-inl.h"
+#include "walk-inl.h"
 
 namespace nearsight {
 extern const Kernel NEARSIGHT_KERNEL;

@@ -164,8 +164,8 @@ CMake Error at /usr/share/cmake/CMakeTestCXXCompiler.cmake:60 (message):
     "the compiler said: '__builtin_shufflevector' was not declared in this scope": """
 -- Configuring done
 FAILED: CMakeFiles/kernel_baseline.dir/csrc/kernel.cpp.o
-csrc/simd.h:120:29: error: '__builtin_shufflevector' was not declared in this scope
-csrc/simd.h:121:29: error: another
+csrc/simd-inl.h:120:29: error: '__builtin_shufflevector' was not declared in this scope
+csrc/simd-inl.h:121:29: error: another
 """,
     "the compiler said: Killed signal terminated program cc1plus": """
 g++: fatal error: Killed signal terminated program cc1plus

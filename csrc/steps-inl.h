@@ -2,12 +2,12 @@
 //
 // The inner steps: dot and mix, and what tables of relative vectors add. Part of kernel.cpp.
 
-#ifndef NEARSIGHT_STEPS_H
-#define NEARSIGHT_STEPS_H
+#ifndef NEARSIGHT_STEPS_INL_H
+#define NEARSIGHT_STEPS_INL_H
 
 #include "plan.h"
-#include "rows.h"
-#include "simd.h"
+#include "rows-inl.h"
+#include "simd-inl.h"
 
 namespace {
 

@@ -2,11 +2,11 @@
 //
 // Moves rows between tensors and packed memory, and asks for memory ahead of time. Part of kernel.cpp.
 
-#ifndef NEARSIGHT_ROWS_H
-#define NEARSIGHT_ROWS_H
+#ifndef NEARSIGHT_ROWS_INL_H
+#define NEARSIGHT_ROWS_INL_H
 
 #include "plan.h"
-#include "simd.h"
+#include "simd-inl.h"
 
 namespace {
 

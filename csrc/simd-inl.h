@@ -3,8 +3,8 @@
 // A vector of floats as wide as the instruction set's registers, by compiler vector extensions. Included by kernel.cpp
 // only; everything here has internal linkage, since the same names mean other code in each instruction set's object.
 
-#ifndef NEARSIGHT_SIMD_H
-#define NEARSIGHT_SIMD_H
+#ifndef NEARSIGHT_SIMD_INL_H
+#define NEARSIGHT_SIMD_INL_H
 
 #include <stdint.h>
 #include <string.h>

@@ -3,13 +3,13 @@
 // Walks over a head's share of a map, group by group and vector by vector, and lays out the scratch memory that this
 // takes. Part of kernel.cpp.
 
-#ifndef NEARSIGHT_WALK_H
-#define NEARSIGHT_WALK_H
+#ifndef NEARSIGHT_WALK_INL_H
+#define NEARSIGHT_WALK_INL_H
 
 #include "plan.h"
-#include "rows.h"
-#include "simd.h"
-#include "steps.h"
+#include "rows-inl.h"
+#include "simd-inl.h"
+#include "steps-inl.h"
 
 namespace {
 
