@@ -36,8 +36,7 @@ def is_bfloat16(numbers: np.ndarray) -> bool:
 def build_for_arm64(compiler: str, folder: Path) -> Path:
     units = {
         "csrc/kernel.cpp": ["-O2", "-ffp-contract=fast", "-DNEARSIGHT_KERNEL=kernel_baseline"],
-        "csrc/dispatch.cpp": [],
-        "csrc/geometry.cpp": [],
+        **{f"csrc/{file.name}": [] for file in (ROOT / "csrc").glob("*.cpp") if file.stem != "kernel"},
         "tests/native_driver.cpp": [],
     }
 

@@ -122,7 +122,7 @@ def test_instruction_sets_that_come_another_way_are_refused(flag):
 @pytest.mark.parametrize(
     ("unit", "kernel", "flags"),
     [
-        ("dispatch", "", ["-mavx2"]),
+        ("isa", "", ["-mavx2"]),
         ("geometry", "", ["-mavx2"]),
         ("kernel", "kernel_baseline", ["-mavx2"]),
         ("kernel", "kernel_avx2", FLAGS_OF["avx512"]),

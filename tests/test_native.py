@@ -1163,7 +1163,7 @@ def test_under_sanitizers(tmp_path):
             f"kernel_{name}": (ROOT / "csrc" / "kernel.cpp", [*isa, f"-DNEARSIGHT_KERNEL=kernel_{name}"])
             for name, isa in kernels.items()
         },
-        **{name: (ROOT / "csrc" / f"{name}.cpp", defined) for name in ("dispatch", "geometry")},
+        **{file.stem: (file, defined) for file in (ROOT / "csrc").glob("*.cpp") if file.stem != "kernel"},
         "driver": (ROOT / "tests" / "native_driver.cpp", []),
     }
 

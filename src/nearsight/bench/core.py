@@ -27,7 +27,8 @@ KERNEL_SIZE = 7
 # Matrix products over every pair of a query and a cell that it sees: the backward's least number is five, one of them a
 # repetition of the forward's.
 PRODUCTS = {"forward": 2, "forward+backward": 7}
-# Vector instructions of an exponential as good as csrc/simd-inl.h has, which compete with the multiply-adds, plus maximum, sum.
+# Vector instructions of an exponential as good as that of csrc/simd-inl.h, which compete with the multiply-adds, plus
+# maximum and sum.
 EXP_INSTRUCTIONS = 13
 # Tensors as large as the map that have to be read or written once.
 TENSORS = {"forward": 4, "forward+backward": 12}

@@ -1,0 +1,208 @@
+// SPDX-License-Identifier: Apache-2.0
+
+#include "call.h"
+
+#include <float.h>
+#include <string.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <memory>
+#include <vector>
+
+#include "geometry.h"
+#include "isa.h"
+#include "threads.h"
+
+namespace nearsight {
+
+namespace {
+
+constexpr int64_t kMostScratch = (int64_t)1 << 31;  // bytes of one thread
+constexpr double kLog2E = 1.44269504088896340736;
+
+Tensor place(const nearsight_problem& p, const nearsight_tensor& tensor) {
+    Tensor t = {(char*)tensor.data, tensor.strides[0], tensor.strides[1], 0, 0, 0, tensor.strides[p.rank + 2]};
+    int64_t* axes[3] = {&t.z, &t.y, &t.x};
+    for (int i = 0; i < p.rank; ++i) *axes[3 - p.rank + i] = tensor.strides[2 + i];
+    return t;
+}
+
+// A number of the largest magnitude, with which masks are written, must not become infinite.
+float in_base_2(float logit) {
+    const float scaled = logit * (float)kLog2E;
+    return std::isinf(scaled) && !std::isinf(logit) ? std::copysign(FLT_MAX, logit) : scaled;
+}
+
+// The first and last channel that any of a head's vectors uses: SASA's row and column tables are each half zero.
+ChannelRange nonzero_channels(const float* table, int64_t entries, int64_t channels) {
+    ChannelRange range = {(int32_t)channels, 0};
+    for (int64_t e = 0; e < entries; ++e)
+        for (int64_t c = 0; c < channels; ++c)
+            if (table[e * channels + c] != 0) {
+                range.begin = std::min(range.begin, (int32_t)c);
+                range.end = std::max(range.end, (int32_t)c + 1);
+            }
+    range.begin = std::min(range.begin, range.end);
+    return range;
+}
+
+std::atomic<int64_t> calls{0};
+
+// Owns what a Plan points at.
+struct Call {
+    const Kernel* kernel;
+    Geometry geometry;
+    Plan plan = {};
+    std::unique_ptr<PassLists> query_lists, key_lists;
+    std::vector<float> bias;
+    std::vector<ChannelRange> nonzero[3];
+
+    Call(const nearsight_problem& p, const nearsight_inputs& inputs, const Kernel* kernel, bool backward);
+};
+
+Call::Call(const nearsight_problem& p, const nearsight_inputs& inputs, const Kernel* kernel, bool backward)
+    : kernel(kernel), geometry(p) {
+    const int lanes = kernel->lanes;
+    plan.call = ++calls;
+    plan.bfloat16 = p.dtype == NEARSIGHT_BFLOAT16;
+    plan.batch = p.batch;
+    plan.heads = p.heads;
+    plan.head_dim = p.head_dim;
+    plan.value_dim = p.value_dim;
+    const bool planar = inputs.key.strides[p.rank + 2] != 1;
+    const Row row = choose_row(geometry, p, planar, lanes, backward);
+    plan.batch_group = row.images;
+    plan.scale = (float)p.scale;
+    plan.query_multiplier = (float)(p.scale * kLog2E);
+    plan.bias_entries = 1;
+    for (int axis = 0; axis < 3; ++axis) {
+        plan.entries[axis] = (int32_t)geometry.axes[axis].entries();
+        plan.out[axis] = geometry.axes[axis].queries();
+        plan.bias_entries *= plan.entries[axis];
+    }
+    plan.query = place(p, inputs.query);
+    plan.key = place(p, inputs.key);
+    plan.value = place(p, inputs.value);
+
+    plan.key_planes = geometry.axes[0].cells;
+    query_lists = std::make_unique<PassLists>(geometry, Home::queries, lanes, row, backward);
+    const RowAxis &z = query_lists->pass().z, &y = query_lists->pass().y;
+    int64_t table = inputs.bias ? plan.bias_entries : 0;
+    for (int i = 0; i < p.rank; ++i)
+        if (inputs.relative[i]) table += plan.entries[3 - p.rank + i] * p.head_dim;
+    if (backward) {
+        key_lists = std::make_unique<PassLists>(geometry, Home::keys, lanes, row);
+        PassLists::join(geometry, *query_lists, *key_lists);
+        plan.key_pass = key_lists->pass();
+        query_lists->deal(p.batch, p.heads, plan.key_pass.y.group_count, geometry.axes[1].cells * plan.out[0], table);
+    } else {
+        const int64_t groups = (int64_t)z.group_count * y.group_count;
+        query_lists->deal(p.batch, p.heads, groups, groups * kGroupRows, 0);
+    }
+    plan.query_pass = query_lists->pass();
+
+    if (inputs.bias) {
+        bias.resize((size_t)(p.heads * plan.bias_entries));
+        for (size_t i = 0; i < bias.size(); ++i) bias[i] = in_base_2(inputs.bias[i]);
+        plan.bias = bias.data();
+    }
+    for (int i = 0; i < p.rank; ++i) {
+        const int axis = 3 - p.rank + i;
+        if (!inputs.relative[i]) continue;
+        plan.relative[axis] = inputs.relative[i];
+        const int64_t entries = plan.entries[axis];
+        for (int64_t head = 0; head < p.heads; ++head)
+            nonzero[axis].push_back(
+                nonzero_channels(inputs.relative[i] + head * entries * p.head_dim, entries, p.head_dim));
+        plan.nonzero[axis] = nonzero[axis].data();
+    }
+}
+
+int check_scratch(size_t bytes) { return bytes > (size_t)kMostScratch ? NEARSIGHT_ERROR_SCRATCH : NEARSIGHT_OK; }
+
+// Adds up the jobs' partial sums, in the order of the jobs.
+void reduce(const std::vector<float>& parts, int64_t heads, int64_t jobs, int64_t count, float* total) {
+    for (int64_t head = 0; head < heads; ++head)
+        for (int64_t i = 0; i < count; ++i) {
+            double sum = 0;
+            for (int64_t job = 0; job < jobs; ++job) sum += parts[(size_t)((head * jobs + job) * count + i)];
+            total[head * count + i] = (float)sum;
+        }
+}
+
+}  // namespace
+
+int check_scratch(const nearsight_problem& p, int isa, bool backward) {
+    Call call(p, {}, kernel_of(isa), backward);
+    if (!backward) return check_scratch(call.kernel->forward_bytes(&call.plan));
+    float wanted = 0;  // of these, only whether they are NULL counts
+    call.plan.bias_parts = &wanted;
+    for (float*& parts : call.plan.relative_parts) parts = &wanted;
+    return check_scratch(call.kernel->backward_bytes(&call.plan));
+}
+
+int forward(const nearsight_problem& p, const nearsight_inputs& inputs, const nearsight_tensor& out, float* lse,
+            int isa) {
+    Call call(p, inputs, kernel_of(isa), false);
+    call.plan.out_tensor = place(p, out);
+    call.plan.lse = lse;
+    const size_t bytes = call.kernel->forward_bytes(&call.plan);
+    if (int error = check_scratch(bytes)) return error;
+    return run(call.plan, bytes, call.kernel->forward, p.num_threads);
+}
+
+int backward(const nearsight_problem& p, const nearsight_inputs& inputs, const nearsight_tensor& out, const float* lse,
+             const nearsight_tensor& grad_out, const nearsight_gradients& gradients, int isa) {
+    Call call(p, inputs, kernel_of(isa), true);
+    Plan& plan = call.plan;
+    plan.out_tensor = place(p, out);
+    plan.grad_out = place(p, grad_out);
+    plan.lse = const_cast<float*>(lse);
+    plan.want_query = gradients.query != nullptr;
+    plan.want_key = gradients.key != nullptr;
+    plan.want_value = gradients.value != nullptr;
+    if (gradients.query) plan.grad_query = place(p, *gradients.query);
+    if (gradients.key) plan.grad_key = place(p, *gradients.key);
+    if (gradients.value) plan.grad_value = place(p, *gradients.value);
+
+    const int64_t parts = p.heads * plan.query_pass.jobs;
+    std::vector<float> bias_parts, relative_parts[3];
+    if (gradients.bias) {
+        bias_parts.resize((size_t)(parts * plan.bias_entries));
+        plan.bias_parts = bias_parts.data();
+    }
+    for (int i = 0; i < p.rank; ++i) {
+        const int axis = 3 - p.rank + i;
+        if (!gradients.relative[i]) continue;
+        relative_parts[axis].resize((size_t)(parts * plan.entries[axis] * p.head_dim));
+        plan.relative_parts[axis] = relative_parts[axis].data();
+    }
+
+    const size_t bytes = call.kernel->backward_bytes(&plan);
+    if (int error = check_scratch(bytes)) return error;
+    if (int error = run(plan, bytes, call.kernel->backward, p.num_threads)) return error;
+    if (gradients.bias) reduce(bias_parts, p.heads, plan.query_pass.jobs, plan.bias_entries, gradients.bias);
+    for (int i = 0; i < p.rank; ++i) {
+        const int axis = 3 - p.rank + i;
+        if (gradients.relative[i])
+            reduce(relative_parts[axis], p.heads, plan.query_pass.jobs, plan.entries[axis] * p.head_dim,
+                   gradients.relative[i]);
+    }
+    return NEARSIGHT_OK;
+}
+
+int zero_tables(const nearsight_problem& p, const nearsight_gradients& gradients) {
+    const Geometry geometry(p);
+    int64_t entries = p.heads;
+    for (const Axis& axis : geometry.axes) entries *= axis.entries();
+    if (gradients.bias) memset(gradients.bias, 0, (size_t)entries * sizeof(float));
+    for (int i = 0; i < p.rank; ++i)
+        if (gradients.relative[i])
+            memset(gradients.relative[i], 0,
+                   (size_t)(p.heads * geometry.axes[3 - p.rank + i].entries() * p.head_dim) * sizeof(float));
+    return NEARSIGHT_OK;
+}
+
+}  // namespace nearsight

@@ -1,0 +1,23 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Which instruction sets were built in and can run here, and which one is meant.
+
+#ifndef NEARSIGHT_ISA_H
+#define NEARSIGHT_ISA_H
+
+#include "plan.h"
+
+namespace nearsight {
+
+extern const char* const kIsaNames[];
+extern const int kIsaCount;
+
+// NULL when this build or this processor lacks it.
+const Kernel* kernel_of(int isa);
+
+// An instruction set, or a negated error.
+int resolve_isa(int isa);
+
+}  // namespace nearsight
+
+#endif

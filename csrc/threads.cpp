@@ -1,0 +1,94 @@
+// SPDX-License-Identifier: Apache-2.0
+
+#include "threads.h"
+
+#include <pthread.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <atomic>
+
+#include "nearsight.h"
+
+namespace nearsight {
+
+namespace {
+
+// The OpenMP runtime's threads do not survive a fork, and waiting for them would hang.
+std::atomic<bool> in_child_of_fork{false};
+const int fork_handler = pthread_atfork(nullptr, nullptr, [] { in_child_of_fork = true; });
+
+constexpr size_t kKeptScratch = (size_t)32 << 20;  // bytes
+
+// A thread keeps its scratch memory from call to call: fresh pages cost more than the work of a small map. What is too
+// large for that goes back to the system after the call; to fill it takes longer than to get it.
+class Scratch {
+  public:
+    ~Scratch() { free(data_); }
+    void give_back() {
+        if (size_ <= kKeptScratch) return;
+        free(data_);
+        data_ = nullptr;
+        size_ = 0;
+    }
+    char* reserve(size_t bytes) {
+        if (bytes > size_) {
+            free(data_);
+            size_ = 0;
+            data_ = nullptr;
+            void* fresh = nullptr;
+            if (posix_memalign(&fresh, 64, bytes) != 0) return nullptr;
+            data_ = (char*)fresh;
+            size_ = bytes;
+            memset(data_, 0, sizeof(Leftover));
+        }
+        return data_;
+    }
+
+  private:
+    char* data_ = nullptr;
+    size_t size_ = 0;
+};
+
+thread_local Scratch scratch;
+
+// Heads that a thread takes at a time: as many as leave work enough to share out evenly. In heads-last memory
+// neighbouring heads lie in the same lines, and threads that write to one line at once wait for each other.
+[[maybe_unused]] int heads_at_a_time(const Plan& plan, int num_threads) {
+    int64_t heads = plan.heads;
+    while (heads > 1 && plan.heads * plan.query_pass.jobs / heads < 8 * (int64_t)num_threads) heads = (heads + 1) / 2;
+    return (int)heads;
+}
+
+}  // namespace
+
+int run(const Plan& plan, size_t bytes, Work work, int num_threads) {
+    const int64_t count = plan.heads * plan.query_pass.jobs;
+    std::atomic<bool> failed{false};
+    // Heads innermost: neighbouring heads share cache lines of heads-last memory.
+    const auto one = [&](int64_t i) {
+        char* workspace = scratch.reserve(bytes);
+        if (workspace)
+            work(&plan, i % plan.heads, i / plan.heads, workspace);
+        else
+            failed = true;
+    };
+#if defined(_OPENMP)
+    if (num_threads > 1 && count > 1 && !in_child_of_fork) {
+        const int heads = heads_at_a_time(plan, num_threads);
+#pragma omp parallel num_threads(num_threads)
+        {
+#pragma omp for schedule(dynamic, heads)
+            for (int64_t i = 0; i < count; ++i) one(i);
+            scratch.give_back();
+        }
+        return failed ? NEARSIGHT_ERROR_MEMORY : NEARSIGHT_OK;
+    }
+#endif
+    (void)num_threads;
+    for (int64_t i = 0; i < count; ++i) one(i);
+    scratch.give_back();
+    return failed ? NEARSIGHT_ERROR_MEMORY : NEARSIGHT_OK;
+}
+
+}  // namespace nearsight
