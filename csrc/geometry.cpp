@@ -2,6 +2,8 @@
 
 #include "geometry.h"
 
+#include <assert.h>
+
 #include <algorithm>
 #include <numeric>
 #include <unordered_map>
@@ -87,7 +89,7 @@ Range Axis::seen(int64_t phase, int64_t query) const {
 }
 
 Range Axis::seeing(int64_t phase, int64_t key) const {
-    // At least the query of its own cell sees it.
+    assert(window(phase, key).holds(key));  // the query of its own cell sees it, so shared_by is no more than kernel
     const int64_t least = torus() ? key - ahead() : std::max<int64_t>(0, key - ahead());
     const int64_t most = torus() ? key + back() : std::min(key + back(), steps(phase) - 1);
     const int64_t first = first_of(least, key, [&](int64_t query) { return window(phase, query).last > key; });
@@ -207,6 +209,7 @@ void PassLists::join_rows(const Axis& axis, PassLists& queries, PassLists& keys)
             }
             continue;
         }
+        assert(ends[0] <= ends[1] && ends[1] < last);
         const size_t latest = (size_t)last - 1;
         const int64_t newest = made.cells[latest * kGroupRows + (size_t)made.groups[latest].rows - 1];
         slots = std::max(slots, newest - visits[0].cell + 1);
@@ -309,6 +312,8 @@ void PassLists::add_group(const Axis& axis, int64_t phase, const std::vector<int
         for (int r = 0; r < group.rows; ++r) {
             const int64_t entry = (queries() ? step - homes[r] : homes[r] - step) - offset;
             if (!entries[r].holds(entry)) continue;
+            assert(entry >= 0 && entry < axis.entries());
+            assert(visit.last == 0 || visit.last == r);  // rows that see it follow each other
             visit.first = std::min(visit.first, r);
             visit.last = r + 1;
             visit.entry[r] = (int32_t)entry;
@@ -355,6 +360,9 @@ void PassLists::add_tile(const Axis& axis, Range own, bool margin) {
     tile.away_first_run = (int32_t)runs_.size();
     tile.away_runs =
         add_runs(axis, !queries(), {home.first + lowest, home.last + highest}, home.first - tile.left, true);
+    // No lane reads further than windows reach: the margins of the cache and the ring are as wide as that.
+    assert(-lowest <= (queries() ? axis.back() : axis.ahead()) * row_.step(axis));
+    assert(highest <= (queries() ? axis.ahead() : axis.back()) * row_.step(axis));
     tile.away_pitch = away_pitch(tile, tile.left + tile.vectors * lanes_ + highest);
     tiles_.push_back(tile);
     homes_.push_back(home);
@@ -416,9 +424,11 @@ LaneVector PassLists::add_vector(const Axis& axis, Range lanes, Range own, bool 
         if (!place.inside || !own.holds(lanes.first + lane)) owned[(size_t)lane] = 0;
         Range& entries = seen[(size_t)lane];
         entries = queries() ? axis.seen(place.phase, place.step) : axis.seeing(place.phase, place.step);
+        assert(entries.first >= 0 && entries.first < entries.last && entries.last <= axis.entries());
         all = {std::min(all.first, entries.first), std::max(all.last, entries.last)};
     }
-    if (all.last == 0) all = {0, 1};  // no lane sees anything: keep one masked entry
+    const int64_t itself = -axis.first_offset();
+    if (all.last == 0) all = {itself, itself + 1};  // no lane sees anything: keep one masked entry
     vector.first_entry = (int32_t)all.first;
     vector.entries = (int32_t)(all.last - all.first);
     // Where cells beyond the edge have a part there is room for them between phases, and images are not side by side.

@@ -13,6 +13,8 @@
 // until the keys that they belong to have gathered them. No lane ever meets a cell that its query does not see: entries
 // that only some lanes of a vector see go through a mask.
 
+#include <assert.h>
+
 #include "plan.h"
 #include "rows-inl.h"
 #include "simd-inl.h"
@@ -509,6 +511,7 @@ struct KeyWalk : Walk {
     void find_queries(const Group& y) const {
         for (int i = 0; i < y.visits; ++i) {
             const Visit& visit = pass.y.visits[y.first_visit + i];
+            assert(visit.slot >= 0 && visit.slot < pass.y.slots);
             w.ring_sources[i] = {ring_row(plan, w, visit.slot) + tile.left, &visit, 0, 0};
         }
     }

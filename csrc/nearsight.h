@@ -31,11 +31,7 @@
 
 #include <stdint.h>
 
-#if defined(_WIN32)
-#define NEARSIGHT_API __declspec(dllexport)
-#else
 #define NEARSIGHT_API __attribute__((visibility("default")))
-#endif
 
 #ifdef __cplusplus
 extern "C" {

@@ -6,6 +6,8 @@
 #ifndef NEARSIGHT_WALK_INL_H
 #define NEARSIGHT_WALK_INL_H
 
+#include <assert.h>
+
 #include "plan.h"
 #include "rows-inl.h"
 #include "simd-inl.h"
@@ -101,6 +103,7 @@ Item item_of(const Plan& plan, const Pass& pass, int64_t groups, int64_t head, i
     item.first_batch = index / pass.chunks * plan.batch_group;
     item.first_group = groups * chunk / pass.chunks;
     item.last_group = groups * (chunk + 1) / pass.chunks;
+    assert(index / pass.chunks * plan.batch_group < plan.batch && item.last_group <= groups);
     return item;
 }
 
@@ -130,6 +133,7 @@ int find_sources(const Pass& pass, const LaneTile& tile, const Group& z, const G
         for (int j = 0; j < y.visits; ++j) {
             const Visit& visit_y = pass.y.visits[y.first_visit + j];
             const int64_t slot = (int64_t)visit_z.slot * pass.y.slots + visit_y.slot;
+            assert(slot >= 0 && slot < slots(pass));
             float* row = w.cache + slot * w.away_channels * pass.max_away_pitch;
             Tag& tag = w.tags[slot];
             if (tag.z != visit_z.cell || tag.y != visit_y.cell) {
@@ -177,6 +181,10 @@ Spot spot_of(const Plan& plan, const Pass& pass, const LaneTile& tile, int64_t h
     s.away_lane = (ptrdiff_t)vector * kLanes + pass.offset + (ptrdiff_t)s.lanes->first_entry * pass.step;
     s.home_row = w.home_channels * kLanes;
     s.away_pitch = tile.away_pitch;
+    // The first entry's away lanes, and those of the last, lie in the row or the margin that follows it.
+    [[maybe_unused]] const ptrdiff_t first = tile.left + s.away_lane, last = first + (s.entries - 1) * s.step;
+    assert(first >= 0 && last >= 0);
+    assert(first + kLanes <= 2 * (ptrdiff_t)tile.away_pitch && last + kLanes <= 2 * (ptrdiff_t)tile.away_pitch);
     return s;
 }
 
