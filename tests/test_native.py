@@ -1134,7 +1134,28 @@ def test_structures_are_those_of_the_header(tmp_path):
     assert {names["FLOAT32"], names["BFLOAT16"]} == {str(number) for number in lib.DTYPES.values()}
 
 
-# ----------------------------------------------------------------------------------------------------------- sanitizers
+# ------------------------------------------------------------------------------------------- C++ by itself, sanitizers
+
+FLAGS_OF = {
+    "avx2": ["-mavx2", "-mfma"],
+    "avx512": ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma"],
+}
+
+
+@every_isa
+def test_functions_of_a_vector(isa, tmp_path):
+    """Exponential and logarithm against doubles; transposes, halves and extremes against plain loops."""
+    compiler = shutil.which("g++")
+    assert compiler, "this test needs g++"
+    flags = ["-std=c++17", "-O2", "-ffp-contract=fast", "-Wno-psabi", *FLAGS_OF.get(isa, []), "-I", ROOT / "csrc"]
+    program = tmp_path / "simd"
+    subprocess.run([compiler, *flags, ROOT / "tests" / "native_simd.cpp", "-o", program], check=True)
+    finished = subprocess.run([program], capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stdout
+    errors = re.search(r"exp2 (\S+), log (\S+)", finished.stdout)
+    assert errors, finished.stdout
+    assert float(errors[1]) < 1.8e-7
+    assert float(errors[2]) < 2.3e-7
 
 
 @pytest.mark.slow
@@ -1151,12 +1172,8 @@ def test_under_sanitizers(tmp_path):
         "-I",
         ROOT / "csrc",
     ]
-    flags_of = {
-        "avx2": ["-mavx2", "-mfma"],
-        "avx512": ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma"],
-    }
     # What cannot run here would be compiled in vain, for minutes.
-    kernels = {"baseline": [], **{name: isa for name, isa in flags_of.items() if name in ISAS}}
+    kernels = {"baseline": [], **{name: isa for name, isa in FLAGS_OF.items() if name in ISAS}}
     defined = [f"-DNEARSIGHT_WITH_{name.upper()}" for name in kernels]
     units = {
         **{
