@@ -34,7 +34,7 @@ def _facts() -> dict[str, Any]:
     import timm
     import torch
 
-    from ..attention import backends
+    from ..attention import backends, native
 
     return {
         "nearsight": version("nearsight"),
@@ -43,6 +43,7 @@ def _facts() -> dict[str, Any]:
         "timm": timm.__version__,
         "machine": f"{platform.system()} {platform.machine()}",
         "cpu capability": torch.backends.cpu.get_cpu_capability(),
+        "kernel": native.instruction_set() if native.unavailable() is None else "none",
         "threads": torch.get_num_threads(),
         "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "backends": backends(),
