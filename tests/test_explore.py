@@ -23,9 +23,11 @@ from nearsight import cli
 from nearsight.errors import DataError, OptionError, ShapeError
 from nearsight.inspect import equivariance_by_layer, explore, maps
 from nearsight.inspect.equivariance import decisive
-from nearsight.inspect.explore import Exploration, fit_picture, read_picture, view_of
+from nearsight.inspect.explore import Exploration, read_picture
 from nearsight.inspect.transforms import Reflection, Translation
 from nearsight.models import create_model
+from nearsight.models.data_config import seen
+from nearsight.saved.view import View
 from nearsight.saved.weights import Blueprint, save_model
 from nearsight.training.data import load_pictures
 
@@ -463,20 +465,17 @@ def test_a_picture_is_upright_square_and_as_the_model_sees_it(tmp_path):
     turned = Image.Exif()
     turned[0x0112] = 6  # shown turned by 90 degrees clockwise: the white half comes to the top
     picture.save(tmp_path / "photo.png", exif=turned)
-    upright = read_picture(tmp_path / "photo.png")
-    assert upright.shape == (3, 40, 20)
-    assert (upright[:, :20] == 1).all()
-    assert (upright[:, 20:] == 0).all()
-    small = fit_picture(upright, channels=1, size=10)
-    assert small.shape == (1, 10, 10)
-    assert small[0, 0].min() > 0.99 > 0.01 > small[0, -1].max()
+    config = View(1, 10, (0.25,), (0.5,)).data_config()
+    image, shown = seen(read_picture(tmp_path / "photo.png", channels=1), config)
+    assert image.shape == shown.shape == (1, 10, 10)
+    assert shown[0, 0].min() > 0.99 > 0.01 > shown[0, -1].max()
+    torch.testing.assert_close(image, (shown - 0.25) / 0.5)
 
 
 def test_a_file_is_explored_by_the_models_own_view(tmp_path):
     Image.new("RGB", (50, 40), (255, 0, 0)).save(tmp_path / "red.png")
     model = create_model("sasa_nano", num_classes=3)
-    view = view_of(model)
-    assert (view["channels"], view["size"]) == (3, 32)
+    assert View.of(model) == View(3, 32, (0.5,) * 3, (0.5,) * 3)
     page = explore(model, tmp_path / "red.png")
     assert '"height": 32' in page.html
     source = re.search(r"data:image/png;base64,([A-Za-z0-9+/=]+)", page.html)[1]
@@ -590,7 +589,7 @@ def test_other_mistakes_are_one_line(run, photo, tmp_path, capsys):
     assert "--size must be at least 1; received 0" in mistake(capsys, run, photo, "--size", "0")
     assert f"cannot write {tmp_path}" in mistake(capsys, run, photo, "--output", tmp_path)
     message = mistake(capsys, "sasa_nano,in_chans=4", photo, "--size", "24")
-    assert "sasa_nano,in_chans=4 cannot take 24x24 images: " in message
+    assert "a picture has 1 channel or 3, and the model takes 4" in message
 
 
 def test_a_reflection_can_be_asked_for(model, image):

@@ -12,6 +12,7 @@ from PIL import Image
 
 from nearsight.errors import DataError, OptionError
 from nearsight.inspect.explore import read_picture
+from nearsight.models.data_config import seen
 from nearsight.picture import ENDINGS, FORMATS, is_hidden, is_picture, opaque, open_picture
 from nearsight.saved.view import View
 from nearsight.training.data import load_pictures
@@ -96,10 +97,11 @@ def test_training_evaluation_and_explorer_see_the_same_picture(tmp_path):
     pictures = load_pictures(f"folder:{tmp_path}")
     for split in (pictures.train, pictures.validation, pictures.test):
         assert torch.equal(split.dataset(view, training=False)[0][0], upright)
-    assert torch.equal(read_picture(tmp_path / "a" / "0.png"), upright)
+    drawing = tmp_path / "a" / "0.png"
+    assert torch.equal(seen(read_picture(drawing), view.data_config())[0], upright)
     blue = View(3, 8, (0.0,) * 3, (1.0,) * 3, background="#0000ff")
     assert pictures.test.dataset(blue, training=False)[0][0][:, 7, 0].tolist() == [0, 0, 1]
-    assert read_picture(tmp_path / "a" / "0.png", "#0000ff")[:, 7, 0].tolist() == [0, 0, 1]
+    assert read_picture(drawing, background="#0000ff").getpixel((0, 7)) == (0, 0, 255)
 
 
 # ------------------------------------------------------------------------------------------------ more than eight bits

@@ -37,15 +37,16 @@ def run(arguments: list[str]) -> None:
     if options.size is not None and options.size < 1:
         raise OptionError(f"--size must be at least 1; received {options.size}")
 
-    from ..inspect.explore import explore, fit_picture, normalise, read_picture
+    from ..inspect.explore import explore, read_picture
+    from ..models.data_config import data_config, seen
     from ..saved.opened import open_model
 
     model = open_model(options.model, options.size)
     view = replace(model.view, background=options.background or model.view.background)
     subtitle = model.origin
     if Path(options.image).exists() or not re.fullmatch(r".+:\d+", options.image):
-        picture = fit_picture(read_picture(options.image, view.background), view.channels, view.size)
-        image = normalise(picture, view.mean, view.std)
+        config = {**data_config(model.network), "input_size": (view.channels, view.size, view.size)}
+        image, picture = seen(read_picture(options.image, view.channels, view.background), config)
     else:
         need_train_extra("explore DATA:N")
         from ..training.data import numbered_picture

@@ -11,16 +11,16 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import DataError, OptionError, ShapeError
 from ..files import write_whole
 from ..finite import why_not_finite
+from ..models.data_config import class_names, data_config, seen
 from ..pages.csv_json import finite
 from ..pages.html import render
 from ..pages.names import readable
@@ -30,6 +30,9 @@ from .maps import AttentionMap, attention_layers, attention_maps
 from .rollout import attention_rollout
 from .statistics import attention_statistics
 from .transforms import Transform, Translation
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 # What base64 makes a third longer: weights, rollouts and position tables, for a page under 5 MB.
 WEIGHT_BYTES, ROLLOUT_BYTES, TABLE_BYTES = 2_100_000, 800_000, 300_000
@@ -85,10 +88,10 @@ def explore(
 
     Args:
         model: any module that holds nearsight's attention layers on maps of two axes; it is run once and left as it was.
-        image: (C, H, W) or (1, C, H, W) as the model sees it; or the file of a picture, which is cut to a square and brought
-            to the size, mean and deviation that the model was made for (``model.pretrained_cfg``, as timm's have it).
+        image: (C, H, W) or (1, C, H, W) as the model sees it; or the file of a picture, which is brought to what the
+            model was made for (``timm.data.create_transform`` of its ``pretrained_cfg``: size, crop, mean and deviation).
         picture: what is shown, (1 or 3, H, W) between 0 and 1; None stretches ``image`` to that range.
-        classes: names of the model's outputs.
+        classes: names of the model's outputs; None takes those that it knows (``label_names`` of its ``pretrained_cfg``).
         title, subtitle: of the page.
         transform: of the image, for the section on equivariance: which layers do not follow it, as
             :func:`nearsight.inspect.equivariance_by_layer` tells. None leaves the section out.
@@ -103,9 +106,8 @@ def explore(
         PosixPath('page.html')
     """
     if not isinstance(image, Tensor):
-        view = view_of(model)
-        picture = fit_picture(read_picture(image), view["channels"], view["size"])
-        image = normalise(picture, view["mean"], view["std"])
+        config = data_config(model)
+        image, picture = seen(read_picture(image, config["input_size"][0]), config)
     batch = image if image.ndim == 4 else image[None]
     ranks = sorted({layer.rank for layer in attention_layers(model).values()})
     if batch.ndim != 4 or len(batch) != 1 or ranks != [2]:
@@ -115,60 +117,27 @@ def explore(
         )
     batch = batch.to(next((parameter.device for parameter in model.parameters()), batch.device))
     page = _Page(model, batch, batch[0].cpu() if picture is None else picture, stretched=picture is None)
+    classes = class_names(model) if classes is None else classes
     return Exploration(page.render(classes, title or type(model).__name__, subtitle, transform))
 
 
 # ---------------------------------------------------------------------------------------------------------- pictures
 
 
-def read_picture(path: str | Path, background: str = BACKGROUND) -> Tensor:
-    """The picture in a file as a person sees it, (3, H, W) between 0 and 1.
-
-    Args:
-        background: the colour that shows where it is transparent.
+def read_picture(path: str | Path, channels: int = 3, background: str = BACKGROUND) -> Image:
+    """The picture in a file as a person sees it; see :func:`nearsight.picture.open_picture`.
 
     Raises:
         DataError: there is no such file, or it holds no picture that can be read or shown.
         OptionError: no such colour.
     """
     try:
-        pixels = np.asarray(open_picture(path, background=background))
+        return open_picture(path, channels, background)
     except FileNotFoundError as error:
         raise DataError(f"there is no image {path}") from error
     except (OSError, DataError) as error:
         reason = getattr(error, "strerror", None) or error
         raise DataError(f"cannot read the image {path}: {reason}") from error
-    return torch.from_numpy(pixels.copy()).permute(2, 0, 1) / 255
-
-
-def fit_picture(picture: Tensor, channels: int, size: int) -> Tensor:
-    """The square in a picture's middle, at the size and in the channels that a model takes: (channels, size, size)."""
-    from torchvision.transforms.functional import rgb_to_grayscale
-
-    side = min(picture.shape[1:])
-    top, left = ((n - side) // 2 for n in picture.shape[1:])
-    square = picture[:, top : top + side, left : left + side]
-    if channels == 1:
-        square = rgb_to_grayscale(square)
-    return F.interpolate(square[None], size=(size, size), mode="bilinear", antialias=True)[0].clamp(0, 1)
-
-
-def normalise(picture: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """(picture - mean) / std, per channel; one mean for colour pictures serves all, three for a grey one are averaged."""
-    like = {"dtype": picture.dtype, "device": picture.device}
-    centre, spread = (torch.tensor(values, **like).view(-1, 1, 1) for values in (mean, std))
-    if len(picture) == 1:
-        centre, spread = centre.mean(0, keepdim=True), spread.mean(0, keepdim=True)
-    return (picture - centre) / spread
-
-
-def view_of(model: nn.Module) -> dict[str, Any]:
-    """How a model that timm made sees pictures, as far as it says so: channels, size, mean and std."""
-    known: Any = getattr(model, "pretrained_cfg", None) or {}
-    counts = (getattr(module, "in_channels", None) for module in model.modules())
-    channels = next((count for count in counts if isinstance(count, int)), 3)
-    mean, std = (tuple(known.get(name) or (0.5,) * channels) for name in ("mean", "std"))
-    return {"channels": channels, "size": (known.get("input_size") or (3, 224, 224))[-1], "mean": mean, "std": std}
 
 
 # -------------------------------------------------------------------------------------------------------------- page

@@ -12,8 +12,8 @@ from pathlib import Path
 from torch import nn
 
 from ..errors import NearsightError, OptionError
-from ..inspect.explore import view_of
 from ..models import create_model, input_size, parse_spec
+from ..models.data_config import class_names
 from .view import View
 from .weights import load_model
 
@@ -73,7 +73,7 @@ def open_model(given: str, size: int | None = None) -> OpenedModel:
         origin = "" if blueprint.data == "nothing" else f"Trained on {blueprint.data}."
     else:
         network = create_model(given)
-        view, classes, title = View(**view_of(network)), None, given
+        view, classes, title = View.of(network), class_names(network), given
         view = replace(view, size=input_size(given)) if "img_size" in parse_spec(given)[1] else view
         origin = "Made by its name, with the weights that it starts with."
     return OpenedModel(given, network.eval(), replace(view, size=size or view.size), classes, title, origin)

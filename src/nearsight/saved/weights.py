@@ -62,7 +62,7 @@ class Blueprint:
         object.__setattr__(self, "classes", tuple(map(readable, self.classes)))
 
     def build(self, drop_path: float = 0.0) -> nn.Module:
-        """The network, freshly initialised.
+        """The network, freshly initialised. Its ``pretrained_cfg`` says how it sees pictures and what its classes are.
 
         Args:
             drop_path: chance in training that the network's last block is skipped for an image.
@@ -71,6 +71,7 @@ class Blueprint:
             OptionError: no such model, or one that cannot take pictures of this size; the message says why.
         """
         kwargs: dict[str, Any] = {"num_classes": len(self.classes), "in_chans": self.view.channels}
+        kwargs["pretrained_cfg_overlay"] = {**self.view.data_config(), "label_names": self.classes}
         if "img_size" not in parse_spec(self.model)[1]:
             made_for = self.img_size or (self.view.size if pretrained_value(self.model, "fixed_input_size") else None)
             kwargs |= {} if made_for is None else {"img_size": made_for}

@@ -263,12 +263,8 @@ def _transform(view: View, changes: Changes) -> Callable[[Any], Tensor]:
     jitter = 0.0 if view.channels == 1 else changes.jitter
     mirror = 0.5 if changes.mirror else 0.0
     fit: Any = create_transform(
-        (view.channels, view.size, view.size),
+        **view.data_config(),
         is_training=crops,
-        mean=view.mean,
-        std=view.std,
-        interpolation="bilinear",
-        crop_pct=1.0,
         scale=(changes.crop, 1.0),
         hflip=mirror,
         color_jitter=jitter,
