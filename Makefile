@@ -15,12 +15,12 @@ WITH_DEV := $(VENV)/.installed-dev
 WORKERS := --numprocesses auto --maxprocesses 4 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test quick check format bench clean distclean sound
+.PHONY: help demo test test-all quick check format bench clean distclean sound
 .NOTPARALLEL:
 
 help: ## show this list
 	@echo "make TARGET, where TARGET is one of"
-	@sed -n 's/^\([a-z]*\):.*## /  \1:/p' $(firstword $(MAKEFILE_LIST)) | while IFS=: read -r target text; do \
+	@sed -n 's/^\([a-z-]*\):.*## /  \1:/p' $(firstword $(MAKEFILE_LIST)) | while IFS=: read -r target text; do \
 		printf '  %-10s %s\n' $$target "$$text"; done
 	@echo "PYTHON=python3.12 chooses the Python for a new $(VENV); PYTEST_ARGS='-k window' goes to pytest."
 
@@ -32,11 +32,14 @@ demo: $(WITH_TRAIN) ## train a network without convolutions on handwritten digit
 	if [ -z "$$CI" ] && [ -n "$$opener" ] && command -v $$opener >/dev/null; then \
 		$$opener $(DEMO)/report.html >/dev/null 2>&1 || true; fi
 
-test: $(WITH_DEV) ## run all tests
+test: $(WITH_DEV) ## run the tests: one case of every kind
+	$(BIN)/python -m pytest $(WORKERS) -m "not sweep" $(PYTEST_ARGS)
+
+test-all: $(WITH_DEV) ## run them with the long sweeps: every geometry, instruction set, compiler and sanitizer
 	$(BIN)/python -m pytest $(WORKERS) $(PYTEST_ARGS)
 
 quick: $(WITH_DEV) ## run the tests that take seconds
-	$(BIN)/python -m pytest $(WORKERS) -m "not slow" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(WORKERS) -m "not slow and not sweep" $(PYTEST_ARGS)
 
 check: $(WITH_DEV) ## look at format, lint and types
 	$(BIN)/ruff format --check .

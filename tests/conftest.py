@@ -9,6 +9,7 @@ from contextlib import nullcontext
 from functools import partial
 from types import ModuleType
 from typing import NamedTuple
+from zlib import crc32
 
 import hypothesis
 import numpy as np
@@ -114,14 +115,24 @@ ALL = tuple(one for one in contestants() if one.backend.name not in ("flex", "na
 every_backend = partial(pytest.mark.parametrize, "contestant", ids=str)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--share", metavar="I/N", help="only the I-th of N shares of the tests that are selected")
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """A test that waits for a graphics card is not one of this machine's: it is left out, and counted as such."""
-    if torch.cuda.is_available():
-        return
-    waiting = [item for item in items if item.get_closest_marker("gpu")]
-    if waiting:
-        config.hook.pytest_deselected(items=waiting)
-        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+    if not torch.cuda.is_available():
+        leave_out(config, items, lambda item: item.get_closest_marker("gpu") is not None)
+    if config.option.share:
+        share, shares = map(int, config.option.share.split("/"))
+        leave_out(config, items, lambda item: crc32(item.nodeid.encode()) % shares != share % shares)
+
+
+def leave_out(config: pytest.Config, items: list[pytest.Item], unwanted: Callable[[pytest.Item], bool]) -> None:
+    out = [item for item in items if unwanted(item)]
+    if out:
+        config.hook.pytest_deselected(items=out)
+        items[:] = [item for item in items if not unwanted(item)]
 
 
 def pytest_report_header() -> list[str]:

@@ -61,7 +61,7 @@ def build_here(folder: Path) -> Path:
     return program
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.skipif(native.unavailable() is not None, reason=str(native.unavailable()))
 def test_arm64_computes_the_same(tmp_path):
     compiler, emulator = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64")

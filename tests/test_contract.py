@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import product
@@ -301,12 +302,43 @@ NAMED = {
 }
 
 
+# These in every dtype; the others in float32, which every backend takes, and in the rest where the sweeps run.
+KINDS = (
+    "both tables",
+    "covers",
+    "dilation and stride",
+    "causal rows",
+    "zeros even dilated",
+    "shift dilated strided",
+    "wrap dilated causal",
+    "mask and wrap",
+    "shared dilated strided",
+    "shared causal wrap",
+    "value narrower",
+    "loud",
+    "memory sliced",
+)
+
+
+def each_named(names: Iterable[str] = NAMED, dtypes: Iterable[torch.dtype] = DTYPES) -> pytest.MarkDecorator:
+    """The cases as ``name`` and ``dtype`` of a test."""
+    pairs = [
+        pytest.param(
+            name,
+            dtype,
+            id=f"{name}-{str(dtype).removeprefix('torch.')}",
+            marks=[] if dtype == torch.float32 or name in KINDS else pytest.mark.sweep,
+        )
+        for name, dtype in product(names, dtypes)
+    ]
+    return pytest.mark.parametrize(("name", "dtype"), pairs)
+
+
 def named(name: str, dtype: torch.dtype) -> Case:
     return replace(NAMED[name], dtype=dtype)
 
 
-@by_dtype
-@pytest.mark.parametrize("name", NAMED)
+@each_named()
 @every_backend(ALL)
 def test_named_case(contestant, name, dtype):
     check_or_refusal(contestant, named(name, dtype))
@@ -405,7 +437,7 @@ def test_any_geometry(contestant):
     assert outcomes["ran"] >= 10, outcomes
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 @every_backend(ALL)
 def test_any_geometry_many_times(contestant):
     settings(max_examples=2000)(given(cases())(lambda case: check_or_refusal(contestant, case) and None))()

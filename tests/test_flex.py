@@ -12,7 +12,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import Contestant
-from test_contract import NAMED, by_dtype, check_gradients, check_values, named, tensors_of
+from test_contract import NAMED, check_gradients, check_values, each_named, named, tensors_of
 
 import nearsight as ns
 from nearsight.attention import flex
@@ -27,8 +27,7 @@ def why_not(case) -> str | None:
     return FLEX.why_not(*inputs[:3], case.window, **arguments)
 
 
-@by_dtype
-@pytest.mark.parametrize("name", NAMED)
+@each_named()
 def test_values(name, dtype, monkeypatch):
     from torch.nn.attention import flex_attention
 

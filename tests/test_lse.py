@@ -10,7 +10,7 @@ import oracle
 import pytest
 import torch
 from conftest import ALL, Contestant, assert_near, every_backend
-from test_contract import NAMED, Case, expected_of, inputs_of, slack_of, tensors_of
+from test_contract import NAMED, Case, each_named, expected_of, inputs_of, slack_of, tensors_of
 
 import nearsight as ns
 from nearsight.attention import flex
@@ -33,7 +33,6 @@ NAMES = (
     "low bias",
     "memory heads last",
 )
-by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 FLEX = Contestant(flex)  # its forward runs on the CPU
 
 
@@ -61,8 +60,7 @@ def takes(contestant: Contestant, case: Case, *, grad: bool = True) -> bool:
 # --------------------------------------------------------------------------------------------------------- log-sum-exp
 
 
-@by_dtype
-@pytest.mark.parametrize("name", NAMES)
+@each_named(NAMES)
 @every_backend((*ALL, FLEX))
 def test_log_sum_exp(contestant, name, dtype):
     case = replace(NAMED[name], dtype=dtype)
@@ -77,8 +75,7 @@ def test_log_sum_exp(contestant, name, dtype):
     assert_near("lse", lse, oracle.log_sum_exp(query, key, case.axes, bias, relative, case.scale), condition)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "loud"])
+@each_named([name for name in NAMES if name != "loud"], (torch.float64, torch.float32))
 @every_backend(ALL)
 def test_gradients_of_values_and_log_sum_exp(contestant, name, dtype):
     case = replace(NAMED[name], dtype=dtype)

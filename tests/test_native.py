@@ -1158,7 +1158,7 @@ def test_functions_of_a_vector(isa, tmp_path):
     assert float(errors[2]) < 2.3e-7
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_under_sanitizers(tmp_path):
     """Random geometries through the C ABI, every instruction set that can run, with AddressSanitizer and UBSan."""
     compiler = shutil.which("g++")

@@ -103,7 +103,7 @@ def split_commands(typed: str) -> list[list[str]]:
 
 def make_targets() -> set[str]:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    return set(re.findall(r"^([a-z]+):", makefile, re.MULTILINE))
+    return set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE))
 
 
 def nearsight(*words: str) -> tuple[int, str]:
