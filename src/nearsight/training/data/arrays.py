@@ -73,10 +73,10 @@ class _ArrayDataset(PictureDataset):
         return len(self.labels)
 
     def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        draws = torch.as_tensor(indices, device=self.images.device)
-        batch = draws % len(self)
+        items = torch.as_tensor(indices, device=self.images.device)
+        batch = items % len(self)
         images = _fit(self.images[batch].float() / 255, self.view)
-        return (images - self.mean) / self.std, self.labels[batch].where(draws >= 0, IGNORED)
+        return (images - self.mean) / self.std, self.labels[batch].where(items >= 0, IGNORED)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         images, labels = self.__getitems__([index])

@@ -198,12 +198,12 @@ class DecodingDataset(PictureDataset):
     def __len__(self) -> int:
         return len(self.split)
 
-    def __getitem__(self, draw: int) -> tuple[Tensor, int]:
-        if draw >= 0:
+    def __getitem__(self, item: int) -> tuple[Tensor, int]:
+        if item >= 0:
             if self.training:
-                seed_all(self.seed, draw)
+                seed_all(self.seed, item)
             for place in range(len(self) if self.training else 1):
-                index = (draw + place) % len(self)
+                index = (item + place) % len(self)
                 image = self._open(index)
                 if image is not None:
                     return self.transform(image), int(self.split.store.labels[self.split.chosen[index]])
