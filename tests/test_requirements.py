@@ -23,6 +23,7 @@ PEERS = {"natten", "natten_mps", "fvcore", "openvino"}  # of which nearsight mak
 ROOMS = {
     "inspect": ("train", "explore"),
     "picture.py": ("train", "explore"),
+    "models/data_config.py": ("train", "explore"),
     "bench": ("train",),
     "bench/hosts.py": ("train+export",),
     "pages": ("train", "explore"),
