@@ -264,7 +264,7 @@ def test_our_layers_in_byobnet(layer):
     model = timm.create_model("halonet26t", self_attn_layer=layer, width_factor=0.125, num_classes=2, **own)
     layers = [module for module in model.modules() if isinstance(module, layer)]
     assert len(layers) == 3
-    assert [module.window.stride if own else module.stride for module in layers] == [1, 2, 1]
+    assert [module.window.stride for module in layers] == [1, 2, 1]
     x, target = torch.randn(4, 3, 64, 64), torch.tensor([0, 1, 0, 1])
     optimiser = torch.optim.Adam(model.parameters(), lr=1e-2)
     losses = []
