@@ -14,7 +14,7 @@ from matplotlib import rc_context
 from matplotlib.patches import Rectangle
 
 import nearsight as ns
-from nearsight.pages.drawings import BLUE, GREEN, INK, ORANGE, STYLE
+from nearsight.pages.style import BLUE, GREEN, INK, ORANGE, STYLE
 
 SIDE = 12  # cells of the map per axis
 QUERIES = {(5, 5): BLUE, (6, 4): ORANGE, (0, 10): GREEN}

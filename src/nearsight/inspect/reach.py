@@ -38,14 +38,16 @@ def reach_of(module: nn.Module, size: Sequence[int], out_size: Sequence[int]) ->
     if isinstance(module, (nn.Conv2d, nn.AvgPool2d, nn.MaxPool2d)):
         return _kernel_reach(module, size, out_size)
     cells = 0.0 if tuple(size) == tuple(out_size) else inf
-    return Reach(*[(one,) * len(size) for one in (cells, cells, cells > 0, 1)])
+    rank = len(size)
+    return Reach((cells,) * rank, (cells,) * rank, (cells > 0,) * rank, (1,) * rank)
 
 
 def _window_reach(window: Window, size: Sequence[int]) -> Reach:
-    axes = window.axes(len(size))
+    axes, rank = window.axes(len(size)), len(size)
     if window.covers(size):  # no block is cut: from everywhere the whole map is seen
-        return Reach(*[(one,) * len(size) for one in (inf, inf, False)], tuple(axis.stride for axis in axes))
-    return Reach(*zip(*map(_axis_reach, axes), strict=True))
+        return Reach((inf,) * rank, (inf,) * rank, (False,) * rank, tuple(axis.stride for axis in axes))
+    low, high, is_cut, period = zip(*map(_axis_reach, axes), strict=True)
+    return Reach(low, high, is_cut, period)
 
 
 def _axis_reach(axis: Axis) -> tuple[float, float, bool, int]:

@@ -102,8 +102,9 @@ class AttentionStem2d(nn.Module):
         With ``queries`` (Q, 2), row and column of each, those alone: (B, N, Q, kernel_size, kernel_size).
         """
         self._check(x)
+        query, key = self._query_key(x)
         _, relative = self.tables_on(x.shape[2:])
-        return attention_weights(*self._query_key(x), self.window, queries=queries, relative=relative, scale=self.scale)
+        return attention_weights(query, key, self.window, queries=queries, relative=relative, scale=self.scale)
 
     def no_weight_decay(self) -> set[str]:
         """The names of parameters that weight decay is not to shrink: those that say where in a block a pixel is."""
