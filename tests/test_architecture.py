@@ -25,7 +25,7 @@ ROOMS = [
     ("window",),
     ("precision",),
     ("positions",),
-    ("attention.problem", "attention.once", "attention.softmax"),
+    ("attention.problem", "attention.first_order", "attention.softmax"),
     (
         "attention.reference",
         "attention.blocked",

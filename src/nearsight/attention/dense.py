@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .once import first_order
+from .first_order import first_order
 from .problem import Call, Problem, laid_apart
 from .softmax import let_see
 

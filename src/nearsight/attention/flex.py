@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..window import Axis, smaller
-from .once import first_order
+from .first_order import first_order
 from .problem import Call, Problem, laid_apart
 
 name = "flex"

@@ -14,7 +14,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from .once import first_order
+from .first_order import first_order
 from .problem import Call, Problem
 
 name = "natten"
