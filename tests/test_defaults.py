@@ -21,6 +21,7 @@ from nearsight.flops import count_flops
 from nearsight.inspect.rollout import attention_rollout
 from nearsight.inspect.statistics import attention_statistics
 from nearsight.inspect.transforms import Permutation, Translation
+from nearsight.positions import POSITIONS
 from nearsight.saved.view import View
 from nearsight.training.data.arrays import ArraySplit, RandomAffine
 
@@ -43,7 +44,15 @@ def default(name: str):
 
 
 every_default = pytest.mark.parametrize("name", DEFAULTS)
-CASES = ("both tables", "volume", "zeros even dilated", "shift dilated strided", "value narrower", "covers")
+CASES = (
+    "both tables",
+    "volume",
+    "zeros even dilated",
+    "shift dilated strided",
+    "shared causal wrap",
+    "value narrower",
+    "covers",
+)
 
 
 @every_default
@@ -124,6 +133,26 @@ def test_layers(kind, name):
     for one, other in zip(found, expected, strict=True):
         assert one.dtype == other.dtype
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+
+
+MADE = {
+    **{
+        name: lambda name=name, **place: ns.LocalSelfAttention2d(24, num_heads=2, position=name, out_proj=True, **place)
+        for name in POSITIONS
+    },
+    "global": lambda **place: ns.GlobalSelfAttention2d(24, num_heads=2, map_size=5, **place),
+    "halo": lambda **place: ns.HaloSelfAttention2d(24, num_heads=2, **place),
+    "stem": lambda **place: ns.AttentionStem2d(24, 8, num_heads=2, **place),
+}
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_a_layer_is_made_on_the_device_that_it_is_given(name):
+    with torch.device("meta"):
+        layer = MADE[name](device="cpu")
+        assert {tensor.device.type for tensor in layer.state_dict().values()} <= {"cpu"}
+        assert layer(torch.randn(1, 24, 5, 5, device="cpu")).isfinite().all()
+        assert {tensor.device.type for tensor in MADE[name]().state_dict().values()} == {"meta"}
 
 
 @every_default

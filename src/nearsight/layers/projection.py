@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -242,6 +243,11 @@ def _load_projections(layer: Projecting, state: dict[str, Tensor], prefix: str, 
             if parts[0].shape == (width, *parts[1].shape[1:]):
                 state[whole] = torch.cat(parts)
                 del state[query], state[others]
+
+
+def made_on(device: torch.device | str | None) -> AbstractContextManager:
+    """Within, tensors are made there; None leaves it to PyTorch's default device, as in PyTorch's own modules."""
+    return nullcontext() if device is None else torch.device(device)
 
 
 def check_channels(num_heads: int, in_channels: int, **split: int) -> None:

@@ -16,7 +16,7 @@ from ..errors import OptionError, ShapeError
 from ..positions import Position, PositionLike, Tables, no_weight_decay_in, position_encoding
 from ..recompute import keep_in_place_of
 from ..window import Window
-from .projection import POINTWISE, Projecting, check_channels, is_repeatable, merge_heads
+from .projection import POINTWISE, Projecting, check_channels, is_repeatable, made_on, merge_heads
 
 
 class SelfAttention(Projecting):
@@ -59,17 +59,18 @@ class SelfAttention(Projecting):
         self.backend = backend
         self.recompute_qkv = recompute_qkv
         strides = [] if window is None else [axis.stride for axis in window.axes(self.rank)]
-        self._hold_projections(apart=apart or any(stride > 1 for stride in strides), bias=qkv_bias)
-        self.position = position_encoding(
-            position,
-            channels=in_channels,
-            num_heads=num_heads,
-            head_dim=self.head_dim,
-            window=Window.everywhere(map_size) if window is None else window,
-            map_size=map_size,
-        )
-        self.proj = POINTWISE[self.rank](out_channels, out_channels, 1) if out_proj else nn.Identity()
-        self.reset_parameters()
+        with made_on(device):
+            self._hold_projections(apart=apart or any(stride > 1 for stride in strides), bias=qkv_bias)
+            self.position = position_encoding(
+                position,
+                channels=in_channels,
+                num_heads=num_heads,
+                head_dim=self.head_dim,
+                window=Window.everywhere(map_size) if window is None else window,
+                map_size=map_size,
+            )
+            self.proj = POINTWISE[self.rank](out_channels, out_channels, 1) if out_proj else nn.Identity()
+            self.reset_parameters()
         if device is not None or dtype is not None:
             self.to(device=device, dtype=dtype)
 

@@ -14,7 +14,7 @@ from ..errors import OptionError, ShapeError
 from ..positions import RelativePosition, Tables, no_weight_decay_in
 from ..precision import wide_of, without_autocast
 from ..window import Window
-from .projection import check_channels, merge_heads, split_heads
+from .projection import check_channels, made_on, merge_heads, split_heads
 
 
 class AttentionStem2d(nn.Module):
@@ -75,14 +75,15 @@ class AttentionStem2d(nn.Module):
         self.num_heads = num_heads
         self.scale = scale
         self.backend = backend
-        self.qk = nn.Conv2d(in_channels, 2 * out_channels, 1, bias=False)
-        self.value = nn.Conv2d(in_channels, mixtures * out_channels, 1, bias=False)
-        self.row = nn.Parameter(torch.randn(kernel_size, head_dim))
-        self.column = nn.Parameter(torch.randn(kernel_size, head_dim))
-        self.mixture = nn.Parameter(torch.randn(mixtures, head_dim))
         self.window = Window(kernel_size, shared_by=kernel_size)
-        self.position = RelativePosition(num_heads, head_dim, self.window.table_size(2))
-        self.norm = nn.BatchNorm2d(out_channels)
+        with made_on(device):
+            self.qk = nn.Conv2d(in_channels, 2 * out_channels, 1, bias=False)
+            self.value = nn.Conv2d(in_channels, mixtures * out_channels, 1, bias=False)
+            self.row = nn.Parameter(torch.randn(kernel_size, head_dim))
+            self.column = nn.Parameter(torch.randn(kernel_size, head_dim))
+            self.mixture = nn.Parameter(torch.randn(mixtures, head_dim))
+            self.position = RelativePosition(num_heads, head_dim, self.window.table_size(2))
+            self.norm = nn.BatchNorm2d(out_channels)
         for projection in (self.qk, self.value):
             nn.init.normal_(projection.weight, std=in_channels**-0.5)
         if device is not None or dtype is not None:
