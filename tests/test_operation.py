@@ -26,8 +26,13 @@ WINDOWS = {
     "shift": ns.Window((2, 3), border="shift", dilation=(2, 1)),
     "wrap": ns.Window((3, 5), border="wrap"),
     "causal": ns.Window((2, 3), causal=(True, False)),
+    "shared": ns.Window((3, 4), shared_by=(2, 3), border=("mask", "wrap"), causal=(False, True)),
 }
 by_window = pytest.mark.parametrize("name", WINDOWS)
+# Where a compiler works on each for seconds: these two, and the others in the sweeps.
+by_window_slowly = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in ("shift", "shared") else pytest.mark.sweep) for name in WINDOWS]
+)
 
 
 def maps(*size, heads=2, dim=4, dtype=torch.float32, count=3) -> list[Tensor]:
@@ -413,7 +418,7 @@ def test_compiles_its_backward():
 
 
 @pytest.mark.slow
-@by_window
+@by_window_slowly
 def test_compiles_its_backward_for_every_window(name):
     check_compiled(*flat_problem(WINDOWS[name], torch.float32), backend="aot_eager")
 
@@ -438,7 +443,7 @@ assert graphs.frame_count <= 2, graphs.frame_count  # maps that fit into one blo
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("border", ["mask", "shift"])
+@pytest.mark.parametrize("border", [pytest.param("mask", marks=pytest.mark.sweep), "shift"])
 def test_compiles_for_every_size_at_once(border):
     """Symbolic sizes: graphs serve every map and batch. In a process of its own, since it once took for ever."""
     program = SIZES_IN_TURN.format(border=border)
@@ -456,7 +461,7 @@ def test_compiles_with_the_default_backend():
 
 
 @pytest.mark.slow
-@by_window
+@by_window_slowly
 def test_compiles_to_native_code(name):
     assert shutil.which("g++"), "torch's inductor needs a C++ compiler"
     check_compiled(*flat_problem(WINDOWS[name], torch.float32))
