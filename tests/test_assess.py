@@ -334,3 +334,19 @@ def test_a_converted_run_keeps_the_note(digits_run, tmp_path, capsys):
     command = ["convert", str(run), "--init", "random", "--output", str(tmp_path / "converted")]
     assert cli.main(command) == 0
     assert read_trained(tmp_path / "converted").tolist() == read_trained(run).tolist()
+
+
+# ------------------------------------------------------------------------------------------------------ broken pictures
+
+
+def test_as_many_broken_pictures_as_are_allowed_are_left_out_by_eval_and_by_a_comparison(untrained, tmp_path, capsys):
+    """A run that was trained with more than the default can be measured by both."""
+    folder, data = untrained(NAMES), write_digits(tmp_path / "data", images=4)
+    for name in NAMES[:3]:
+        for file in sorted((data / name).iterdir()):
+            file.write_bytes(b"\x89PNG")  # twelve of twenty
+    line = fails(capsys, "eval", folder, "--data", f"folder:{data}", "--split", "all")
+    assert "--max-broken" in line
+    command = ["eval", str(folder), "--data", f"folder:{data}", "--split", "all", "--max-broken", "12", "--json"]
+    assert cli.main(command) == 0
+    assert '"images": 8' in capsys.readouterr().out

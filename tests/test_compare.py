@@ -13,6 +13,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -429,3 +430,17 @@ def test_ctrl_c_says_that_the_same_command_goes_on(tmp_path, monkeypatch):
     with pytest.raises(Stopped, match="the same command goes on from there"):
         IN_A_PROCESS_OF_ITS_OWN(tmp_path, RECIPE, 0)
     assert Child.signals == [signal.SIGINT]
+
+
+def test_measuring_leaves_out_as_many_broken_pictures_as_the_recipe_allows(tmp_path, monkeypatch):
+    """Else a run that was trained with --max-broken could not be measured, and its comparison never end."""
+    asked = []
+
+    def measure(*arguments):
+        asked.append(arguments)
+        return SimpleNamespace(is_whole=True, size=8)
+
+    monkeypatch.setattr(comparison, "measure", measure)
+    (tmp_path / comparison.REPORT_FILE).touch()  # as a run leaves it that has been trained
+    comparison._measured(tmp_path, "sasa_nano", Recipe(max_broken=77, batch_size=8, size=8), None, 0)
+    assert [arguments[-1] for arguments in asked] == [77]
