@@ -484,3 +484,19 @@ def test_files_hold_a_position_by_its_name(registry, tmp_path):
     model.save_pretrained(tmp_path / "named")
     again, x = type(model).from_pretrained(tmp_path / "named"), torch.randn(1, 3, 32, 32)
     assert torch.equal(again.eval()(x), model.eval()(x))
+
+
+@pytest.mark.parametrize("position", ["rope", "mixed_rope"])
+def test_turns_are_whole_along_the_axes_that_go_around_alone(position):
+    """Down the first column only rows turn, and along the first row only columns."""
+    made = ns.LocalSelfAttention2d(16, kernel_size=3, num_heads=2, position=position).double().position
+    query = torch.randn(1, 2, 5, 7, 8, dtype=torch.float64)
+
+    def turned(border):
+        return made.rotate(query, query, ns.Window(3, border=border))[0]
+
+    both, mask, wrap = (turned(border) for border in (("mask", "wrap"), "mask", "wrap"))
+    torch.testing.assert_close(both[:, :, :, 0], mask[:, :, :, 0])
+    torch.testing.assert_close(both[:, :, 0], wrap[:, :, 0])
+    assert (both - mask).abs().max() > 1e-2
+    assert (both - wrap).abs().max() > 1e-2
