@@ -266,6 +266,7 @@ NAMED = {
     "shared strided": Case((11, 13), (5, 6), shared_by=(3, 4), stride=(2, 3), **TABLES),
     "shared dilated": Case((13, 11), (3, 4), shared_by=(2, 3), dilation=(3, 2), **TABLES),
     "shared dilated strided": Case((17, 13), (4, 3), shared_by=(3, 2), dilation=(2, 3), stride=(3, 2), **TABLES),
+    "shared, blocks begin in a group": Case((61,), 4, shared_by=2, dilation=2, stride=3, border="wrap", **TABLES),
     "shared causal": Case((7, 11), (4, 5), shared_by=(3, 2), causal=(True, False), **TABLES),
     "shared causal dilated strided": Case((23,), 4, shared_by=3, causal=True, dilation=2, stride=3, **TABLES),
     "shared causal zeros": Case((7, 6), 4, shared_by=3, causal=(True, False), border="zeros", **TABLES),

@@ -152,6 +152,13 @@ def test_a_panorama_commutes_with_turning_around(position):
     assert max(row.interior, row.stride, row.encoding) < EXACT
 
 
+def test_no_layer_of_a_panorama_brings_an_edge_nearer_along_the_ring():
+    model = nn.Sequential(*[layer(border=("mask", "wrap")) for _ in range(4)])  # four times two cells to either side
+    *_, last = equivariance_by_layer(model, image(size=(40, 16)), Translation(3, 5))
+    assert last.interior is not None
+    assert last.interior < EXACT < last.error
+
+
 @pytest.mark.parametrize(
     ("options", "period"),
     [
