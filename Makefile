@@ -22,7 +22,8 @@ help: ## show this list
 	@echo "make TARGET, where TARGET is one of"
 	@sed -n 's/^\([a-z-]*\):.*## /  \1:/p' $(firstword $(MAKEFILE_LIST)) | while IFS=: read -r target text; do \
 		printf '  %-10s %s\n' $$target "$$text"; done
-	@echo "PYTHON=python3.12 chooses the Python for a new $(VENV); PYTEST_ARGS='-k window' goes to pytest."
+	@echo "PYTHON=python3.12 chooses the Python for a new $(VENV), TORCH=cpu PyTorch's build for it: cpu, cu126 ..."
+	@echo "PYTEST_ARGS='-k window' goes to pytest."
 
 demo: $(WITH_TRAIN) ## train a network without convolutions on handwritten digits, and show its report
 	rm -rf $(DEMO)
@@ -62,11 +63,16 @@ clean: ## remove caches and build output
 distclean: clean ## remove .venv and the demo as well
 	rm -rf $(VENV) $(DEMO)
 
+# PyTorch by itself has CUDA on Linux, several gigabytes; its maker keeps the other builds apart.
+PYTORCH = $(if $(TORCH),$(BIN)/python -m pip install --index-url https://download.pytorch.org/whl/$(TORCH) torch torchvision)
+
 $(WITH_TRAIN): $(INSTALLED_FROM) | sound $(BIN)/pip
+	$(PYTORCH)
 	$(BIN)/python -m pip install --editable '.[train]'
 	@touch $@
 
 $(WITH_DEV): $(INSTALLED_FROM) | sound $(BIN)/pip
+	$(PYTORCH)
 	$(BIN)/python -m pip install --editable '.[dev]'
 	@touch $(WITH_TRAIN) $@
 

@@ -18,7 +18,7 @@ SOURCE = Path(ns.__file__).parent
 # says so: the files of "models/" share blocks, but two backends never know each other, and neither do commands and compat.
 ROOMS = [
     ("errors", "when_imported"),
-    ("private",),
+    ("private", "extras"),
     ("files",),
     ("pages",),
     ("picture",),
@@ -63,7 +63,7 @@ SHARED_WITHIN = (
     "pages",
     "saved",
 )
-# What `import nearsight` may not bring along: packages of the extras, and what costs time and is loaded when it is used.
+# What `import nearsight` may not bring along once PyTorch is there: packages of the extras, and what is loaded when used.
 OPTIONAL = ("lightning", "matplotlib", "sklearn", "jsonargparse", "torchmetrics", "jinja2", "rich", "PIL")
 LATER = ("timm", "torchvision", "torch._dynamo", "torch._inductor", "torch.utils.flop_counter")
 LATER += tuple(f"nearsight.{room}" for room in ("compat", "conversion", "flops", "inspect", "models", "pages", "saved"))
@@ -270,6 +270,7 @@ def brought_along(statement: str) -> list[str]:
 
 def test_import_is_quiet_quick_and_brings_the_operators():
     assert brought_along("import nearsight, torch\ntorch.ops.nearsight.attend") == []
+    assert brought_along("import torch, nearsight\ntorch.ops.nearsight.attend") == []
 
 
 def test_an_optional_package_would_be_seen():

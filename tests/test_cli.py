@@ -154,12 +154,49 @@ def test_eval_on_data_of_other_classes_is_one_line(capsys, untrained, tmp_path):
     assert "tells 10 apart, those of digits" in message
 
 
-def test_without_the_train_extra_it_says_what_to_install(capsys, monkeypatch):
-    monkeypatch.setattr(
-        "nearsight.commands.arguments.find_spec", lambda name: None if name == "lightning" else object()
-    )
-    for command in ("train", "eval"):
-        assert f"`nearsight {command}` needs lightning: pip install 'nearsight[train]'" in fails(capsys, command)
+@pytest.mark.parametrize(
+    ("package", "arguments", "said"),
+    [
+        ("lightning", "train", "`nearsight train` needs lightning: pip install 'nearsight[train]'"),
+        ("jsonargparse", "train --help", "`nearsight train` needs jsonargparse: pip install 'nearsight[train]'"),
+        ("matplotlib", "compare --models a b --output c", "needs matplotlib: pip install 'nearsight[train]'"),
+        ("sklearn", "eval nowhere --data digits", "needs scikit-learn: pip install 'nearsight[train]'"),
+        ("jinja2", "explore sasa_nano cat.jpg", "`nearsight explore` needs jinja2: pip install 'nearsight[explore]'"),
+        (
+            "sklearn",
+            "explore sasa_nano,in_chans=1 digits:3",
+            "digits needs scikit-learn: pip install 'nearsight[explore]'",
+        ),
+        ("rich", "profile sasa_nano", "`nearsight profile` needs rich: pip install 'nearsight[profile]'"),
+        ("matplotlib", "profile sasa_nano --output x", "needs matplotlib: pip install 'nearsight[profile]'"),
+        ("datasets", "train --data hf:x", "hf:NAME needs datasets: pip install 'nearsight[datasets]'"),
+        ("webdataset", "train --data wds:x", "wds:PATH needs webdataset: pip install 'nearsight[webdataset]'"),
+        ("tensorboard", "train --tensorboard", "--tensorboard needs tensorboard: pip install 'nearsight[tensorboard]'"),
+    ],
+)
+def test_a_package_that_is_not_there_is_named_with_its_extra(package, arguments, said, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
+    assert said in fails(capsys, *arguments.split())
+
+
+AT_ONCE = """
+import sys
+from nearsight import cli
+asked = [[], ["-h"], ["--version"], ["no-such-command"], ["eval"], ["train", "--epocs", "3"], ["train", "--lr", "-1"]]
+for arguments in [*asked, *([command, "--help"] for command in cli.COMMANDS)]:
+    try:
+        cli.main(arguments)
+    except SystemExit:
+        pass
+    loaded = {"torch", "timm", "numpy", "lightning"} & set(sys.modules)
+    assert not loaded, (arguments, loaded)
+"""
+
+
+def test_help_the_version_and_mistakes_come_before_pytorch_is_loaded():
+    done = subprocess.run([sys.executable, "-c", AT_ONCE], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 LIGHT = """

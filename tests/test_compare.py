@@ -24,11 +24,12 @@ from nearsight.models import create_model
 from nearsight.saved.weights import load_model
 from nearsight.training import compare as comparison
 from nearsight.training import compare_report, data
-from nearsight.training.compare import PRESETS, Stopped, _alone, compare, run_name
+from nearsight.training.compare import Stopped, _alone, compare, run_name
 from nearsight.training.compare_report import Comparison, Spread, common_accuracy, seconds_to, verdict
 from nearsight.training.evaluate import evaluate
 from nearsight.training.intervals import tango, wilson
 from nearsight.training.measures import MEASURES_FILE, Measures, moved_by_a_pixel, read_measures
+from nearsight.training.presets import PRESETS
 from nearsight.training.recipe import Recipe, read_recipe
 from nearsight.training.train import train
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import sys
 from math import prod
 
 import onnx
@@ -190,7 +191,7 @@ def test_mistakes_are_one_line(trained, tmp_path, monkeypatch, capsys):
         line = fails(capsys, folder, "--format", "pt2", f"--size={size}")
         assert f"--size must be N or HxW, in pixels; received {size!r}" in line
     monkeypatch.setattr(export, "trace", lambda *_: 1 / 0)
-    monkeypatch.setattr(export, "find_spec", lambda name: None if name == "onnxscript" else name)
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
     line = fails(capsys, folder, "--format", "onnx")
     assert "needs onnxscript: pip install 'nearsight[export]'" in line
     assert [path.name for path in folder.iterdir()] == ["model.safetensors"]

@@ -8,6 +8,7 @@ import importlib
 import importlib.util
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -44,15 +45,20 @@ def test_what_is_loaded_later_is_what_type_checkers_see():
     """One list for those who run, one for those who only read."""
     tree = ast.parse(Path(ns.__file__).read_text())
     (seen,) = [node for node in tree.body if isinstance(node, ast.If)]
-    rooms = {node.module: tuple(alias.name for alias in node.names) for node in seen.body if node.module}
+    imports = [node for node in seen.body if isinstance(node, ast.ImportFrom)]
+    rooms = {node.module: tuple(alias.name for alias in node.names) for node in imports if node.module}
     assert rooms == ns._LATER
-    assert [alias.name for node in seen.body if not node.module for alias in node.names] == ["compat"]
+    alone = [alias.name for node in imports if not node.module for alias in node.names]
+    assert (*alone, *rooms) == ns._ROOMS
+    assert ns.__all__ == sorted(name for names in rooms.values() for name in names)
 
 
 def test_every_name_is_there_and_told():
     for room, names in ns._LATER.items():
         assert all(getattr(ns, name) is getattr(getattr(ns, room), name) for name in names)
-    assert set(dir(ns)) >= {*ns.__all__, "compat", "models"}
+    assert set(dir(ns)) >= {*ns.__all__, "__version__", "compat", "errors", "models"}
+    assert ns.__version__ == version("nearsight")
+    assert ns.errors.PackageError.__mro__[1] is ns.errors.NearsightError
     assert ns.compat.natten.install
     with pytest.raises(AttributeError, match="module 'nearsight' has no attribute 'convolve'"):
         _ = ns.convolve

@@ -87,3 +87,14 @@ def test_not_there_yet_or_not_finished(checkout):
 def test_every_target_that_uses_the_venv_waits_for_it():
     commands = subprocess.run(["make", "-n", "-B", "quick"], cwd=ROOT, capture_output=True, text=True).stdout
     assert commands.index("SOUND") < commands.index("-m pytest")
+
+
+def test_pytorch_for_cpus_is_installed_first_where_that_is_asked_for():
+    plan = ["make", "--dry-run", "demo", "VENV=/no/such/place"]
+    usual, chosen = (
+        subprocess.check_output([*plan, *more], cwd=ROOT, text=True).splitlines() for more in ([], ["TORCH=cpu"])
+    )
+    added = [line for line in chosen if line not in usual]
+    assert len(added) == 1
+    assert added[0].endswith("--index-url https://download.pytorch.org/whl/cpu torch torchvision")
+    assert chosen.index(added[0]) < next(place for place, line in enumerate(chosen) if "--editable" in line)

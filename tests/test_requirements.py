@@ -14,22 +14,25 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 import nearsight as ns
+from nearsight import cli, extras
 
 SOURCE = Path(ns.__file__).parent
 ROOT = Path(__file__).parents[1]
-PACKAGE_OF = {"PIL": "pillow", "sklearn": "scikit-learn", "yaml": "pyyaml"}  # whose modules have another name
+PACKAGE_OF = {**extras.PACKAGE_OF, "yaml": "pyyaml"}  # whose modules have another name
 PEERS = {"natten", "natten_mps", "fvcore", "openvino"}  # of which nearsight makes use where they are: never asked for
 # The extras with which the files of a room are used, each of which has to bring all that they import.
 ROOMS = {
-    "inspect": ("train", "explore"),
-    "picture.py": ("train", "explore"),
-    "models/data_config.py": ("train", "explore"),
-    "bench": ("train",),
-    "bench/hosts.py": ("train+export",),
+    "inspect": ("explore",),
+    "bench": ("profile",),
+    "bench/hosts.py": ("export",),
     "pages": ("train", "explore"),
-    "saved/export.py": ("train+export",),
+    "saved/export.py": ("export",),
     "training": ("train",),
-    "commands": ("train",),
+    "training/data/arrays.py": ("train", "explore"),
+    "training/data/pictures.py": ("train", "explore"),
+    "training/data/hub.py": ("train+datasets",),
+    "training/data/shards.py": ("train+webdataset",),
+    "commands": ("train+profile",),
 }
 SHOWN_WITH_RICH = {"conversion/report.py"}  # where it is installed
 
@@ -39,7 +42,7 @@ def declared() -> dict[str, dict[str, Requirement]]:
     text = (ROOT / "pyproject.toml").read_text()
     lists = {"": re.search(r"^dependencies = \[(.*?)^\]", text, re.MULTILINE | re.DOTALL).group(1)}
     extras = re.search(r"^\[project.optional-dependencies\](.*?)^\[", text, re.MULTILINE | re.DOTALL).group(1)
-    lists |= dict(re.findall(r"^(\w+) = \[(.*?)\](?: #.*)?$", extras, re.MULTILINE | re.DOTALL))
+    lists |= dict(re.findall(r"^(\w+) = \[(.*?)\](?: #[^\n]*)?$", extras, re.MULTILINE | re.DOTALL))
     found = {}
     for name, body in lists.items():
         requirements = [Requirement(one) for one in re.findall(r'"([^"]+)"', body)]
@@ -82,6 +85,7 @@ def test_every_import_is_declared():
         ("files.py", "def f():\n    import scipy.stats", ["files.py: scipy is not in dependencies"]),
         ("training/x.py", "from onnxruntime import a", ["training/x.py: onnxruntime is not in train"]),
         ("inspect/x.py", "import lightning", ["inspect/x.py: lightning is not in explore"]),
+        ("training/x.py", "import datasets", ["training/x.py: datasets is not in train"]),
         ("layers.py", "from yaml import load\nimport torch, math", []),
     ],
 )
@@ -89,15 +93,65 @@ def test_an_undeclared_import_is_found(file, text, found):
     assert missing(file, text) == found
 
 
+def test_what_is_asked_for_is_in_the_extra_that_is_named():
+    """Every `need` of the package."""
+    found = 0
+    for file in SOURCE.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "need":
+                modules = [one.value for one in ast.walk(node.args[0]) if isinstance(one, ast.Constant)]
+                modules = {
+                    extras.PACKAGE_OF.get(name, name) for name in modules or getattr(extras, node.args[0].id, [])
+                }
+                assert modules <= declared()[node.args[2].value].keys(), (file.name, node.lineno)
+                found += 1
+    assert found >= 10
+
+
+# Commands that do with less than `train`: with all optional packages gone that their extra does not bring.
+ALONE = [
+    ("", "models"),
+    ("", "convert resnet18 --init random --kernel-size 3 --output FOLDER"),
+    ("explore", "explore sasa_nano,in_chans=1 digits:3 --output FOLDER/page.html"),
+    ("profile", "profile sasa_nano --size 8 --rounds 1 --no-growth --output FOLDER"),
+]
+
+
+@pytest.mark.parametrize(("extra", "command"), ALONE, ids=[command.split()[0] for _, command in ALONE])
+def test_a_command_needs_its_extra_and_no_other_package(extra, command, anew, monkeypatch, tmp_path, capsys):
+    module_of = {package: module for module, package in extras.PACKAGE_OF.items()}
+    brought_by_others = {"scipy", "rich"} if extra == "explore" else set()  # by scikit-learn
+    for package in set().union(*declared().values()) - declared()[extra].keys() - brought_by_others - {"nearsight"}:
+        monkeypatch.setitem(sys.modules, module_of.get(package, package.replace("-", "_")), None)
+    assert cli.main([part.replace("FOLDER", str(tmp_path)) for part in command.split()]) == 0, capsys.readouterr().err
+
+
+@pytest.fixture
+def anew():
+    """The rooms below the networks are imported again, with what they import at their heads; afterwards all is as before."""
+    rooms = ("bench", "commands", "conversion", "inspect", "pages", "picture", "saved", "training")
+    there = {
+        name: module for name, module in sys.modules.items() if name.split(".")[1:2] and name.startswith("nearsight.")
+    }
+    for name in there:
+        if name.split(".")[1] in rooms:
+            del sys.modules[name]
+    yield
+    sys.modules.update(there)
+    for name, module in there.items():
+        if name.count(".") == 1:
+            setattr(ns, name.split(".")[1], module)
+
+
 @pytest.mark.parametrize(
-    ("package", "bad"),
+    ("extra", "package", "bad"),
     [
-        ("datasets", "2.19.2"),  # runs the script of a data set unasked
-        ("lightning", "2.5.2"),  # IndexError in its progress bar with rich 14.1 and later
+        ("datasets", "datasets", "2.19.2"),  # runs the script of a data set unasked
+        ("train", "lightning", "2.5.2"),  # IndexError in its progress bar with rich 14.1 and later
     ],
 )
-def test_versions_that_do_harm_are_refused(package, bad):
-    assert not declared()["train"][package].specifier.contains(bad)
+def test_versions_that_do_harm_are_refused(extra, package, bad):
+    assert not declared()[extra][package].specifier.contains(bad)
 
 
 def test_floors_are_not_above_what_is_installed():

@@ -4,29 +4,20 @@
 import typing as _typing
 from importlib import import_module as _import_module
 
-from .attention import (
-    attention_scores,
-    attention_weights,
-    backends,
-    global_attention,
-    local_attention,
-    merge_attentions,
-)
-from .layers import (
-    AttentionStem2d,
-    GlobalSelfAttention1d,
-    GlobalSelfAttention2d,
-    GlobalSelfAttention3d,
-    HaloSelfAttention2d,
-    LocalSelfAttention1d,
-    LocalSelfAttention2d,
-    LocalSelfAttention3d,
-)
 from .when_imported import when_imported as _when_imported
-from .window import Window
 
 if _typing.TYPE_CHECKING:  # for those who read and do not run
     from . import compat as compat
+    from . import errors as errors
+    from . import positions as positions
+    from .attention import (
+        attention_scores,
+        attention_weights,
+        backends,
+        global_attention,
+        local_attention,
+        merge_attentions,
+    )
     from .conversion import convert
     from .inspect import (
         attention_maps,
@@ -36,7 +27,20 @@ if _typing.TYPE_CHECKING:  # for those who read and do not run
         equivariance_error,
         explore,
     )
+    from .layers import (
+        AttentionStem2d,
+        GlobalSelfAttention1d,
+        GlobalSelfAttention2d,
+        GlobalSelfAttention3d,
+        HaloSelfAttention2d,
+        LocalSelfAttention1d,
+        LocalSelfAttention2d,
+        LocalSelfAttention3d,
+    )
     from .models import create_model, list_models
+    from .window import Window
+
+    __version__: str
 
 __all__ = [
     "AttentionStem2d",
@@ -65,8 +69,16 @@ __all__ = [
     "merge_attentions",
 ]
 
-# What is loaded when it is first asked for: names by the room that they are in, and rooms.
+# Everything is loaded when it is first asked for, PyTorch included: names by the room that they are in, and rooms.
 _LATER = {
+    "attention": (
+        "attention_scores",
+        "attention_weights",
+        "backends",
+        "global_attention",
+        "local_attention",
+        "merge_attentions",
+    ),
     "conversion": ("convert",),
     "inspect": (
         "attention_maps",
@@ -76,14 +88,29 @@ _LATER = {
         "equivariance_error",
         "explore",
     ),
+    "layers": (
+        "AttentionStem2d",
+        "GlobalSelfAttention1d",
+        "GlobalSelfAttention2d",
+        "GlobalSelfAttention3d",
+        "HaloSelfAttention2d",
+        "LocalSelfAttention1d",
+        "LocalSelfAttention2d",
+        "LocalSelfAttention3d",
+    ),
     "models": ("create_model", "list_models"),
+    "window": ("Window",),
 }
-_ROOMS = ("compat", *_LATER)
+_ROOMS = ("compat", "errors", "positions", *_LATER)
 
 
 def __getattr__(name: str) -> _typing.Any:
     if name in _ROOMS:
         return _import_module(f".{name}", __name__)
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version(__name__)
     for room, names in _LATER.items():
         if name in names:
             globals()[name] = value = getattr(_import_module(f".{room}", __name__), name)
@@ -92,9 +119,10 @@ def __getattr__(name: str) -> _typing.Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__, *_ROOMS})
+    return sorted({*globals(), *__all__, *_ROOMS, "__version__"})
 
 
-# timm then knows our networks, and PyTorch's counter what our operators compute, whoever imports them and when.
+# PyTorch then has our operators, timm our networks, and PyTorch's counter their formulas, whoever imports them and when.
+_when_imported("torch", lambda: _import_module(".attention", __name__))
 _when_imported("timm.models", lambda: _import_module(".models", __name__))
 _when_imported("torch.utils.flop_counter", lambda: _import_module(".flops", __name__))

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line. Each command imports what it needs when it runs; each mistake is one line and exit code 2."""
+"""The command line. Each command imports what it needs when it runs; each mistake is one line and exit code 2.
+
+What a command is asked to do is read before PyTorch is loaded, which takes two seconds: help and mistakes come at once.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +17,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from importlib import import_module
-from importlib.metadata import version
 
-from .commands.arguments import near
 from .errors import NearsightError, OptionError
 from .pages.names import readable
 
@@ -142,10 +143,14 @@ def _run(arguments: list[str]) -> None:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(OVERVIEW.format(commands="\n".join(f"  {name:10}{does}" for name, does in COMMANDS.items())))
     elif arguments[0] == "--version":
+        from importlib.metadata import version
+
         print(f"nearsight {version('nearsight')}")
     elif arguments[0] in COMMANDS:
         import_module(f".commands.{arguments[0]}", __package__).run(arguments[1:])
     else:
+        from .commands.arguments import near
+
         raise OptionError(
             f"there is no command {arguments[0]!r}{near(arguments[0], COMMANDS)}; commands are {', '.join(COMMANDS)}"
         )

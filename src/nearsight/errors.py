@@ -8,6 +8,7 @@
     +-- BackendError            the backend that was named cannot run the problem  (a RuntimeError)
     +-- DataError               a data set, image or checkpoint cannot be read     (a RuntimeError)
     +-- TrainingError           a run cannot start or had to stop                  (a RuntimeError)
+    +-- PackageError            a package that this needs is not installed         (an ImportError)
 
 Every message says the rule, what was received and what to do about it.
 """
@@ -39,3 +40,7 @@ class DataError(NearsightError, RuntimeError):
 
 class TrainingError(NearsightError, RuntimeError):
     """A run cannot start, or had to stop."""
+
+
+class PackageError(NearsightError, ImportError):
+    """A package that this needs, and the rest of nearsight does not, is not installed."""

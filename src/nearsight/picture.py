@@ -12,12 +12,11 @@ from io import BytesIO
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from .errors import DataError, OptionError
 from .files import open_regular
 
 if TYPE_CHECKING:
+    import numpy as np
     from PIL.Image import Image
     from PIL.ImageFile import ImageFile
 
@@ -179,7 +178,7 @@ def _plain(upright: Image, file: Image, ground: tuple[int, int, int]) -> Image:
     from PIL import Image
 
     if upright.mode in DEEP or upright.mode.startswith("I;16"):
-        return _scaled(np.asarray(upright), file, ground)
+        return _scaled(upright, file, ground)
     if upright.mode not in SHOWN:
         raise DataError(f"a picture of mode {upright.mode} cannot be shown: save it in grey, RGB or RGBA")
     if not upright.has_transparency_data:
@@ -188,10 +187,12 @@ def _plain(upright: Image, file: Image, ground: tuple[int, int, int]) -> Image:
     return Image.alpha_composite(Image.new("RGBA", coloured.size, (*ground, 255)), coloured).convert("RGB")
 
 
-def _scaled(cells: np.ndarray, file: Any, ground: tuple[int, int, int]) -> Image:
+def _scaled(upright: Image, file: Any, ground: tuple[int, int, int]) -> Image:
     """Grey of more than eight bits in eight."""
+    import numpy as np
     from PIL import Image
 
+    cells = np.asarray(upright)
     tags = getattr(file, "tag_v2", {})
     bits = tags.get(BITS, (16,))[0]
     clear = file.info.get("transparency")  # the one value of a PNG that is not seen

@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
-from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec
-from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # these would be a third of what `nearsight --help` loads
+    from collections.abc import Callable, Sequence
+    from importlib.machinery import ModuleSpec
+    from types import ModuleType
 
 
 def when_imported(name: str, act: Callable[[], object]) -> None:
@@ -26,7 +27,7 @@ def when_imported(name: str, act: Callable[[], object]) -> None:
         sys.meta_path.insert(0, _Waiting(name, act))
 
 
-class _Waiting(MetaPathFinder):
+class _Waiting:
     """Has a module found by the other finders, and notices when it has been executed."""
 
     def __init__(self, name: str, act: Callable[[], object]) -> None:
@@ -45,7 +46,7 @@ class _Waiting(MetaPathFinder):
         finally:
             self.asks_others = False
         if spec is not None and spec.loader is not None:
-            spec.loader = _Noticing(spec.loader, self)
+            spec.loader = _Noticing(spec.loader, self)  # pyright: ignore[reportAttributeAccessIssue]
         return spec
 
     def done(self) -> None:
@@ -54,7 +55,7 @@ class _Waiting(MetaPathFinder):
             self.act()
 
 
-class _Noticing(Loader):
+class _Noticing:
     """The loader that was found, but that it says when it is done."""
 
     def __init__(self, loader: Any, waiting: _Waiting) -> None:

@@ -3,18 +3,14 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..errors import DataError, OptionError
 from ..files import write_whole
-from ..pages.csv_json import to_json
-from . import core, layers, models
-from .timing import setting, using_threads
 
-BENCHES = {"core": core.measure, "layers": layers.measure, "models": models.measure}
+BENCHES = ("core", "layers", "models")  # files of this folder
 
 
 def run(bench: str, *, threads: int | None = None, quick: bool = False, json_file: str | Path | None = None) -> None:
@@ -31,12 +27,18 @@ def run(bench: str, *, threads: int | None = None, quick: bool = False, json_fil
     """
     if bench not in BENCHES:
         raise OptionError(f"there is no bench {bench!r}; there are {', '.join(BENCHES)}")
+    import torch
+
+    from ..pages.csv_json import to_json
+    from .timing import setting, using_threads
+
+    measure = import_module(f".{bench}", __name__).measure
     report: dict[str, Any] = {"bench": bench, "quick": quick, "runs": []}
     for count in sorted({1, torch.get_num_threads()} if threads is None else {threads}):
         with using_threads(count):
             facts = setting()
             print("\n" + ", ".join(f"{name} {value}" for name, value in facts.items()))
-            report["runs"].append({**facts, "rows": BENCHES[bench](quick)})
+            report["runs"].append({**facts, "rows": measure(quick)})
     if json_file is not None:
         try:
             write_whole(Path(json_file), (to_json(report, indent=1) + "\n").encode())

@@ -6,15 +6,12 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
-from difflib import get_close_matches
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ..errors import DataError, OptionError, TrainingError
+from ..errors import DataError, OptionError
+from ..extras import need
 
-TRAIN_EXTRA = ("lightning", "torchmetrics", "jsonargparse", "sklearn", "scipy", "matplotlib", "jinja2", "PIL", "rich")
 OF_THE_DATA = "the data's own"
 
 
@@ -65,6 +62,7 @@ def with_config(parser: Any, given: dict[str, Any]) -> dict[str, Any]:
 
 def recipe_parser(command: str, description: str, epilog: str) -> Any:
     """One whose values may come from a file as well; :func:`add_recipe` adds the settings of a recipe."""
+    need(("jsonargparse",), f"`nearsight {command}`", "train")
     from jsonargparse import ArgumentParser
 
     parser = ArgumentParser(
@@ -81,6 +79,8 @@ def recipe_parser(command: str, description: str, epilog: str) -> Any:
 
 def add_recipe(parser: Any, hidden: Sequence[str] = ()) -> None:
     """A flag for every setting of a recipe, from the dataclass; those that are hidden may only stand in a file."""
+    from dataclasses import fields
+
     from jsonargparse import ActionYesNo
 
     from ..training.recipe import Recipe
@@ -100,15 +100,7 @@ def flag(name: str) -> str:
 
 
 def near(word: str, known: Any) -> str:
+    from difflib import get_close_matches
+
     near = get_close_matches(word, list(known), n=1)
     return f" (did you mean {near[0]}?)" if near else ""
-
-
-def need_train_extra(command: str) -> None:
-    need(TRAIN_EXTRA, command, "train")
-
-
-def need(packages: Sequence[str], command: str, extra: str) -> None:
-    missing = [name for name in packages if find_spec(name) is None]
-    if missing:
-        raise TrainingError(f"`nearsight {command}` needs {', '.join(missing)}: pip install 'nearsight[{extra}]'")

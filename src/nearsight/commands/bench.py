@@ -17,7 +17,7 @@ def run(arguments: list[str]) -> None:
     from ..bench import BENCHES, run
 
     parser = parser_of("bench", "Measure speed in one process, with peers in the same table.", EXAMPLES)
-    parser.add_argument("what", choices=list(BENCHES), help="what to measure")
+    parser.add_argument("what", choices=BENCHES, help="what to measure")
     parser.add_argument("--threads", type=int, help="threads to use (default: one, then all)")
     parser.add_argument(
         "--quick", action="store_true", help="fewer shapes and rounds: to see that it works, not to quote"

@@ -6,7 +6,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..errors import OptionError
-from .arguments import add_recipe, flag, need_train_extra, parse, recipe_parser, with_config
+from ..extras import TRAINING, need
+from .arguments import add_recipe, flag, parse, recipe_parser, with_config
 
 EXAMPLES = """\
 examples:
@@ -21,9 +22,8 @@ runs.csv, compare.html, plots, compare.yaml and a folder for every run.
 
 
 def run(arguments: list[str]) -> None:
-    need_train_extra("compare")
-    from ..training.compare import PER_RUN, PRESETS, compare
-    from ..training.recipe import Recipe
+    from ..training.presets import PRESETS
+    from ..training.recipe import PER_RUN, Recipe
 
     named = [flag for flag in map(flag, PER_RUN) if any(word.split("=")[0] == flag for word in arguments)]
     if named:
@@ -48,5 +48,9 @@ def run(arguments: list[str]) -> None:
         raise OptionError(f"preset must be one of {', '.join(PRESETS)}; received {preset!r}")
     if output is None:
         raise OptionError("compare needs --output DIR, where it keeps its runs; see nearsight compare --help")
+    recipe = Recipe(**given)
+    need(TRAINING, "`nearsight compare`", "train")
+    from ..training.compare import compare
+
     groups = PRESETS[preset] if preset else {"": models}
-    compare(groups, Recipe(**given), seeds, Path(output), target=target, download=download)
+    compare(groups, recipe, seeds, Path(output), target=target, download=download)

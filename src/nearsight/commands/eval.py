@@ -5,7 +5,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .arguments import need_train_extra, parse, parser_of
+from ..extras import need
+from .arguments import parse, parser_of
 
 EXAMPLES = """\
 examples:
@@ -16,7 +17,6 @@ examples:
 
 
 def run(arguments: list[str]) -> None:
-    need_train_extra("eval")
     parser = parser_of("eval", "Measure a trained network on the images of a data set.", EXAMPLES)
     parser.add_argument("run", metavar="DIR|FILE", help="folder of a run, a .safetensors or a .ckpt file")
     parser.add_argument("--data", required=True, help="as for `nearsight train`: digits, folder:PATH ...")
@@ -33,6 +33,7 @@ def run(arguments: list[str]) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON, with the confusion matrix")
     options = parse(parser, arguments)
 
+    need(("torchmetrics", "sklearn", "scipy"), "`nearsight eval`", "train")
     from ..pages.csv_json import to_json
     from ..training.assess import assess
 

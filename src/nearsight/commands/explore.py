@@ -8,7 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..errors import OptionError
-from .arguments import need, need_train_extra, parse, parser_of
+from ..extras import need
+from .arguments import parse, parser_of
 
 EXAMPLES = """\
 examples:
@@ -21,7 +22,6 @@ The page is one file that needs no network: open it in any browser, or send it t
 
 
 def run(arguments: list[str]) -> None:
-    need(("jinja2", "PIL"), "explore", "explore")
     parser = parser_of("explore", "See what every layer and head attends to, from each pixel.", EXAMPLES)
     parser.add_argument(
         "model", metavar="MODEL", help="folder of a run, a .safetensors or .ckpt file, or NAME,option=value"
@@ -37,6 +37,7 @@ def run(arguments: list[str]) -> None:
     if options.size is not None and options.size < 1:
         raise OptionError(f"--size must be at least 1; received {options.size}")
 
+    need(("jinja2",), "`nearsight explore`", "explore")
     from ..inspect.explore import explore, read_picture
     from ..models.data_config import data_config, seen
     from ..saved.opened import open_model
@@ -48,7 +49,6 @@ def run(arguments: list[str]) -> None:
         config = {**data_config(model.network), "input_size": (view.channels, view.size, view.size)}
         image, picture = seen(read_picture(options.image, view.channels, view.background), config)
     else:
-        need_train_extra("explore DATA:N")
         from ..training.data import numbered_picture
 
         image, picture, said = numbered_picture(options.image, view, options.data_root)

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import OptionError
-from .arguments import flag, need_train_extra, parse, parser_of
+from ..extras import need
+from .arguments import flag, parse, parser_of
 
 EXAMPLES = """\
 examples:
@@ -24,7 +25,6 @@ product and a large copy, which are measured too. The output folder then holds p
 
 
 def run(arguments: list[str]) -> None:
-    need_train_extra("profile")
     parser = parser_of("profile", "Measure every layer of a network, and how attention grows.", EXAMPLES)
     parser.add_argument(
         "model", metavar="MODEL", help="folder of a run, a .safetensors or .ckpt file, or NAME,option=value"
@@ -45,6 +45,7 @@ def run(arguments: list[str]) -> None:
         if getattr(options, name) is not None and getattr(options, name) < 1:
             raise OptionError(f"{flag(name)} must be at least 1; received {getattr(options, name)}")
 
+    need(("rich", *(("matplotlib",) if options.output else ())), "`nearsight profile`", "profile")
     import torch
 
     from ..bench.growth import geometry_of, growth

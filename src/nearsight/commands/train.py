@@ -5,7 +5,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .arguments import add_recipe, need_train_extra, parse, recipe_parser, with_config
+from ..extras import TRAINING, need
+from .arguments import add_recipe, parse, recipe_parser, with_config
 
 EXAMPLES = """\
 examples:
@@ -23,7 +24,6 @@ trained.npz and report.html.
 
 
 def run(arguments: list[str]) -> None:
-    need_train_extra("train")
     description = "Train a network on images, with a checkpoint after every epoch and a report at the end."
     parser = recipe_parser("train", description, EXAMPLES)
     add_recipe(parser)
@@ -36,9 +36,11 @@ def run(arguments: list[str]) -> None:
     goes_on, download = given.pop("resume", False), given.pop("download", False)
 
     from ..training.recipe import Recipe
-    from ..training.train import default_output, resume, train
 
     recipe = Recipe(**given)
+    need(TRAINING, "`nearsight train`", "train")
+    from ..training.train import default_output, resume, train
+
     if goes_on:
         resume(output or default_output(recipe), given)
     else:

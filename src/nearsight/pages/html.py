@@ -16,6 +16,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..extras import need
+
 TEMPLATES = Path(__file__).parent / "templates"
 
 
@@ -25,6 +27,7 @@ def render(template: str, **values: Any) -> str:
     The template puts the page's policy where ``policy`` stands, and ``file("page.css")`` in the place of a style or a
     script, which hold no values.
     """
+    need(("jinja2",), "a page", "explore")
     from jinja2 import Environment, FileSystemLoader, StrictUndefined, meta
     from markupsafe import Markup
 

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from functools import wraps
 from typing import TYPE_CHECKING, Any, ParamSpec
 
+from ..extras import need
 from .html import without_styles
 from .names import readable
 
@@ -48,6 +49,7 @@ Params = ParamSpec("Params")
 def in_style(draw: Callable[Params, Figure]) -> Callable[Params, Figure]:
     @wraps(draw)
     def styled(*args: Params.args, **kwargs: Params.kwargs) -> Figure:
+        need(("matplotlib",), "a picture", "explore")
         from matplotlib import rc_context
 
         with rc_context(STYLE):

@@ -11,7 +11,6 @@ import io
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import DataError, OptionError, TrainingError
+from ..extras import need
 from ..files import write_bytes
 from ..finite import why_not_finite
 from ..private import open_sizes_of_one
@@ -60,15 +60,15 @@ def export_to_file(run: Path, form: str, output: Path | None = None, size: int |
     Raises:
         OptionError: an unknown form, an output with another ending, or a size that is none.
         DataError: weights that cannot be read.
-        TrainingError: packages that are missing, a network that cannot be exported, a program that computes something
+        PackageError: ONNX needs packages that are not installed.
+        TrainingError: a network that cannot be exported, a program that computes something
             else, a file that cannot be written. Nothing is written then.
     """
     if form not in FORMATS:
         raise OptionError(f"--format must be one of {', '.join(FORMATS)}; received {form!r}")
     sides = None if size is None else _sides(size)
-    missing = [name for name in ONNX_PACKAGES if find_spec(name) is None] if form == "onnx" else []
-    if missing:
-        raise TrainingError(f"`nearsight export` to ONNX needs {', '.join(missing)}: pip install 'nearsight[export]'")
+    if form == "onnx":
+        need(ONNX_PACKAGES, "`nearsight export` to ONNX", "export")
     file = (run if run.is_dir() else run.parent) / f"model{FORMATS[form]}" if output is None else output
     if file.suffix != FORMATS[form]:
         raise OptionError(f"--output must end in {FORMATS[form]} for this format; received {file}")

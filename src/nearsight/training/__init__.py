@@ -13,6 +13,7 @@ assess.py          a saved model measured on any data
 announce.py        what a run says before and after
 train.py           the run
 report.py          the page that shows it
+presets.py         models that belong together
 measures.py        what a comparison measures of a run
 intervals.py       how far an accuracy, and a difference of two, could be off by luck
 compare.py         several models with several seeds

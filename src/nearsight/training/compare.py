@@ -31,50 +31,12 @@ from ..saved.weights import CHECKPOINT_FILE, Blueprint
 from .compare_report import Comparison, write_comparison
 from .data import Pictures, check_trainable, load_pictures
 from .measures import MEASURES_FILE, Measures, measure, read_measures, read_rows
-from .recipe import OWN_SIZE, Recipe, read_recipe
+from .recipe import OWN_SIZE, PER_RUN, Recipe, read_recipe
 from .report import REPORT_FILE
 from .train import MOVABLE, image_size
 
 RECIPE_FILE = "compare.yaml"
 COMMAND = Path(__file__).parents[1] / "start" / "nearsight_command.py"  # which says why it is not `python -m nearsight`
-PER_RUN = ("model", "seed")  # of a recipe's values, those in which the runs differ
-
-# The question of the article: can attention stand in for convolution, and what does it need for that? Each group changes one
-# thing about sasa_micro, which has a convolutional stem, kernel_size=[3, 5, 5] and position=quadratic; the last undoes
-# its block piece by piece.
-ARTICLE = {
-    "what looks": (
-        "conv_micro",
-        "sasa_micro",
-        "sasa_micro,stem=attention",
-        "sasa_micro,kernel_size=global",
-        "vit_micro",
-    ),
-    "kernel size": (
-        "sasa_micro,kernel_size=3",
-        "sasa_micro",
-        "sasa_micro,kernel_size=5",
-        "sasa_micro,kernel_size=7",
-        "sasa_micro,kernel_size=9",
-        "sasa_micro,kernel_size=11",
-    ),
-    "position": (
-        "sasa_micro,position=none",
-        "sasa_micro,position=sinusoidal",
-        "sasa_micro,position=learned",
-        "sasa_micro,position=relative",
-        "sasa_micro",
-    ),
-    "block": (
-        "sasa_micro,block_kwargs={norm: true}",
-        "sasa_micro,block_kwargs={norm: true, act: true}",
-        "sasa_micro,value_ratio=1,qk_ratio=1",
-        "sasa_micro,block_kwargs={avg_down: false}",
-        "sasa_micro,block_kwargs={downsample: pool}",
-        "sasa_micro",
-    ),
-}
-PRESETS: dict[str, Mapping[str, Sequence[str]]] = {"article": ARTICLE}
 
 
 class Stopped(TrainingError):

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run is asked to do: one flat set of values that the command line, a YAML file and Python share."""
+"""What a run is asked to do: one flat set of values that the command line, a YAML file and Python share.
+
+The command line makes its flags from it, and shows them without having loaded PyTorch: what knows networks and pictures is
+imported where a value is checked.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +20,10 @@ from typing import Any
 
 from ..errors import DataError, NearsightError, OptionError
 from ..files import read_text, read_yaml
-from ..models import parse_spec, refuse_ignored
 from ..picture import BACKGROUND, opaque
-from ..saved.spec import check_saved_spec, saved_spec
-from .data.pictures import AUGMENTS
 
 CONFIG_FILE = "config.yaml"  # in a run's folder
+PER_RUN = ("model", "seed")  # the values in which the runs of a comparison differ
 OWN_SIZE = "own"  # the value of size that stands for what each model is made for
 # Settings that a model's string may carry, because one kind of layer needs them otherwise than another.
 PER_MODEL = ("lr", "opt", "weight_decay", "warmup_share", "clip_grad")
@@ -101,7 +103,7 @@ class Recipe:
                 raise OptionError(f"size must be a whole number of pixels or {OWN_SIZE}; received {self.size!r}")
             _within("size", self.size, 1)
         if self.augment is not None:
-            _among("augment", self.augment, tuple(AUGMENTS))
+            _check_augment(self.augment)
         if self.crop is not None and not 0 < self.crop <= 1:
             raise OptionError(f"crop must be a share of the area, above 0 and at most 1; received {self.crop}")
         _among("precision", self.precision, ("32", "bf16"))
@@ -149,6 +151,8 @@ class Recipe:
             >>> recipe.model, recipe.lr, recipe.opt
             ('conv_nano,stem_width=16', 0.003, 'sgd')
         """
+        from ..models import refuse_ignored
+
         network, own = _split(self.model)
         _check_own(self.model, own)
         refuse_ignored(network)
@@ -162,6 +166,8 @@ class Recipe:
         """
         import yaml
 
+        from ..saved.spec import saved_spec
+
         stored = saved_spec(self.model) if stored is None else stored
         values = {name: value for name, value in asdict(replace(self, model=stored)).items() if value is not None}
         began = "" if stored == self.model else f"{BEGAN}; for the same add --model {json.dumps(self.model)}\n"
@@ -174,6 +180,8 @@ BEGAN = "# It began with weights from elsewhere, which no file may ask for"
 
 def _split(model: str) -> tuple[str, dict[str, Any]]:
     """A model's string without the options that are settings of a run, and these; ``img_size`` is left to the network."""
+    from ..models.spec import parse_spec
+
     names = {field.name for field in fields(Recipe)}
     options = {name.replace("-", "_"): value for name, value in parse_spec(model)[1].items()}
     own = {name: value for name, value in options.items() if name in names}
@@ -184,6 +192,8 @@ def _split(model: str) -> tuple[str, dict[str, Any]]:
 
 
 def _check_own(model: str, own: Mapping[str, Any]) -> None:
+    from ..models.spec import parse_spec
+
     options = parse_spec(model)[1]
     if "img_size" in options:
         raise OptionError(
@@ -237,6 +247,8 @@ def read_settings(path: Path, given: Container[str] = ()) -> dict[str, Any]:
         raise DataError(f"{path} must hold only {', '.join(sorted(_KINDS))}; it is damaged or no config of a run")
     try:
         if "model" in values and "model" not in given:
+            from ..saved.spec import check_saved_spec
+
             model = values["model"]
             check_saved_spec(_split(model)[0] if isinstance(model, str) else model)
     except NearsightError as error:
@@ -284,6 +296,12 @@ def _within(name: str, value: float | None, least: float, below: float = math.in
 def _among(name: str, value: str, known: tuple[str, ...]) -> None:
     if value not in known:
         raise OptionError(f"{name} must be {' or '.join(known)}; received {value!r}")
+
+
+def _check_augment(name: str) -> None:
+    from .data.pictures import AUGMENTS
+
+    _among("augment", name, tuple(AUGMENTS))
 
 
 def _check_optimiser(name: str) -> None:

@@ -23,6 +23,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import nn
 
 from ..errors import DataError, OptionError, TrainingError
+from ..extras import need
 from ..files import make_folder, make_inner_folder, read_text, remove_leftovers, write_text
 from ..models import ELSEWHERE, input_size, parse_spec
 from ..saved.spec import saved_spec
@@ -86,6 +87,8 @@ def train(recipe: Recipe, output: Path | None = None, *, download: bool = False)
         360
     """
     output = output or default_output(recipe)
+    if recipe.tensorboard:
+        need(("tensorboard",), "--tensorboard", "tensorboard")
     if _is_main_process() and any((output / file).exists() for file in (CHECKPOINT_FILE, WEIGHTS_FILE)):
         raise TrainingError(f"{output} holds a run already: continue it with --resume, or name another --output")
     return _run(recipe.settled(), output, download=download)

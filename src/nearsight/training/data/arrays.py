@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...errors import DataError
+from ...extras import need
 from ...files import open_regular
 from ...saved.view import View
 from .pictures import (
@@ -186,6 +187,7 @@ def _uniform(n: int, bound: float, device: torch.device) -> Tensor:
 
 
 def _digits(name: str, root: str | None, download: bool) -> Pictures:
+    need(("sklearn",), "digits", "explore")
     from sklearn.datasets import load_digits
 
     bunch: Any = load_digits()

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from ...errors import DataError, TrainingError
+from ...errors import DataError
+from ...extras import need
 from ...picture import is_hidden, is_picture
 from .decoded import Gather, divided
 from .folders import ending, tell_left_out
@@ -49,10 +50,8 @@ class HubImages:
 
 def load_hub(name: str, gather: Gather = divided) -> Any:
     """``hf:NAME``: a name on the Hub, fetched on first use, or a folder: one that ``save_to_disk`` wrote, or of images."""
-    try:
-        import datasets
-    except ImportError as error:
-        raise TrainingError("hf:NAME needs the package datasets: pip install 'nearsight[train]'") from error
+    need(("datasets",), "hf:NAME", "datasets")
+    import datasets
 
     source = name.partition(":")[2]
     folder = Path(source).expanduser()

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ...errors import DataError
+from ...extras import need
 from ...pages.names import readable
 from ...saved.view import View
 
@@ -252,6 +253,7 @@ def check_trainable(pictures: Pictures) -> None:
 
 def stratified(labels: Sequence[int] | np.ndarray, share: float) -> tuple[np.ndarray, np.ndarray]:
     """Indices of the larger and of the smaller part, every class in proportion; the same at every call."""
+    need(("sklearn",), "splitting images", "explore")
     from sklearn.model_selection import train_test_split
 
     try:

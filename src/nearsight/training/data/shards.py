@@ -25,6 +25,7 @@ from typing import IO, Any, NoReturn
 import numpy as np
 
 from ...errors import DataError, TrainingError
+from ...extras import need
 from ...files import open_regular, read_text, write_bytes
 from ...picture import ENDINGS, is_hidden, is_picture
 from .decoded import Gather, divided
@@ -90,10 +91,8 @@ def load_shards(name: str, gather: Gather = divided) -> Any:
 
 
 def _shards(pattern: str) -> list[Path]:
-    try:
-        from webdataset.shardlists import expand_urls
-    except ImportError as error:
-        raise TrainingError("wds:PATH needs the package webdataset: pip install 'nearsight[train]'") from error
+    need(("webdataset",), "wds:PATH", "webdataset")
+    from webdataset.shardlists import expand_urls
 
     if "://" in pattern or pattern.startswith("pipe:"):
         raise DataError(f"wds:PATH reads shards at random, so they must be files: mount what {pattern} names")
