@@ -107,7 +107,7 @@ def na(query, key, value, kernel_size, stride=1, dilation=1, is_causal=False, sc
     query, key, value = (tensor.movedim(-2, 1) for tensor in (query, key, value))
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     cells, entries = table(size, kernel_size, stride, dilation, is_causal)
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    scale = scale or query.shape[-1] ** -0.5
     logits = scale * scores(query, key, cells)
     if rpb is not None:
         logits = logits + biases(rpb, entries)

@@ -6,13 +6,16 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import importlib.util
+import inspect
 import os
+import pydoc
 import subprocess
 import sys
 from contextlib import contextmanager
 from itertools import product
 from types import ModuleType
 
+import natten_names
 import natten_oracle
 import oracle
 import pytest
@@ -26,7 +29,7 @@ from nearsight.attention import natten as natten_backend
 from nearsight.bench.memory import NOTHING_KEPT
 from nearsight.compat import natten as stand_in
 from nearsight.compat.natten import context, flops, functional, modules, split, utils, windows
-from nearsight.errors import OptionError, ShapeError
+from nearsight.errors import DtypeError, OptionError, ShapeError
 
 # ------------------------------------------------------------------------------------------------------------ the windows
 
@@ -82,7 +85,7 @@ FUSED = {
     "causal": ((9, 5), {"kernel_size": (4, 3), "is_causal": (True, False)}, {}),
     "causal and dilated": ((11,), {"kernel_size": 3, "dilation": 2, "is_causal": True}, {}),
     "scale": ((5, 6), {"kernel_size": 3, "scale": 1.0}, {}),
-    "no scale": ((5, 6), {"kernel_size": 3, "scale": 0.0}, {}),
+    "a scale of zero": ((5, 6), {"kernel_size": 3, "scale": 0.0}, {}),  # the default, in every NATTEN
     "bias": ((7, 9), {"kernel_size": (3, 5), "dilation": (2, 1)}, {"rpb": True}),
     "grouped heads": ((6, 7), {"kernel_size": 3}, {"heads": (4, 2)}),
     "wide values": ((6, 7), {"kernel_size": 3}, {"dims": (5, 9)}),
@@ -209,6 +212,68 @@ def test_what_is_not_finite_stays_in_the_windows_that_see_it(poison, spot):
     assert not sees.all()
     torch.testing.assert_close(found[0, ~sees], clean[0, ~sees])
     assert not found[0, sees].isfinite().all(-1).any()
+
+
+def heads_last(*size: int, dim: int = 8) -> Tensor:
+    return torch.randn(2, *size, 4, dim)
+
+
+CONTIGUOUS = {
+    "plain": lambda q: functional.na2d(q, q, q, kernel_size=3, return_lse=True),
+    "the map covered": lambda q: functional.na2d(q, q, q, kernel_size=9),
+    "window stride": lambda q: functional.na2d(q, q, q, kernel_size=3, stride=2, return_lse=True),
+    "fewer heads of keys": lambda q: functional.na2d(q, q[..., :2, :], q[..., :2, :], kernel_size=3, return_lse=True),
+    "wide values": lambda q: functional.na2d(q, q, torch.cat([q, q], -1), kernel_size=3, return_lse=True),
+    "additional keys": lambda q: functional.na2d(
+        q, q, q, kernel_size=3, additional_keys=q[:, 0], additional_values=q[:, 0], return_lse=True
+    ),
+    "a bias": lambda q: functional.na2d(q, q, q, kernel_size=3, rpb=q.new_zeros(4, 5, 5)),
+    "nothing": lambda q: functional.na2d(q[:0], q[:0], q[:0], kernel_size=3, return_lse=True),
+    "attention": lambda q: functional.attention(q[:, 0], q[:, 0], q[:, 0], return_lse=True),
+    "merged": lambda q: functional.merge_attentions([q, q], [q[..., 0], q[..., 0]]),
+    "split": lambda q: (functional.na2d_qk(q, q, 3), functional.na2d_av(q.new_ones(*q.shape[:-1], 9), q, 3)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("case", CONTIGUOUS)
+def test_results_are_contiguous(case, dtype):
+    """Clients go on with ``view``, whatever backend there was and however their maps lay."""
+    plain = heads_last(9, 8).to(dtype)
+    planar = plain.permute(0, 3, 4, 1, 2).contiguous().permute(0, 3, 4, 1, 2)
+    turned = plain.transpose(1, 2).contiguous().transpose(1, 2)
+    for maps in (plain, planar, turned):
+        found = CONTIGUOUS[case](maps)
+        assert all(one.is_contiguous() for one in (found if isinstance(found, tuple) else (found,)))
+
+
+@pytest.mark.parametrize("nothing", [0, 0.0, False, None])
+def test_a_scale_of_nothing_is_the_default(nothing):
+    """``scale or default`` in every NATTEN, of calls and of modules."""
+    maps = [heads_last(7) for _ in range(3)]
+    window = {"kernel_size": 3}
+    assert torch.equal(functional.na1d(*maps, **window, scale=nothing), functional.na1d(*maps, **window))
+    assert torch.equal(functional.attention(*maps, scale=nothing), functional.attention(*maps))
+    assert LAYERS[2](8, 2, 3, qk_scale=nothing).scale == 0.5
+    fused = functional.FusedNeighborhoodAttention1D.apply(*maps, None, 3, 1, False, nothing, None, None)
+    assert torch.equal(fused[0], functional.na1d(*maps, **window))
+
+
+def test_none_is_the_default_of_a_window():
+    maps = [heads_last(7, 6) for _ in range(3)]
+    none = {"stride": None, "dilation": None, "is_causal": None}
+    assert torch.equal(functional.na2d(*maps, kernel_size=3, **none), functional.na2d(*maps, kernel_size=3))
+    logits = functional.na2d_qk(*maps[:2], 3)
+    assert torch.equal(functional.na2d_qk(*maps[:2], 3, None, None, None), logits)
+    assert torch.equal(functional.natten2dqkrpb(*maps[:2], None, 3, None), logits)
+    assert torch.equal(functional.na2d_av(logits, maps[2], 3, None), functional.na2d_av(logits, maps[2], 3))
+    layer = LAYERS[2](8, 2, 3, **none)
+    assert (layer.stride, layer.dilation, layer.is_causal) == ((1, 1), (1, 1), (False, False))
+    assert LAYERS[3](8, 2, 3, dilation=None, dilation_d=2).dilation == (2, 1, 1)
+    assert utils.check_all_args(2, 3, None, None) == ((3, 3), (1, 1), (False, False))
+    assert utils.check_all_args(1, 3, None, None, None) == ((3,), (1,), (1,), (False,))
+    assert utils.check_dilation_arg(2, None) == utils.check_stride_arg(2, None) == (1, 1)
+    assert utils.check_causal_arg(2, None) == (False, False)
 
 
 def test_attention_of_all_to_all():
@@ -389,6 +454,92 @@ def test_older_names(rank):
     near(f"NATTEN{rank}DAVFunction", biased, value, *window, expected=out)
 
 
+def test_the_order_of_arguments_up_to_0_14_5():
+    """The dilation alone after the tensors: what the other arguments are of says the kernel's size."""
+    query, key, value = torch.randn(3, 1, 2, 9, 7, 4)
+    rpb = torch.randn(2, 5, 5)
+    biased = functional.na2d_qk(query, key, 3, 2, rpb=rpb)
+    out = functional.na2d_av(biased, value, 3, 2)
+    for qkrpb, av in (
+        (functional.natten2dqkrpb, functional.natten2dav),
+        (functional.NATTEN2DQKRPBFunction.apply, functional.NATTEN2DAVFunction.apply),
+    ):
+        assert torch.equal(qkrpb(query, key, rpb, 2), biased)
+        assert torch.equal(qkrpb(query, key, rpb, dilation=2), biased)
+        assert torch.equal(av(biased, value, 2), out)
+        assert torch.equal(qkrpb(query, key, rpb, 1), functional.na2d_qk(query, key, 3, rpb=rpb))
+        # The size of the kernel without a dilation, or the dilation without the size?
+        with pytest.raises(
+            OptionError, match=r"natten2dqkrpb\(..., 3\) means kernel_size=3, dilation=3 up to NATTEN 0.14.4"
+        ):
+            qkrpb(query, key, rpb, 3)
+        with pytest.raises(
+            OptionError, match=r"natten2dav\(..., 3\) means kernel_size=3, dilation=3 up to NATTEN 0.14.5"
+        ):
+            av(biased, value, 3)
+        assert torch.equal(qkrpb(query, key, rpb, kernel_size=3), functional.na2d_qk(query, key, 3, rpb=rpb))
+    line = functional.na1d_qk(query[:, :, 0], key[:, :, 0], 3, 2, rpb=rpb[:, 0])
+    assert torch.equal(functional.natten1dqkrpb(query[:, :, 0], key[:, :, 0], rpb[:, 0], 2), line)
+    assert torch.equal(functional.natten1dav(line, value[:, :, 0], 2), functional.na1d_av(line, value[:, :, 0], 3, 2))
+    # 0.14.5 has the new order in the first call and the old one in the second.
+    assert torch.equal(functional.natten2dav(functional.natten2dqkrpb(query, key, rpb, 3, 2), value, 2), out)
+
+
+def test_the_order_of_a_modules_arguments_up_to_0_14_4():
+    """dim, kernel_size, num_heads."""
+    for layer in (
+        LAYERS[2](64, 7, 2),
+        LAYERS[2](64, 7, num_heads=2),
+        LAYERS[2](64, 2, 7),
+        LAYERS[2](64, 2, kernel_size=7),
+    ):
+        assert (layer.num_heads, layer.kernel_size) == (2, (7, 7))
+    assert LAYERS[2](63, 3, num_heads=7).kernel_size == (3, 3)
+    with pytest.raises(
+        OptionError, match=r"num_heads=7, kernel_size=3 since NATTEN 0.14.5 and .*num_heads=3, kernel_size=7"
+    ):
+        LAYERS[2](63, 7, 3)
+    with pytest.raises(OptionError, match="gets an argument twice"):
+        LAYERS[2](64, 2, 7, num_heads=2)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_autograd_functions_by_name(rank):
+    """With the arguments of every version that had them."""
+    size, kernel_size, dilation = (5, 6, 4)[:rank], 2, (1, 2, 2)[:rank]
+    query, key, value = torch.randn(3, 1, 2, *size, 4)
+    rpb, more = torch.randn(2, *[3] * rank), torch.randn(1, 2, 3, 4)
+    qk, av = (getattr(functional, f"na{rank}d_{part}") for part in ("qk", "av"))
+    name = f"NeighborhoodAttention{rank}D"
+    qk_function, av_function = (getattr(functional, f"{name}{part}AutogradFunction") for part in ("QK", "AV"))
+    of_0_15 = (kernel_size, *((kernel_size, 1) if rank == 3 else ()), dilation if rank < 3 else 2)
+    logits, extended = (
+        qk(query, key, kernel_size, dilation, rpb=rpb),
+        qk(query, key, kernel_size, dilation, more, rpb=rpb),
+    )
+    causal = qk(query, key, kernel_size, dilation, is_causal=True)
+    assert torch.equal(qk_function.apply(query, key, rpb, *of_0_15), logits)
+    assert torch.equal(qk_function.apply(query, key, rpb, more, *of_0_15), extended)
+    assert torch.equal(qk_function.apply(query, key, rpb, more, kernel_size, dilation, False), extended)
+    assert torch.equal(qk_function.apply(query, key, None, None, kernel_size, dilation, True), causal)
+    out, wider = av(logits, value, kernel_size, dilation), av(extended, value, kernel_size, dilation, more)
+    assert torch.equal(av_function.apply(logits, value, *of_0_15), out)
+    assert torch.equal(av_function.apply(extended, value, more, *of_0_15), wider)
+    assert torch.equal(av_function.apply(extended, value, more, kernel_size, dilation, False), wider)
+    with pytest.raises(OptionError, match="apply takes kernel_size, dilation, is_causal last"):
+        qk_function.apply(query, key, rpb, kernel_size)
+    fused = getattr(functional, f"FusedNeighborhoodAttention{rank}D")
+    maps = [one.movedim(1, -2) for one in (query, key, value)]
+    found = fused.apply(*maps, rpb, kernel_size, dilation, False, 0.3, ((8, 8), (8, 8)), None)
+    call = getattr(functional, f"na{rank}d")
+    expected = call(*maps, kernel_size, dilation=dilation, scale=0.3, rpb=rpb, return_lse=True)
+    torch.testing.assert_close(found, expected)
+    flex = getattr(functional, f"flex_na{rank}d")
+    assert torch.equal(
+        flex(*maps, kernel_size, dilation, True), call(*maps, kernel_size, dilation=dilation, is_causal=True)
+    )
+
+
 def test_older_names_over_three_axes_have_arguments_of_their_own_for_the_first():
     query, key, value = torch.randn(3, 1, 2, 4, 7, 6, 4)
     rpb = torch.randn(2, 3, 5, 5)
@@ -399,6 +550,18 @@ def test_older_names_over_three_axes_have_arguments_of_their_own_for_the_first()
     torch.testing.assert_close(functional.na3d_qk_with_bias(query, key, rpb, *old), biased)
     torch.testing.assert_close(functional.NATTEN3DQKRPBFunction.apply(query, key, rpb, *old), biased)
     torch.testing.assert_close(functional.natten3dav(biased, value, *old), natten_oracle.av(biased, value, *window))
+    # In 0.15 na3d_qk and na3d_av had them too, and told from the order since then by the number in the third place.
+    more = torch.randn(1, 2, 3, 4)
+    extended = functional.na3d_qk(query, key, *window, more)
+    assert torch.equal(functional.na3d_qk(query, key, *old), functional.na3d_qk(query, key, *window))
+    assert torch.equal(functional.na3d_qk(query, key, *old, more), extended)
+    named = dict(zip(("kernel_size_d", "kernel_size", "dilation_d", "dilation"), old, strict=True))
+    assert torch.equal(functional.na3d_qk(query, key, **named, additional_keys=more), extended)
+    assert torch.equal(
+        functional.na3d_av(extended, value, *old, more), functional.na3d_av(extended, value, *window, more)
+    )
+    with pytest.raises(OptionError, match=r"in the order of 0\.15 there are kernel_size_d"):
+        functional.na3d_qk(query, key, *old, more, False)
     assert torch.equal(
         functional.NATTEN3DAVFunction.apply(biased, value, *old), functional.natten3dav(biased, value, *old)
     )
@@ -713,33 +876,6 @@ def test_split_calls_copy_no_windows():
 
 # ---------------------------------------------------------------------------------------------------------- installation
 
-# What clients import from NATTEN 0.14 to 0.21.
-NAMES = {
-    "natten": "__version__ HAS_LIBNATTEN NeighborhoodAttention1D NeighborhoodAttention2D NeighborhoodAttention3D context "
-    "functional flops na1d na2d na3d attention merge_attentions has_fused_na has_fna has_gemm has_half has_bfloat has_cuda "
-    "has_tf32_gemm has_fp32_gemm has_fp64_gemm use_fused_na use_fna use_gemm_na use_tiled_na use_autotuner "
-    "disable_autotuner enable_tf32 disable_tf32 enable_gemm_na disable_gemm_na enable_tiled_na disable_tiled_na "
-    "is_fused_na_enabled is_fna_enabled use_kv_parallelism_in_fused_na is_kv_parallelism_in_fused_na_enabled "
-    "set_memory_usage_preference get_memory_usage_preference is_memory_usage_default is_memory_usage_strict "
-    "is_memory_usage_unrestricted use_deterministic_algorithms are_deterministic_algorithms_enabled allow_flex_compile "
-    "allow_flex_compile_backprop disable_flex_compile is_flex_compile_allowed get_configs_for_cutlass_fna "
-    "get_bwd_configs_for_cutlass_hopper_fmha get_configs_for_flex_fna",
-    "natten.functional": "neighborhood_attention_generic enable_fna disable_fna is_fna_enabled enable_autotuner "
-    "na1d na2d na3d attention merge_attentions "
-    + " ".join(f"na{r}d_{part}" for r in (1, 2, 3) for part in ("qk", "av", "qk_with_bias")),
-    "natten.types": "CausalArg1DTypeOrDed CausalArg2DTypeOrDed CausalArg3DTypeOrDed Dimension1DTypeOrDed "
-    "Dimension2DTypeOrDed Dimension3DTypeOrDed DimensionType CausalArgType KernelSchedule NoneType",
-    "natten.context": "NattenContext MemoryUsagePreference is_fna_enabled",
-    "natten.flops": "add_natten_handle get_flops",
-    "natten.utils": "check_all_args log",
-    "natten.utils.checks": "check_all_args",
-    "natten.utils.log": "get_logger",
-    "natten.modules": "NeighborhoodAttention2D",
-    "natten.na2d": "NeighborhoodAttention2D",
-    "natten.natten1d": "NeighborhoodAttention1D",
-    "natten.experimental": "na2d",
-}
-
 
 @pytest.fixture
 def installed():
@@ -748,10 +884,16 @@ def installed():
     stand_in.uninstall()
 
 
-@pytest.mark.parametrize("module", NAMES)
-def test_names(module, installed):
-    found = importlib.import_module(module)
-    assert [name for name in NAMES[module].split() if not hasattr(found, name)] == []
+def test_every_public_name_is_there_or_written_down(installed):
+    """Of every version, in the module that had it."""
+    missing = {
+        f"{module}.{name}"
+        for module, by_version in natten_names.NAMES.items()
+        for name in " ".join(by_version.values()).split()
+        if not hasattr(importlib.import_module(module), name)
+    }
+    listed = {name.rpartition(".")[2] for name in missing}
+    assert listed == set(natten_names.NOT_THERE.split())
 
 
 def test_functions_of_both_generations(installed):
@@ -991,6 +1133,16 @@ ERRORS = {
         ShapeError,
         "divide",
     ),
+    "attention's fourth": (
+        lambda: functional.attention(*torch.randn(3, 1, 4, 2, 4), 0.5),
+        OptionError,
+        "name the arguments after value: the fourth was the scale",
+    ),
+    "varying lengths": (
+        lambda: functional.attention(*torch.randn(3, 1, 4, 2, 4), seqlens_Q=torch.tensor([4])),
+        OptionError,
+        "lengths that vary are not here",
+    ),
     "module's fourth": (lambda: LAYERS[2](8, 2, 3, 1), OptionError, "order is another in every version"),
     "module's input": (lambda: LAYERS[2](8, 2, 3)(torch.zeros(1, 6, 8)), ShapeError, "NeighborhoodAttention2D takes"),
     "module's heads": (lambda: LAYERS[2](8, 3, 3), ShapeError, "num_heads must divide embed_dim"),
@@ -1002,6 +1154,74 @@ ERRORS = {
         "a stride needs fused attention without dropout",
     ),
 }
+
+
+TYPOS = {
+    "na2d": lambda: functional.na2d(*MAPS, kernel_size=3, dilaton=2),
+    "neighborhood_attention_generic": lambda: functional.neighborhood_attention_generic(*MAPS, 3, dilaton=2),
+    "na2d_qk": lambda: functional.na2d_qk(*FIRST[:2], 3, dilaton=2),
+    "natten2dqkrpb": lambda: functional.natten2dqkrpb(*FIRST[:2], None, 3, dilaton=2),
+    "natten2dav": lambda: functional.natten2dav(*FIRST[:2], 3, dilaton=2),
+    "natten3dqk": lambda: functional.natten3dqk(*FIRST[:2], 3, 3, dilaton=2),
+    "NeighborhoodAttention2D": lambda: LAYERS[2](8, 2, 3, dilaton=2),
+    "NeighborhoodAttention3D": lambda: LAYERS[3](8, 2, 3, dilaton=2),
+}
+
+
+@pytest.mark.parametrize("name", TYPOS)
+def test_a_typo_in_an_arguments_name_is_named(name):
+    """Clients that ask which names a version has catch a TypeError, as Python itself raises one."""
+    for kind in (OptionError, TypeError):
+        with pytest.raises(kind, match=f"{name} has no argument 'dilaton': did you mean 'dilation'?"):
+            TYPOS[name]()
+    with pytest.raises(TypeError, match="has no argument 'q'; it has query, key"):
+        functional.na1d_qk(q=FIRST[0])
+
+
+def test_help_shows_the_arguments():
+    for call in (functional.na1d, functional.na2d, functional.na3d, functional.neighborhood_attention_generic):
+        shown = inspect.signature(call).parameters
+        assert list(shown)[:6] == ["query", "key", "value", "kernel_size", "stride", "dilation"]
+        assert {"is_causal", "scale", "rpb", "return_lse", "backend"} <= set(shown)
+        text = pydoc.render_doc(call, renderer=pydoc.plaintext)
+        assert all(word in text for word in (call.__name__, "kernel_size: cells per axis", "Shapes:", "Raises:"))
+    for layer in LAYERS.values():
+        assert list(inspect.signature(layer).parameters)[:3] == ["embed_dim", "num_heads", "kernel_size"]
+        assert "qk_scale" in inspect.signature(layer).parameters
+    assert list(inspect.signature(functional.natten2dqkrpb).parameters)[2:] == ["rpb", "kernel_size", "dilation"]
+
+
+REFUSED = {
+    "nested": (lambda x: torch.nested.nested_tensor([*x], layout=torch.jagged), r"a nested one: attend to each"),
+    "nested, strided": (lambda x: torch.nested.nested_tensor([*x]), r"a nested one: attend to each"),
+    "sparse": (lambda x: x.to_sparse(), r"a sparse one: convert it with .to_dense\(\)"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("kind", REFUSED)
+def test_tensors_without_strides_are_refused_in_a_line(kind):
+    make, message = REFUSED[kind]
+    maps, first = make(torch.randn(2, 6, 5, 2, 4)), make(torch.randn(2, 2, 6, 5, 4))
+    plain = torch.randn(2, 6, 5, 2, 4)
+    calls = [
+        lambda: functional.na2d(maps, maps, maps, kernel_size=3),
+        lambda: functional.na2d(plain, plain, maps, kernel_size=3),
+        lambda: functional.na2d(*[plain] * 3, kernel_size=3, additional_keys=maps, additional_values=maps),
+        lambda: functional.neighborhood_attention_generic(maps, maps, maps, 3),
+        lambda: functional.attention(maps, maps, maps),
+        lambda: functional.na2d_qk(first, first, 3),
+        lambda: functional.na2d_av(plain, first, 3),
+        lambda: functional.na2d_qk_nested(first, first, None, 3, 1),
+        lambda: functional.natten2dqkrpb(first, first, None, 3, 1),
+        lambda: LAYERS[2](4, 2, 3)(make(torch.randn(2, 6, 5, 4))),
+        lambda: ns.local_attention(first, first, first, ns.Window(3)),
+        lambda: ns.global_attention(first, first, first),
+        lambda: ns.merge_attentions([maps, maps], [maps, maps]),
+    ]
+    for call in calls:
+        with pytest.raises(DtypeError, match=message):
+            call()
 
 
 @pytest.mark.parametrize("name", ERRORS)

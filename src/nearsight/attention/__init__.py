@@ -15,7 +15,7 @@ from ..precision import without_autocast
 from ..window import Window
 from . import reference
 from .backend import attend, backends, choose
-from .problem import Call, Problem, describe
+from .problem import Call, Problem, describe, laid_out
 from .softmax import softmax
 
 __all__ = [
@@ -185,6 +185,7 @@ def global_attention(
         >>> global_attention(q, k, v).shape
         torch.Size([2, 8, 14, 14, 16])
     """
+    laid_out("key", key)
     size = key.shape[2:-1] if isinstance(key, Tensor) else ()
     window = Window.everywhere(size) if 1 <= len(size) <= 3 else Window(1)
     options: dict[str, Any] = {"bias": bias, "relative": relative, "scale": scale, "backend": backend}
@@ -288,6 +289,7 @@ def merge_attentions(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple
 
     Raises:
         ShapeError: not one log-sum-exp per output, or shapes that differ.
+        DtypeError: a nested or sparse tensor.
 
     Example:
         >>> q = k = v = torch.randn(2, 8, 32, 32, 16)
@@ -301,6 +303,8 @@ def merge_attentions(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple
         (torch.Size([2, 8, 32, 32, 16]), torch.Size([2, 8, 32, 32]))
     """
     outputs, lses = list(outputs), list(lses)
+    for tensor in (*outputs, *lses):
+        laid_out("each output and log-sum-exp", tensor)
     fits = len(outputs) == len(lses) > 0 and all(
         out.shape == outputs[0].shape and lse.shape == outputs[0].shape[:-1]
         for out, lse in zip(outputs, lses, strict=True)

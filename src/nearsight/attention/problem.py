@@ -139,6 +139,20 @@ def laid_apart(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def laid_out(name: str, tensor: object) -> None:
+    """Refuse a tensor without a size or strides of its own: a nested or a sparse one.
+
+    Raises:
+        DtypeError: it is one.
+    """
+    if isinstance(tensor, Tensor) and (tensor.is_nested or tensor.layout != torch.strided):
+        kind = "nested" if tensor.is_nested else "sparse"
+        remedy = (
+            "attend to each of its parts, tensor.unbind(), alone" if tensor.is_nested else "convert it with .to_dense()"
+        )
+        raise DtypeError(f"{name} must be an ordinary, strided tensor; received a {kind} one: {remedy}")
+
+
 def is_exporting() -> bool:
     # torch.compiler.is_exporting came with PyTorch 2.7.
     return torch.compiler.is_compiling() and getattr(torch.compiler, "is_exporting", lambda: False)()
@@ -158,6 +172,7 @@ def _check_tensors(query: Any, key: Any, value: Any, window: Any) -> None:
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if not isinstance(tensor, Tensor):
             raise DtypeError(f"{name} must be a torch.Tensor; received {type(tensor).__name__}")
+        laid_out(name, tensor)
         if not tensor.is_floating_point():
             raise DtypeError(
                 f"{name} must have a floating point dtype; received {tensor.dtype}: convert it with .float()"

@@ -28,17 +28,20 @@ __all__ = ["install", "uninstall"]
 # The NATTEN that decides where versions differ. The label after the plus says who answers.
 NATTEN_VERSION = "0.21.7"
 # The modules of NATTEN 0.14 to 0.21 that clients import from, and the files here that hold their names.
+CALLS = ("context", "functional", "modules", "types", "utils")  # with what NATTEN's own files import beside them
 MODULES: Mapping[str, tuple[str, ...]] = {
     "natten": ("context", "functional", "modules"),
     "natten.context": ("context",),
-    "natten.experimental": ("functional",),
     "natten.flops": ("flops",),
-    "natten.functional": ("context", "functional"),
-    "natten.modules": ("modules",),
-    **{f"natten.{name}{rank}d": ("functional", "modules") for name in ("na", "natten") for rank in (1, 2, 3)},
     "natten.types": ("types",),
-    "natten.utils": ("utils",),
-    "natten.utils.checks": ("utils",),
+    **{f"natten.{name}": CALLS for name in ("attn_merge", "experimental", "flex", "functional", "modules", "nested")},
+    **{f"natten.{name}{rank}d": CALLS for name in ("na", "natten") for rank in (1, 2, 3)},
+    **{f"natten.nattencuda{rank}": CALLS for rank in ("", "1d", "2d")},
+    "natten.utils": ("types", "utils"),
+    **{
+        f"natten.utils.{name}": ("types", "utils")
+        for name in ("checks", "device", "misc", "tensor", "tuples", "typing")
+    },
     "natten.utils.log": (),
     "natten.version": (),
 }

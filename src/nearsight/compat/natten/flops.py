@@ -22,6 +22,7 @@ __all__ = [
     "av_1d_flop",
     "av_2d_flop",
     "av_3d_flop",
+    "av_flop",
     "fna_flop_count",
     "fna_generic_flops",
     "get_flops",
@@ -30,6 +31,7 @@ __all__ = [
     "qk_1d_rpb_flop",
     "qk_2d_rpb_flop",
     "qk_3d_rpb_flop",
+    "qk_rpb_flop",
 ]
 
 Shape = Sequence[int]
@@ -108,6 +110,7 @@ def _av_flop(inputs: Sequence[Any], outputs: Sequence[Any]) -> int:
 
 qk_1d_rpb_flop = qk_2d_rpb_flop = qk_3d_rpb_flop = _qk_flop
 av_1d_flop = av_2d_flop = av_3d_flop = _av_flop
+qk_rpb_flop, av_flop = _qk_flop, _av_flop  # up to 0.14.6
 
 
 def add_natten_handle(flop_ctr: Any) -> Any:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``natten.functional``: the fused calls of NATTEN 0.20 and later, the split ones of 0.14 to 0.17, and their older names.
+"""``natten.functional``: the fused calls of NATTEN 0.17 and later, and the split ones of 0.15 to 0.17.
 
 The window is NATTEN's: shifted inside the map so that every query sees ``kernel_size`` cells per axis, on the query's
 dilation phase; a causal axis is masked instead. Differs from NATTEN on a map smaller than the window, which it refuses: a
@@ -10,36 +10,31 @@ is taken and not used: :func:`nearsight.local_attention` chooses.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...attention import local_attention
 from ...attention import merge_attentions as merge
-from ...attention.problem import describe
+from ...attention.problem import describe, laid_out
 from ...errors import OptionError, ShapeError
 from ...window import Window
 from . import split
+from .arguments import names_its_arguments
+from .older import also_as_in_0_15, older_names
 from .traced import AV, FUSED, QK, as_one_node
-from .windows import cells_of, window_of, without_autocast
+from .windows import cells_of, scale_of, window_of, with_depth, without_autocast
 
 __all__ = ["attention", "merge_attentions", "na1d", "na2d", "na3d", "neighborhood_attention_generic"]
-__all__ += [f"na{rank}d_{part}" for rank in (1, 2, 3) for part in ("qk", "av", "qk_with_bias")]
-__all__ += [f"natten{rank}d{part}" for rank in (1, 2, 3) for part in ("qk", "qkrpb", "av")]
-__all__ += [f"NATTEN{rank}D{part}Function" for rank in (1, 2, 3) for part in ("QKRPB", "AV")]
+__all__ += ["na1d_av", "na1d_qk", "na2d_av", "na2d_qk", "na3d_av", "na3d_qk"]
 
 Sizes = int | Sequence[int]
 Causal = bool | Sequence[bool] | None
-F = TypeVar("F", bound=Callable)
-
-
-def _named(function: F, name: str) -> F:
-    function.__name__ = function.__qualname__ = name
-    return function
 
 
 def _check_rank(name: str, tensor: Any, rank: int, layout: str) -> None:
+    laid_out(name, tensor)
     if not isinstance(tensor, Tensor) or tensor.ndim != rank + 3:
         received = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
         raise ShapeError(f"{name} must be a tensor {layout} with {rank} map axes; received {received}")
@@ -54,8 +49,8 @@ def neighborhood_attention_generic(
     value: Tensor,
     kernel_size: Sizes,
     *positional: Any,
-    stride: Sizes = 1,
-    dilation: Sizes = 1,
+    stride: Sizes | None = 1,
+    dilation: Sizes | None = 1,
     is_causal: Causal = False,
     scale: float | None = None,
     additional_keys: Tensor | None = None,
@@ -72,6 +67,8 @@ def neighborhood_attention_generic(
     run_persistent_kernel: bool = True,
     kernel_schedule: Any = None,
     torch_compile: bool = False,
+    try_fuse_additional_kv: bool = False,
+    xformers_kwargs: dict | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Neighbourhood attention over one, two or three axes, heads last.
@@ -88,7 +85,7 @@ def neighborhood_attention_generic(
         additional_keys     (B, any, M, D), seen by every query besides its window
         additional_values   (B, any, M, E)
         rpb                 (N, *(2 * kernel_size - 1)): entry ``key - query + kernel_size - 1`` per axis
-        returns             (B, *map, N, E); with ``return_lse`` also the log-sum-exp (B, *map, N)
+        returns             (B, *map, N, E), contiguous; with ``return_lse`` also the log-sum-exp (B, *map, N), likewise
 
     Args:
         kernel_size: cells per axis.
@@ -96,18 +93,21 @@ def neighborhood_attention_generic(
             axis the last). The output keeps its size. 1 slides, ``kernel_size`` is Swin's blocks.
         dilation: distance in cells between neighbouring cells of the window.
         is_causal: hide what lies behind the query, for all axes or one value per axis.
-        scale: factor of q.k, not of ``rpb``; None means ``D ** -0.5``.
+        scale: factor of q.k, not of ``rpb``; None means ``D ** -0.5``, and so do zero and False, as in every NATTEN.
         rpb: the relative positional bias of NATTEN up to 0.17.5.
         return_lse: also return the log of the sum of the exponentials, additional keys included.
         attention_kwargs, backend, q_tile_shape, kv_tile_shape, backward_q_tile_shape, backward_kv_tile_shape,
-        backward_kv_splits, backward_use_pt_reduction, run_persistent_kernel, kernel_schedule, torch_compile: not used.
+        backward_kv_splits, backward_use_pt_reduction, run_persistent_kernel, kernel_schedule, torch_compile,
+        try_fuse_additional_kv, xformers_kwargs: not used.
 
-    Every value for an axis is one for all or a tuple. The fifth argument has to be named: it was the dilation up to 0.17.5
-    and is the stride from 0.20 on.
+    Every value for an axis is one for all or a tuple; None is 1, of ``is_causal`` False. The fifth argument has to be named:
+    it was the dilation up to 0.17.5 and is the stride from 0.20 on.
 
     Raises:
         ShapeError: shapes that do not fit together.
-        OptionError: an unnamed fifth argument, ``stride`` above ``kernel_size``, ``rpb`` together with ``stride``.
+        DtypeError: a nested or sparse tensor; not floating point, or not of one dtype and device.
+        OptionError: an argument of another name, an unnamed fifth one, ``stride`` above ``kernel_size``, ``rpb`` together
+            with ``stride``.
 
     Example:
         >>> q = k = v = torch.randn(2, 14, 14, 4, 16)
@@ -119,13 +119,17 @@ def neighborhood_attention_generic(
             "name the arguments after kernel_size: the fifth was the dilation up to NATTEN 0.17.5 and is the stride from "
             f"0.20 on; received {positional}"
         )
+    laid_out("query", query)
     rank = query.ndim - 3
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         _check_rank(name, tensor, rank, "(batch, *map, heads, head_dim)")
     window = window_of(rank, kernel_size, stride, dilation, is_causal)
     axes = window.axes(rank)
+    laid_out("rpb", rpb)
     if rpb is not None and any(axis.shared_by > 1 for axis in axes):
         raise OptionError("rpb and stride never met in one NATTEN: rpb is up to 0.17.5, stride from 0.20 on")
+    for name, tensor in (("additional_keys", additional_keys), ("additional_values", additional_values)):
+        laid_out(name, tensor)
     if (additional_keys is None) != (additional_values is None):
         raise ShapeError("additional_keys and additional_values go together; received one of them")
 
@@ -138,40 +142,57 @@ def neighborhood_attention_generic(
 
 
 def _attend(query, key, value, window: Window, rpb, scale, additional, return_lse: bool) -> Any:
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    scale = scale_of(scale, query.shape[-1])
     heads_first = query.movedim(-2, 1), key.movedim(-2, 1), value.movedim(-2, 1)
     wants_lse: Any = return_lse or bool(additional)
     found = local_attention(*heads_first, window, bias=rpb, scale=scale, return_lse=wants_lse)
     if isinstance(found, Tensor):
-        return found.movedim(1, -2)
+        return found.movedim(1, -2).contiguous()
     out, lse = found[0].movedim(1, -2), found[1].movedim(1, -1)
     if additional:
         rank = query.ndim - 3
         others = attention(query.flatten(1, rank), *additional, scale=scale, return_lse=True)
         outs, lses = zip((out, lse), (tensor.unflatten(1, query.shape[1 : 1 + rank]) for tensor in others), strict=True)
         out, lse = merge(outs, lses)
-    return (out, lse) if return_lse else out
+    # Clients go on with `view`. What the kernel wrote heads last, as it does for maps that lie so, is not copied.
+    return (out.contiguous(), lse.contiguous()) if return_lse else out.contiguous()
 
 
 def _fused(rank: int) -> Callable:
     def na(query: Tensor, key: Tensor, value: Tensor, kernel_size: Sizes, *positional: Any, **options: Any) -> Any:
         _check_rank("query", query, rank, "(batch, *map, heads, head_dim)")
-        return neighborhood_attention_generic(query, key, value, kernel_size, *positional, **options)
+        return generic(query, key, value, kernel_size, *positional, **options)
 
-    na.__doc__ = f"""Neighbourhood attention over {rank} map axes: :func:`neighborhood_attention_generic`."""
-    return _named(na, f"na{rank}d")
+    meaning, _, _ = (generic.__doc__ or "").partition("    Example:")
+    size = ", ".join("8" * rank)
+    example = f"""    Example:
+        >>> q = k = v = torch.randn(2, {size}, 4, 16)
+        >>> na{rank}d(q, k, v, kernel_size=3).shape
+        torch.Size([2, {size}, 4, 16])
+    """
+    na.__doc__ = meaning.replace("one, two or three axes", f"{rank} of the axes of a map", 1) + example
+    return names_its_arguments(na, f"na{rank}d", like=generic)
 
 
+generic = neighborhood_attention_generic
 na1d, na2d, na3d = map(_fused, (1, 2, 3))
+neighborhood_attention_generic = names_its_arguments(generic, generic.__name__)
 
 
+@names_its_arguments
 def attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    *,
-    is_causal: bool = False,
+    *positional: Any,
+    is_causal: bool | None = False,
     scale: float | None = None,
+    seqlens_Q: Tensor | None = None,
+    seqlens_KV: Tensor | None = None,
+    cumulative_seqlen_Q: Tensor | None = None,
+    cumulative_seqlen_KV: Tensor | None = None,
+    max_seqlen_Q: int | None = None,
+    max_seqlen_KV: int | None = None,
     backend: str | None = None,
     q_tile_size: int | None = None,
     kv_tile_size: int | None = None,
@@ -187,17 +208,29 @@ def attention(
     """Attention of every query to every key, heads last: NATTEN's ``attention`` without variable lengths.
 
     Shapes: query (B, L, N, D), key (B, S, M, D), value (B, S, M, E) with M dividing N -> (B, L, N, E), and with
-    ``return_lse`` the log-sum-exp (B, L, N). ``is_causal`` hides key s from query l where s > l. It holds the L x S weights.
-    Arguments that choose a kernel are not used. The fourth has to be named: it was the scale up to 0.21.0.
+    ``return_lse`` the log-sum-exp (B, L, N), both contiguous. ``is_causal`` hides key s from query l where s > l. It holds
+    the L x S weights. ``scale`` is as in :func:`na1d`; arguments that choose a kernel are not used. The fourth has to be
+    named: it was the scale up to 0.21.1.
 
     Raises:
         ShapeError: shapes that do not fit together.
+        DtypeError: a nested or sparse tensor.
+        OptionError: an argument of another name, an unnamed fourth one, or lengths that vary: ``seqlens_Q`` and its kin.
 
     Example:
         >>> q = k = v = torch.randn(2, 10, 4, 16)
         >>> attention(q, k, v, is_causal=True).shape
         torch.Size([2, 10, 4, 16])
     """
+    if positional:
+        raise OptionError(
+            "name the arguments after value: the fourth was the scale up to NATTEN 0.21.1 and is is_causal from 0.21.5 on; "
+            f"received {positional}"
+        )
+    if any(given is not None for given in (seqlens_Q, seqlens_KV, cumulative_seqlen_Q, cumulative_seqlen_KV)) or (
+        max_seqlen_Q or max_seqlen_KV
+    ):
+        raise OptionError("lengths that vary are not here: call attention for each sequence")
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         _check_rank(name, tensor, 1, "(batch, length, heads, head_dim)")
     shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
@@ -208,17 +241,18 @@ def attention(
             f"divide those of query; received {shapes}"
         )
     wide = torch.promote_types(query.dtype, torch.float32)
-    factor = query.shape[-1] ** -0.5 if scale is None else scale
+    factor = scale_of(scale, query.shape[-1])
     with without_autocast(query):
         q, k, v = (tensor.to(wide).transpose(1, 2) for tensor in (query, key, value))
         logits = factor * q.unflatten(1, (-1, shared)) @ k.unsqueeze(2).mT
         if is_causal:
             behind = torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device).triu(1)
             logits = logits.masked_fill(behind, float("-inf"))
-        out = (logits.softmax(-1) @ v.unsqueeze(2)).flatten(1, 2).transpose(1, 2).to(query.dtype)
-    return (out, logits.logsumexp(-1).flatten(1, 2).transpose(1, 2)) if return_lse else out
+        out = (logits.softmax(-1) @ v.unsqueeze(2)).flatten(1, 2).transpose(1, 2).to(query.dtype).contiguous()
+    return (out, logits.logsumexp(-1).flatten(1, 2).transpose(1, 2).contiguous()) if return_lse else out
 
 
+@names_its_arguments
 def merge_attentions(
     outputs: Sequence[Tensor],
     lse_tensors: Sequence[Tensor],
@@ -254,8 +288,11 @@ def _qk(rank: int) -> Callable:
         additional_keys: Tensor | None = None,
         is_causal: Causal = False,
         rpb: Tensor | None = None,
+        *,
+        kernel_size_d: int | None = None,
+        dilation_d: int | None = None,
     ) -> Tensor:
-        window = window_of(rank, kernel_size, 1, dilation, is_causal)
+        window = window_of(rank, with_depth(kernel_size, kernel_size_d), 1, with_depth(dilation, dilation_d), is_causal)
         _check_map("query", query, rank, "head_dim")
         if not isinstance(key, Tensor) or key.shape != query.shape:
             received = tuple(key.shape) if isinstance(key, Tensor) else type(key).__name__
@@ -286,7 +323,7 @@ def _qk(rank: int) -> Callable:
     Raises:
         ShapeError: shapes that do not fit together.
     """
-    return _named(qk, f"na{rank}d_qk")
+    return names_its_arguments(qk, f"na{rank}d_qk")
 
 
 def _av(rank: int) -> Callable:
@@ -297,8 +334,11 @@ def _av(rank: int) -> Callable:
         dilation: Sizes = 1,
         additional_values: Tensor | None = None,
         is_causal: Causal = False,
+        *,
+        kernel_size_d: int | None = None,
+        dilation_d: int | None = None,
     ) -> Tensor:
-        window = window_of(rank, kernel_size, 1, dilation, is_causal)
+        window = window_of(rank, with_depth(kernel_size, kernel_size_d), 1, with_depth(dilation, dilation_d), is_causal)
         _check_map("attn", attn, rank, "weights")
         _check_map("value", value, rank, "head_dim")
         axes = window.axes(rank)
@@ -334,86 +374,24 @@ def _av(rank: int) -> Callable:
     Raises:
         ShapeError: shapes that do not fit together.
     """
-    return _named(av, f"na{rank}d_av")
+    return names_its_arguments(av, f"na{rank}d_av")
 
 
-na1d_qk, na2d_qk, na3d_qk = map(_qk, (1, 2, 3))
-na1d_av, na2d_av, na3d_av = map(_av, (1, 2, 3))
+na1d_qk, na2d_qk, na3d_qk = _qk(1), _qk(2), also_as_in_0_15(_qk(3), "additional_keys")
+na1d_av, na2d_av, na3d_av = _av(1), _av(2), also_as_in_0_15(_av(3), "additional_values")
 
 
 # --------------------------------------------------------------------------------------------------------- older names
 
-
-def na1d_qk_with_bias(query, key, bias, kernel_size, dilation=1, additional_keys=None):
-    """:func:`na1d_qk`, by its name and order of arguments in 0.15 and 0.16."""
-    return na1d_qk(query, key, kernel_size, dilation, additional_keys, rpb=bias)
-
-
-def na2d_qk_with_bias(query, key, bias, kernel_size, dilation=1, additional_keys=None):
-    """:func:`na2d_qk`, by its name and order of arguments in 0.15 and 0.16."""
-    return na2d_qk(query, key, kernel_size, dilation, additional_keys, rpb=bias)
+OLDER: dict[str, Any] = {
+    **older_names(1, na1d, na1d_qk, na1d_av),
+    **older_names(2, na2d, na2d_qk, na2d_av),
+    **older_names(3, na3d, na3d_qk, na3d_av),
+}
+__all__ += OLDER  # pyright: ignore[reportUnsupportedDunderAll]
 
 
-def na3d_qk_with_bias(query, key, bias, kernel_size_d, kernel_size, dilation_d, dilation, additional_keys=None):
-    """:func:`na3d_qk`, by its name and order of arguments in 0.15 and 0.16."""
-    sizes, dilations = (kernel_size_d, kernel_size, kernel_size), (dilation_d, dilation, dilation)
-    return na3d_qk(query, key, sizes, dilations, additional_keys, rpb=bias)
-
-
-def natten1dqkrpb(query, key, rpb, kernel_size, dilation=1):
-    """:func:`na1d_qk`, by its name up to 0.17.4."""
-    return na1d_qk(query, key, kernel_size, dilation, rpb=rpb)
-
-
-def natten1dqk(query, key, kernel_size, dilation=1):
-    """:func:`na1d_qk`, by its name up to 0.17.4."""
-    return na1d_qk(query, key, kernel_size, dilation)
-
-
-def natten1dav(attn, value, kernel_size, dilation=1):
-    """:func:`na1d_av`, by its name up to 0.17.4."""
-    return na1d_av(attn, value, kernel_size, dilation)
-
-
-def natten2dqkrpb(query, key, rpb, kernel_size, dilation=1):
-    """:func:`na2d_qk`, by its name up to 0.17.4."""
-    return na2d_qk(query, key, kernel_size, dilation, rpb=rpb)
-
-
-def natten2dqk(query, key, kernel_size, dilation=1):
-    """:func:`na2d_qk`, by its name up to 0.17.4."""
-    return na2d_qk(query, key, kernel_size, dilation)
-
-
-def natten2dav(attn, value, kernel_size, dilation=1):
-    """:func:`na2d_av`, by its name up to 0.17.4."""
-    return na2d_av(attn, value, kernel_size, dilation)
-
-
-def natten3dqkrpb(query, key, rpb, kernel_size_d, kernel_size, dilation_d=1, dilation=1):
-    """:func:`na3d_qk`, by its name up to 0.17.4, where depth has arguments of its own."""
-    return na3d_qk_with_bias(query, key, rpb, kernel_size_d, kernel_size, dilation_d, dilation)
-
-
-def natten3dqk(query, key, kernel_size_d, kernel_size, dilation_d=1, dilation=1):
-    """:func:`na3d_qk`, by its name up to 0.17.4, where depth has arguments of its own."""
-    return na3d_qk_with_bias(query, key, None, kernel_size_d, kernel_size, dilation_d, dilation)
-
-
-def natten3dav(attn, value, kernel_size_d, kernel_size, dilation_d=1, dilation=1):
-    """:func:`na3d_av`, by its name up to 0.17.4, where depth has arguments of its own."""
-    return na3d_av(attn, value, (kernel_size_d, kernel_size, kernel_size), (dilation_d, dilation, dilation))
-
-
-def _function(name: str, call: Callable) -> type:
-    """What clients of 0.14 import: a class with ``apply``, whose gradients are those of the call in it."""
-    doc = f"""``apply`` is :func:`{call.__name__}`, as in NATTEN up to 0.14.6."""
-    return type(name, (), {"__doc__": doc, "apply": staticmethod(call)})
-
-
-NATTEN1DQKRPBFunction = _function("NATTEN1DQKRPBFunction", natten1dqkrpb)
-NATTEN1DAVFunction = _function("NATTEN1DAVFunction", natten1dav)
-NATTEN2DQKRPBFunction = _function("NATTEN2DQKRPBFunction", natten2dqkrpb)
-NATTEN2DAVFunction = _function("NATTEN2DAVFunction", natten2dav)
-NATTEN3DQKRPBFunction = _function("NATTEN3DQKRPBFunction", natten3dqkrpb)
-NATTEN3DAVFunction = _function("NATTEN3DAVFunction", natten3dav)
+def __getattr__(name: str) -> Any:
+    if name in OLDER:
+        return OLDER[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from inspect import Parameter, Signature, signature
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -10,20 +13,27 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from torch.nn.init import trunc_normal_
 
+from ...attention.problem import laid_out
 from ...attention.softmax import softmax
 from ...errors import OptionError, ShapeError
 from ...precision import wide_of, without_autocast
+from .arguments import only_reading, refuse_unknown
 from .context import NattenContext
 from .functional import na1d_av, na1d_qk, na2d_av, na2d_qk, na3d_av, na3d_qk, neighborhood_attention_generic
-from .windows import natten_values, window_of
+from .windows import natten_values, scale_of, window_of, with_depth
 
 __all__ = [
+    "NeighborhoodAttention",
     "NeighborhoodAttention1D",
     "NeighborhoodAttention2D",
     "NeighborhoodAttention3D",
     "NeighborhoodAttentionGeneric",
 ]
 
+# The order of the first arguments, which NATTEN 0.14.5 changed.
+FIRST = ("embed_dim", "num_heads", "kernel_size")
+OLD = "up to 0.14.4"
+ORDERS = {"since NATTEN 0.14.5": FIRST, OLD: ("embed_dim", "kernel_size", "num_heads")}
 SPLIT = {1: (na1d_qk, na1d_av), 2: (na2d_qk, na2d_av), 3: (na3d_qk, na3d_av)}
 
 
@@ -67,10 +77,10 @@ class NeighborhoodAttentionGeneric(nn.Module):
     def __init__(
         self,
         na_dim: int,
+        *positional: Any,
         embed_dim: int | None = None,
         num_heads: int | None = None,
         kernel_size: Any = None,
-        *positional: Any,
         dim: int | None = None,
         stride: Any = 1,
         dilation: Any = 1,
@@ -84,28 +94,26 @@ class NeighborhoodAttentionGeneric(nn.Module):
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
         use_experimental_ops: bool = False,
+        **unknown: Any,
     ) -> None:
         super().__init__()
-        if positional:
-            raise OptionError(
-                "name the arguments after kernel_size: their order is another in every version of NATTEN; "
-                f"received {positional}"
-            )
-        embed_dim = _one_of("embed_dim", embed_dim, "dim", dim)
+        refuse_unknown(f"NeighborhoodAttention{na_dim}D", unknown, list(ARGUMENTS.parameters))
+        named = {"embed_dim": _one_of("embed_dim", embed_dim, "dim", dim), "num_heads": num_heads}
+        named = _by_position(na_dim, positional, named | {"kernel_size": kernel_size})
+        embed_dim, num_heads, kernel_size = named["embed_dim"], named["num_heads"], named["kernel_size"]
         rel_pos_bias = _one_of("rel_pos_bias", rel_pos_bias, "bias", bias, NattenContext.rel_pos_bias)
-        needed = {"embed_dim": embed_dim, "num_heads": num_heads, "kernel_size": kernel_size}
-        missing = [name for name, value in needed.items() if value is None]
+        missing = [name for name, value in named.items() if value is None]
         if missing or embed_dim is None or num_heads is None:
             raise OptionError(f"NeighborhoodAttention{na_dim}D needs {' and '.join(missing)}")
         if embed_dim % num_heads:
             raise ShapeError(f"num_heads must divide embed_dim; received num_heads={num_heads}, embed_dim={embed_dim}")
-        kernel_size = _with_depth(kernel_size, kernel_size_d)
-        window = window_of(na_dim, kernel_size, stride, _with_depth(dilation or 1, dilation_d), is_causal)
+        kernel_size = with_depth(kernel_size, kernel_size_d)
+        window = window_of(na_dim, kernel_size, stride, with_depth(dilation, dilation_d), is_causal)
         self.na_dim = na_dim
         self.embed_dim = embed_dim
         self.num_heads = num_heads
         self.head_dim = embed_dim // num_heads
-        self.scale = self.head_dim**-0.5 if qk_scale is None else qk_scale
+        self.scale = scale_of(qk_scale, self.head_dim)
         self.kernel_size, self.stride, self.dilation, self.is_causal = natten_values(window.axes(na_dim))
         self.qkv = nn.Linear(embed_dim, 3 * embed_dim, bias=qkv_bias)
         self.rpb = (
@@ -118,6 +126,7 @@ class NeighborhoodAttentionGeneric(nn.Module):
         self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(self, x: Tensor) -> Tensor:
+        laid_out("the input", x)
         if x.ndim != self.na_dim + 2 or x.shape[-1] != self.embed_dim:
             raise ShapeError(
                 f"NeighborhoodAttention{self.na_dim}D takes (batch, *map, {self.embed_dim}) with {self.na_dim} map axes; "
@@ -172,6 +181,17 @@ class NeighborhoodAttentionGeneric(nn.Module):
         return ", ".join([*(f"{name}={getattr(self, name)}" for name in names), f"rel_pos_bias={self.rpb is not None}"])
 
 
+def _arguments() -> Signature:
+    """What a layer of one rank takes: all that they have in common but the rank, its first arguments by position too."""
+    taken = signature(NeighborhoodAttentionGeneric).parameters
+    named = [one for one in taken.values() if one.kind is Parameter.KEYWORD_ONLY]
+    unnamed = [one.replace(kind=Parameter.POSITIONAL_OR_KEYWORD) for one in named[: len(FIRST)]]
+    return Signature([*unnamed, *named[len(FIRST) :]])
+
+
+ARGUMENTS = _arguments()
+
+
 class NeighborhoodAttention1D(NeighborhoodAttentionGeneric):
     """Neighbourhood attention over a sequence, (B, L, C): :class:`NeighborhoodAttentionGeneric`.
 
@@ -180,8 +200,8 @@ class NeighborhoodAttention1D(NeighborhoodAttentionGeneric):
         torch.Size([2, 20, 32])
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(1, *args, **kwargs)
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(1, *args, **options)
 
 
 class NeighborhoodAttention2D(NeighborhoodAttentionGeneric):
@@ -192,8 +212,8 @@ class NeighborhoodAttention2D(NeighborhoodAttentionGeneric):
         torch.Size([2, 20, 20, 32])
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(2, *args, **kwargs)
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(2, *args, **options)
 
 
 class NeighborhoodAttention3D(NeighborhoodAttentionGeneric):
@@ -204,8 +224,16 @@ class NeighborhoodAttention3D(NeighborhoodAttentionGeneric):
         torch.Size([1, 6, 8, 8, 32])
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(3, *args, **kwargs)
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(3, *args, **options)
+
+
+NeighborhoodAttention = NeighborhoodAttention2D  # up to 0.14.4
+
+for _layer in (NeighborhoodAttention1D, NeighborhoodAttention2D, NeighborhoodAttention3D):
+    _layer.__init__.__dict__["__signature__"] = ARGUMENTS.replace(
+        parameters=[Parameter("self", Parameter.POSITIONAL_OR_KEYWORD), *ARGUMENTS.parameters.values()]
+    )
 
 
 def _one_of(name: str, value: Any, older: str, older_value: Any, default: Any = None) -> Any:
@@ -217,6 +245,34 @@ def _one_of(name: str, value: Any, older: str, older_value: Any, default: Any = 
     return values.pop() if values else default
 
 
-def _with_depth(value: Any, depth: int | None) -> Any:
-    """In 0.15 and 0.16 the first of three axes had an argument of its own."""
-    return value if depth is None else (depth, value, value)
+def _by_position(na_dim: int, unnamed: Sequence[Any], named: dict[str, Any]) -> dict[str, Any]:
+    """The first arguments by their names.
+
+    Raises:
+        OptionError: more are unnamed, or make sense in both orders.
+    """
+    if len(unnamed) > len(FIRST):
+        raise OptionError(
+            "name the arguments after kernel_size: their order is another in every version of NATTEN; "
+            f"received {tuple(unnamed)[len(FIRST) :]}"
+        )
+    readings = {
+        version: named | dict(zip(order, unnamed, strict=False))
+        for version, order in ORDERS.items()
+        if all(named[name] is None for name in order[: len(unnamed)])
+    }
+    if not readings:
+        raise OptionError(
+            f"NeighborhoodAttention{na_dim}D{tuple(unnamed)} gets an argument twice: by place and by name"
+        )
+    sensible = {version: reading for version, reading in readings.items() if _makes_sense(version, **reading)}
+    return dict(only_reading(f"NeighborhoodAttention{na_dim}D{tuple(unnamed)}", sensible or readings))
+
+
+def _makes_sense(version: str, embed_dim: Any, num_heads: Any, kernel_size: Any) -> bool:
+    """Whether that version of NATTEN would take them; what is missing is another error."""
+    if version == OLD and kernel_size is not None and not (isinstance(kernel_size, Integral) and kernel_size % 2):
+        return False  # it took one odd size for all axes
+    if embed_dim is None or num_heads is None:
+        return True
+    return isinstance(num_heads, Integral) and int(num_heads) > 0 and embed_dim % num_heads == 0

@@ -32,19 +32,30 @@ def without_autocast(tensor: Tensor) -> Any:
 def window_of(rank: int, kernel_size: Any, stride: Any, dilation: Any, is_causal: Any) -> Window:
     """NATTEN's window: it slides inwards, and ``stride`` neighbouring queries share it.
 
-    Source: the ``stride`` of generalized neighborhood attention, NATTEN 0.20.
+    Source: the ``stride`` of generalized neighborhood attention, NATTEN 0.20. None is the default of each but the size.
 
     Raises:
         ShapeError: another number of values than of axes.
         OptionError: a size below 1, or a stride that would leave cells unseen between two windows.
     """
     causal = False if is_causal is None else is_causal
+    stride, dilation = (1 if steps is None else steps for steps in (stride, dilation))
     named = Window(
         kernel_size, stride=stride, dilation=dilation, border="shift", causal=causal
     )  # its errors say stride
     if any(axis.stride > axis.kernel_size for axis in named.axes(rank)):
         raise OptionError(f"stride must be at most kernel_size; received stride={stride}, kernel_size={kernel_size}")
     return Window(kernel_size, dilation=dilation, border="shift", causal=causal, shared_by=stride)
+
+
+def with_depth(value: Any, depth: int | None) -> Any:
+    """A size or a dilation of three axes, of which the first had an argument of its own in 0.15 and 0.16."""
+    return value if depth is None else (depth, *(1 if value is None else value,) * 2)
+
+
+def scale_of(scale: Any, head_dim: int) -> Any:
+    """NATTEN's scale: None, False and zero all mean ``head_dim ** -0.5``, in every version, of calls and of modules."""
+    return scale or max(head_dim, 1) ** -0.5
 
 
 def natten_values(axes: Sequence[Axis]) -> tuple[tuple, tuple, tuple, tuple]:
