@@ -8,6 +8,7 @@ import inspect
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import timm.optim
@@ -18,7 +19,7 @@ from torch import nn
 
 import nearsight as ns
 from nearsight.attention import native
-from nearsight.errors import OptionError
+from nearsight.errors import DtypeError, OptionError
 from nearsight.models import input_size, made_for_size, parse_spec, refuse_ignored
 
 MODELS = ns.list_models()
@@ -68,6 +69,10 @@ def test_whole_networks(name):
     assert model.get_submodule(model.default_cfg["classifier"]) is model.get_classifier()
     count, _, image = documented()[name]
     assert (sum(p.numel() for p in model.parameters()), size) == (count, image)
+    reductions = [entry["reduction"] for entry in model.feature_info]
+    assert reductions == sorted(set(reductions)), "one map per scale"
+    assert model.default_cfg["pool_size"] == (map_size(size, reductions[-1]),) * 2
+    assert model.get_submodule(model.default_cfg["first_conv"]).in_channels == model.in_chans == 3
     groups = timm.optim.param_groups_layer_decay(model, layer_decay=0.75)
     assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
     assert inspect.getdoc(timm.model_entrypoint(name))
@@ -84,7 +89,7 @@ def test_whole_networks_take_their_image(name):
 def test_features_only_of_whole_networks(name):
     with torch.device("meta"):
         backbone = ns.create_model(name, features_only=True)
-    assert backbone.feature_info.reduction()[-4:] == [4, 8, 16, 32]
+    assert backbone.feature_info.reduction() == [4, 8, 16, 32]
 
 
 def test_every_family_is_swept():
@@ -163,6 +168,85 @@ def test_graphs_of_torch_fx(name):
 def test_networks_of_convolutions_are_traced_by_torch_fx_itself():
     model, x = ns.create_model("conv_nano").eval(), torch.randn(2, 3, 16, 16)
     torch.testing.assert_close(torch.fx.symbolic_trace(model)(x), model(x))
+
+
+DILATED = {
+    **{name: (name, {}) for name in SMALL},
+    "sasa_micro": ("sasa_micro", {"position": "relative"}),
+    "sasa_micro, pool": ("sasa_micro", {"position": "cpb", "block_kwargs": {"downsample": "pool"}}),
+    "conv_micro": ("conv_micro", {}),
+    "mixed": ("sasa_nano", {"attention_stages": (3,), "attn_kwargs": {"dilation": (1, 2)}, "position": "bias"}),
+}
+
+
+@pytest.mark.parametrize(("name", "kwargs"), DILATED.values(), ids=DILATED)
+def test_output_stride_computes_the_same_for_more_cells(name, kwargs):
+    kwargs = {**SMALL.get(name, {}), **kwargs, "num_classes": 5}
+    torch.manual_seed(0)
+    plain, x = ns.create_model(name, **kwargs).eval(), torch.randn(1, 3, 45, 64)
+    for norm in plain.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            nn.init.normal_(norm.running_mean)
+            nn.init.uniform_(norm.bias)
+    reductions = [entry["reduction"] for entry in plain.feature_info]
+    for output_stride in reductions[:-1]:
+        dense = ns.create_model(name, output_stride=output_stride, **kwargs).eval()
+        dense.load_state_dict(plain.state_dict())
+        assert [entry["reduction"] for entry in dense.feature_info] == [min(r, output_stride) for r in reductions]
+        found, expected = (model.forward_intermediates(x, intermediates_only=True) for model in (dense, plain))
+        for dense_map, plain_map, reduction in zip(found, expected, reductions, strict=True):
+            assert dense_map.shape[2:] == (
+                map_size(45, min(reduction, output_stride)),
+                64 // min(reduction, output_stride),
+            )
+            apart = max(1, reduction // output_stride)
+            torch.testing.assert_close(dense_map[:, :, ::apart, ::apart], plain_map)
+
+
+@pytest.mark.parametrize("name", [*SMALL, "conv_micro", "vit_micro"])
+def test_weights_load_with_other_channels(name, tmp_path):
+    """timm fits those of what reads the picture: in one channel it then sees what it saw in three equal ones."""
+    kwargs = {**SMALL.get(name, {}), "pretrained_cfg_overlay": {"file": str(tmp_path / "model.safetensors")}}
+    model = ns.create_model(name, **kwargs).eval()
+    save_model(model, str(tmp_path / "model.safetensors"))
+    grey = ns.create_model(name, **kwargs, pretrained=True, in_chans=1).eval()
+    assert grey.in_chans == 1
+    x = torch.randn(2, 1, 32, 32)
+    torch.testing.assert_close(grey(x), model(x.expand(2, 3, 32, 32)))
+
+
+@every_small
+def test_timms_optimisers_leave_positions_alone(name):
+    model = small(name)
+    places = {id(p) for n, p in model.named_parameters() if re.search(r"position|rpb|\.row$|\.column$|\.mixture$", n)}
+    groups = timm.optim.create_optimizer_v2(model, "adamw", weight_decay=0.1).param_groups
+    decayed = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
+    assert places
+    assert decayed
+    assert not places & decayed
+
+
+def test_numbers_of_numpy_are_numbers():
+    n, x = np.int64, torch.randn(1, 8, 6, 6)
+    layers = [
+        ns.LocalSelfAttention2d(
+            n(8), n(8), n(3), stride=(n(1), n(2)), num_heads=n(2), map_size=n(8), scale=np.float32(1)
+        ),
+        ns.LocalSelfAttention2d(8, kernel_size=np.array([3, 5]), causal=(np.bool_(True), False), num_heads=2),
+        ns.GlobalSelfAttention2d(n(8), n(8), num_heads=n(2), qk_channels=n(4), map_size=np.array([6, 6])),
+        ns.HaloSelfAttention2d(n(8), block_size=n(4), halo_size=n(1), stride=n(2), num_heads=n(2)),
+        ns.AttentionStem2d(n(8), n(8), kernel_size=n(2), num_heads=n(2), mixtures=n(2)),
+    ]
+    for layer in layers:
+        assert layer(x).shape[1] == 8
+        assert "np." not in repr(layer)
+    widths = np.array([8, 16])
+    for name in ("sasa_nano", "halo_h0"):
+        model = ns.create_model(name, depths=widths // 8, widths=widths, num_heads=n(2), num_classes=n(3))
+        assert model(torch.randn(1, 3, 16, 16)).shape == (1, 3)
+        assert len(model.forward_intermediates(torch.randn(1, 3, 16, 16), n(1), intermediates_only=True)) == 1
+    with pytest.raises(DtypeError, match=r"kernel_size must be an int .*; received 3\.0"):
+        ns.Window(np.float64(3))
 
 
 @every_small
@@ -293,9 +377,16 @@ def test_list_models():
         (lambda: ns.create_model("sasa_nan"), r"no model 'sasa_nan'; did you mean sasa_nano"),
         (lambda: ns.create_model("zzzzzzzzzzzz"), "nearsight models"),
         (
-            lambda: small("sasa_nano", drop_path_rate=0).forward_intermediates(torch.randn(1, 3, 8, 8), [4]),
-            "4 feature maps",
+            lambda: small("sasa_nano", drop_path_rate=0).forward_intermediates(torch.randn(1, 3, 8, 8), [3]),
+            "3 feature maps",
         ),
+        (lambda: small("sasa_nano", output_stride=3), "output_stride must be one of 1, 2, 4, .*; received 3"),
+        (lambda: small("nat_mini", output_stride=2), "output_stride must be one of 4, 8, .*; received 2"),
+        (
+            lambda: ns.create_model("sasa_micro", output_stride=4),
+            "position relative, .*; received position='quadratic'",
+        ),
+        (lambda: small("sasa_nano", output_stride=2, kernel_size="global"), "local attention .* kernel_size='global'"),
         (lambda: small("sasa_nano").forward_intermediates(torch.randn(1, 3, 8, 8), output_fmt="NLC"), "received 'NLC'"),
     ],
 )

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, fields
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,6 +19,23 @@ from .errors import DtypeError, OptionError, ShapeError
 
 BORDERS = ("mask", "zeros", "shift", "wrap")
 MAX_RANK = 3
+
+T = TypeVar("T")
+
+
+def plain(value: T) -> T:
+    """NumPy's numbers and arrays as Python's numbers and lists, also within tuples and lists; all else as it is.
+
+    NumPy's behave like Python's in most places and not in all: schemas of operators, files and ``repr`` tell them apart.
+
+    Example:
+        >>> import numpy as np
+        >>> plain((np.int64(3), 4)), plain(np.array([3, 5])), plain("mask")
+        ((3, 4), [3, 5], 'mask')
+    """
+    if isinstance(value, (np.generic, np.ndarray)):
+        return value.tolist()  # pyright: ignore[reportReturnType]
+    return type(value)(map(plain, value)) if type(value) in (tuple, list) else value  # pyright: ignore
 
 
 def larger(a: Any, b: Any) -> Any:
@@ -251,6 +269,7 @@ class Window:
 
 
 def _positive_ints(name: str, value: Any) -> int | tuple[int, ...]:
+    value = plain(value)
     values = value if isinstance(value, (tuple, list)) else (value,)
     for one in values:
         if isinstance(one, (bool, float, str)) or not hasattr(one, "__index__"):
@@ -261,6 +280,7 @@ def _positive_ints(name: str, value: Any) -> int | tuple[int, ...]:
 
 
 def _bools(value: Any) -> bool | tuple[bool, ...]:
+    value = plain(value)
     values = value if isinstance(value, (tuple, list)) else (value,)
     if not all(isinstance(one, bool) for one in values):
         raise DtypeError(f"causal must be a bool or one bool per axis; received {value!r}")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import DtypeError, OptionError, ShapeError
 from ..precision import without_autocast
-from ..window import Window
+from ..window import Window, plain
 from . import reference
 from .backend import attend, backends, choose
 from .problem import Call, Problem, describe, laid_out
@@ -338,6 +338,7 @@ def _nothing(call: Call) -> tuple[Tensor, Tensor]:
 def _scale(scale: float | None, problem: Problem) -> float:
     if scale is None:
         return max(problem.head_dim, 1) ** -0.5
+    scale = plain(scale)
     if isinstance(scale, Tensor) or not isinstance(scale, (int, float)):
         raise DtypeError(f"scale must be a number or None for head_dim ** -0.5; received {type(scale).__name__}")
     if not math.isfinite(scale):

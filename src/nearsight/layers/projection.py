@@ -47,26 +47,33 @@ POINTWISE = {1: Pointwise1d, 2: Pointwise2d, 3: Pointwise3d}
 
 
 class PatchProjection2d(nn.Conv2d):
-    """``nn.Conv2d`` of patches that do not overlap; an odd map is filled up with zeros at its end.
+    """``nn.Conv2d`` of patches that begin every ``stride`` cells; where one ends past the map, zeros fill it up.
+
+    With no stride they do not overlap. A stride of 1 and a dilation give the patches around all cells, for dense prediction.
 
     Where the channels of a cell lie side by side, a row of a patch does so too, and in training the convolution is a matrix
     product of them: forward and backward take 0.71 of the time for 128 maps of 192 channels and 8 x 8 cells (AVX2).
 
-    Shapes: (B, C, H, W) -> (B, E, ceil(H / patch_size), ceil(W / patch_size)).
+    Shapes: (B, C, H, W) -> (B, E, ceil(H / stride), ceil(W / stride)); stride None means patch_size.
 
     Example:
         >>> PatchProjection2d(8, 16, 2)(torch.randn(2, 8, 5, 6)).shape
         torch.Size([2, 16, 3, 3])
     """
 
-    def __init__(self, in_channels: int, out_channels: int, patch_size: int) -> None:
-        super().__init__(in_channels, out_channels, patch_size, patch_size, bias=False)
+    def __init__(
+        self, in_channels: int, out_channels: int, patch_size: int, *, stride: int | None = None, dilation: int = 1
+    ) -> None:
+        stride = patch_size if stride is None else stride
+        super().__init__(in_channels, out_channels, patch_size, stride, dilation=dilation, bias=False)
 
     def forward(self, input: Tensor) -> Tensor:
-        size = self.stride[0]
-        missing = (0, -input.shape[3] % size, 0, -input.shape[2] % size)
+        size, stride, dilation = self.kernel_size[0], self.stride[0], self.dilation[0]
+        behind = dilation * (size - 1) + 1 - stride  # cells of a patch that reach past where the next one begins
+        missing = (0, -input.shape[3] % stride + behind, 0, -input.shape[2] % stride + behind)
         x = F.pad(input, missing) if any(missing) else input
-        if not (_is_ours(x, self.weight) and x.movedim(1, -1).is_contiguous()):
+        apart = (stride, dilation) == (size, 1)
+        if not (apart and _is_ours(x, self.weight) and x.movedim(1, -1).is_contiguous()):
             return super().forward(x)
         patches = rearrange(x, "b c (h m) (w n) -> b h w (m n c)", m=size, n=size)
         return F.linear(patches, rearrange(self.weight, "e c m n -> e (m n c)")).movedim(-1, 1)

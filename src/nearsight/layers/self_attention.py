@@ -15,7 +15,7 @@ from ..attention import attention_weights, local_attention
 from ..errors import OptionError, ShapeError
 from ..positions import Position, PositionLike, Tables, no_weight_decay_in, position_encoding
 from ..recompute import keep_in_place_of
-from ..window import Window
+from ..window import Window, plain
 from .projection import POINTWISE, Projecting, check_channels, is_repeatable, made_on, merge_heads
 
 
@@ -45,8 +45,9 @@ class SelfAttention(Projecting):
         apart: bool = False,
     ) -> None:
         super().__init__()
-        out_channels = in_channels if out_channels is None else out_channels
-        qk_channels = out_channels if qk_channels is None else qk_channels
+        in_channels, num_heads = plain((in_channels, num_heads))
+        out_channels = in_channels if out_channels is None else plain(out_channels)
+        qk_channels = out_channels if qk_channels is None else plain(qk_channels)
         check_channels(num_heads, in_channels=in_channels, out_channels=out_channels, qk_channels=qk_channels)
         map_size = _per_axis("map_size", map_size, self.rank)
         self.in_channels = in_channels
@@ -400,7 +401,8 @@ class HaloSelfAttention2d(SelfAttention):
 
     Args:
         in_channels, out_channels: borders of the layer; out_channels None means in_channels * value_ratio.
-        block_size, halo_size: in cells.
+        block_size, halo_size: in cells, every ``dilation``-th of which counts.
+        dilation: see :class:`Window`.
         stride: the output keeps every ``stride``-th query.
         value_ratio: channels of the values, and so of the output, for one channel of queries and keys.
         border: see :class:`Window`.
@@ -425,6 +427,7 @@ class HaloSelfAttention2d(SelfAttention):
         block_size: int = 8,
         halo_size: int = 3,
         stride: int = 1,
+        dilation: int = 1,
         value_ratio: float = 1.0,
         border: str | tuple[str, str] = "mask",
         num_heads: int = 8,
@@ -434,6 +437,7 @@ class HaloSelfAttention2d(SelfAttention):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        block_size, halo_size, stride = plain((block_size, halo_size, stride))
         out_channels = round(in_channels * value_ratio) if out_channels is None else out_channels
         width = round(out_channels / value_ratio)
         if round(width * value_ratio) != out_channels:
@@ -444,7 +448,9 @@ class HaloSelfAttention2d(SelfAttention):
         super().__init__(
             in_channels,
             out_channels,
-            window=Window(block_size + 2 * halo_size, stride=stride, border=border, shared_by=block_size),
+            window=Window(
+                block_size + 2 * halo_size, stride=stride, dilation=dilation, border=border, shared_by=block_size
+            ),
             num_heads=num_heads,
             qk_channels=width,
             position="relative_shared",
@@ -470,6 +476,7 @@ def _load_tables(layer: nn.Module, state: dict[str, Tensor], prefix: str, *_: An
 
 
 def _per_axis(name: str, value: int | tuple[int, ...], rank: int) -> tuple[int, ...]:
+    value = plain(value)
     values = (value,) * rank if isinstance(value, int) else tuple(value)
     if len(values) != rank or min(values) < 1:
         raise ShapeError(f"{name} must be at least 1 and one number or {rank} of them; received {value!r}")

@@ -13,7 +13,7 @@ from ..attention import attention_weights, local_attention
 from ..errors import OptionError, ShapeError
 from ..positions import RelativePosition, Tables, no_weight_decay_in
 from ..precision import wide_of, without_autocast
-from ..window import Window
+from ..window import Window, plain
 from .projection import check_channels, made_on, merge_heads, split_heads
 
 
@@ -63,6 +63,8 @@ class AttentionStem2d(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        in_channels, out_channels, num_heads = plain((in_channels, out_channels, num_heads))
+        kernel_size, mixtures = plain((kernel_size, mixtures))
         check_channels(num_heads, in_channels=in_channels, out_channels=out_channels)
         if kernel_size < 2:
             raise OptionError(

@@ -7,8 +7,9 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from ..errors import OptionError
 from ..positions import UNNAMED_POSITION, no_weight_decay_in
+from ..window import plain
 
 
 class Backbone(nn.Module, PyTorchModelHubMixin, library_name="nearsight", license="apache-2.0", tags=["timm"]):
@@ -27,12 +29,15 @@ class Backbone(nn.Module, PyTorchModelHubMixin, library_name="nearsight", licens
     network has ``save_pretrained(folder)``, ``from_pretrained(folder or repository)`` and ``push_to_hub(repository)``.
 
     Attributes:
-        feature_info: channels, reduction and module of every map of :meth:`feature_maps`, as timm writes it.
+        feature_info: channels, reduction and module of every map of :meth:`feature_maps`, as timm writes it: one per
+            stage, and so per scale where no ``output_stride`` is set.
+        in_chans: of the images that it takes.
         num_features: channels of :meth:`forward_features`; head_hidden_size: of the pooled vector.
         num_classes: outputs; 0 for none.
     """
 
     feature_info: list[dict[str, Any]]
+    in_chans: int
     num_classes: int
     num_features: int
     head_hidden_size: int
@@ -139,6 +144,7 @@ class Bottleneck(nn.Module):
         in_channels, width, out_channels: of the input, and after down and up.
         spatial: from ``width`` to ``spatial.out_channels`` channels. It strides, unless ``down`` or ``pool`` does.
         stride: of the whole block.
+        dilation: see :func:`paces`; without a stride, two that differ make up for one.
         down: in place of the 1 x 1 convolution down.
         pool: after ``spatial``.
         avg_down: average the cells before a shortcut's projection, which else reads one of ``stride`` x ``stride``.
@@ -154,6 +160,7 @@ class Bottleneck(nn.Module):
         spatial: nn.Module,
         *,
         stride: int = 1,
+        dilation: tuple[int, int] = (1, 1),
         down: nn.Module | None = None,
         pool: nn.Module | None = None,
         avg_down: bool = False,
@@ -172,11 +179,12 @@ class Bottleneck(nn.Module):
         self.up = nn.Sequential(nn.Conv2d(channels, out_channels, 1, bias=False), nn.BatchNorm2d(out_channels))
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
         self.shortcut = nn.Identity()
-        if stride != 1 or in_channels != out_channels:
-            averages = avg_down and stride > 1
+        halves = is_halving(stride, dilation)
+        if halves or in_channels != out_channels:
+            averages = avg_down and halves
             conv = nn.Conv2d(in_channels, out_channels, 1, 1 if averages else stride, bias=False)
             project = nn.Sequential(conv, nn.BatchNorm2d(out_channels))
-            self.shortcut = nn.Sequential(average(stride), project) if averages else project
+            self.shortcut = nn.Sequential(average(stride, dilation[0]), project) if averages else project
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.act(self.norm(self.pool(self.spatial(self.down(x)))))
@@ -190,10 +198,12 @@ class BottleneckNet(Backbone):
 
     Args:
         depths: blocks per stage.
-        block: makes one: ``block(stage, in_channels, stride=, drop_path=)`` with stages counted from 1.
+        block: makes one: ``block(stage, in_channels, stride=, dilation=, drop_path=)`` with stages counted from 1.
         out_channels: per stage.
         stem, stem_channels, stem_stride: the stem and what it puts out.
         final: between the last stage and the head, with its channels; None for nothing.
+        in_chans: of the images.
+        output_stride: see :func:`paces`.
         num_classes, global_pool, drop_rate, drop_path_rate: as everywhere in timm.
     """
 
@@ -207,32 +217,36 @@ class BottleneckNet(Backbone):
         stem_channels: int,
         stem_stride: int,
         final: Callable[[int], tuple[nn.Module, int]] | None = None,
+        in_chans: int,
+        output_stride: int | None,
         num_classes: int,
         global_pool: str,
         drop_rate: float,
         drop_path_rate: float,
     ) -> None:
         super().__init__()
+        self.in_chans = in_chans
         self.num_classes = num_classes
         self.stem = stem
         self.stages = nn.Sequential()
-        self.feature_info = [{"num_chs": stem_channels, "reduction": stem_stride, "module": "stem"}]
-        channels, reduction = stem_channels, stem_stride
-        for stage, rates in enumerate(drop_path_rates(drop_path_rate, depths), start=1):
+        self.feature_info = []
+        channels, rates = stem_channels, drop_path_rates(drop_path_rate, depths)
+        for stage, pace in enumerate(paces(len(depths), stem_stride, output_stride), start=1):
             blocks = nn.Sequential()
-            for index, rate in enumerate(rates):
-                stride = 2 if stage > 1 and index == 0 else 1
-                blocks.append(block(stage, channels, stride=stride, drop_path=rate))
-                channels, reduction = out_channels[stage - 1], reduction * stride
+            for index, rate in enumerate(rates[stage - 1]):
+                first = {"stride": pace.stride, "dilation": (pace.before, pace.dilation)}
+                others = {"stride": 1, "dilation": (pace.dilation, pace.dilation)}
+                blocks.append(block(stage, channels, **(others if index else first), drop_path=rate))
+                channels = out_channels[stage - 1]
             self.stages.append(blocks)
-            self.feature_info.append({"num_chs": channels, "reduction": reduction, "module": f"stages.{stage - 1}"})
+            entry = {"num_chs": channels, "reduction": pace.reduction, "module": f"stages.{stage - 1}"}
+            self.feature_info.append(entry)
         self.final, channels = (nn.Identity(), channels) if final is None else final(channels)
         self.num_features = self.head_hidden_size = channels
         self.head = ClassifierHead(channels, num_classes, pool_type=global_pool, drop_rate=drop_rate)
 
     def feature_maps(self, x: Tensor) -> Iterator[Tensor]:
         x = self.stem(x)
-        yield x
         for stage in self.stages:
             x = self._run(stage, x)  # pyright: ignore[reportArgumentType]
             yield x
@@ -245,7 +259,7 @@ class BottleneckNet(Backbone):
     ) -> list[int]:
         """Throw away what no map at ``indices`` needs; returns the indices counted from the start."""
         wanted = take_indices(len(self.feature_info), indices)
-        self.stages = self.stages[: max(wanted)]
+        self.stages = self.stages[: max(wanted) + 1]
         if prune_norm:
             self.final = nn.Identity()
         if prune_head:
@@ -258,10 +272,83 @@ class BottleneckNet(Backbone):
         return {"stem": r"^stem", "blocks": [(blocks, None), (r"^final", (99999,))]}
 
 
-def average(stride: int) -> nn.AvgPool2d:
-    """The mean of ``stride`` x ``stride`` cells that do not overlap."""
+class Pace(NamedTuple):
+    """How a stage goes from the map before it to its own, in cells of the map that it is given."""
+
+    stride: int  # of its first block
+    before: int  # how far apart the cells are that the first block mixes as neighbours
+    dilation: int  # and the other blocks
+    reduction: int  # pixels per cell of the stage's map
+
+
+def paces(stages: int, reduction: int, output_stride: int | None) -> list[Pace]:
+    """Stages that halve the map from the second on, until it has one cell per ``output_stride`` pixels.
+
+    After that what would be a stride is a dilation, in that block and all that follow: every layer mixes the cells that it
+    mixed before, and the network computes the same for more cells (the à trous algorithm, Chen et al. 2017,
+    arXiv:1606.00915). Of every ``dilation``-th of them it is the undilated network's map, to rounding.
+
+    Args:
+        reduction: pixels per cell of the first stage's map.
+        output_stride: None for no limit.
+
+    Raises:
+        OptionError: an ``output_stride`` that no stage's map has.
+
+    Example:
+        >>> [(pace.stride, pace.dilation) for pace in paces(4, 4, 8)]
+        [(1, 1), (2, 1), (1, 2), (1, 4)]
+    """
+    output_stride = plain(output_stride)
+    within = [reduction * 2**stage for stage in range(stages)]
+    if output_stride is not None and output_stride not in within and not _is_beyond(output_stride, within[-1]):
+        raise OptionError(
+            f"output_stride must be one of {', '.join(map(str, within))}, pixels per cell, or a power of two above; "
+            f"received {output_stride!r}"
+        )
+    found, dilation = [], 1
+    for stage, pixels in enumerate(within):
+        before, halves = dilation, stage > 0
+        fits = output_stride is None or pixels <= output_stride
+        dilation = dilation if fits else 2 * dilation
+        found.append(Pace(2 if halves and fits else 1, before, dilation, pixels // dilation))
+    return found
+
+
+def _is_beyond(output_stride: Any, coarsest: int) -> bool:
+    return isinstance(output_stride, int) and output_stride > coarsest and output_stride & (output_stride - 1) == 0
+
+
+def is_halving(stride: int, dilation: tuple[int, int]) -> bool:
+    """Whether a block halves the map, or would if its network's ``output_stride`` did not forbid it."""
+    return stride > 1 or dilation[0] != dilation[1]
+
+
+def average(stride: int, dilation: int = 1) -> nn.Module:
+    """The mean of ``stride`` x ``stride`` cells that do not overlap; for a stride of 1, of 2 x 2 ``dilation`` apart."""
     # ceil_mode and the count keep odd sizes in step with a strided 1 x 1.
-    return nn.AvgPool2d(stride, ceil_mode=True, count_include_pad=False)
+    return nn.AvgPool2d(stride, ceil_mode=True, count_include_pad=False) if stride > 1 else DilatedAverage2d(dilation)
+
+
+class DilatedAverage2d(nn.Module):
+    """Every cell becomes the mean of itself and the cells ``dilation`` further down and right, of those on the map.
+
+    Example:
+        >>> DilatedAverage2d(2)(torch.tensor([0.0, 1.0, 2.0]).view(1, 1, 1, 3)).flatten()
+        tensor([1., 1., 2.])
+    """
+
+    def __init__(self, dilation: int) -> None:
+        super().__init__()
+        self.dilation = dilation
+
+    def forward(self, x: Tensor) -> Tensor:
+        d = self.dilation
+        x = (x + torch.cat([x[:, :, d:], x[:, :, -d:]], 2)) / 2  # at the end each with itself
+        return (x + torch.cat([x[..., d:], x[..., -d:]], 3)) / 2
+
+    def extra_repr(self) -> str:
+        return f"dilation={self.dilation}"
 
 
 def take_indices(count: int, indices: int | Sequence[int] | None) -> list[int]:
@@ -270,6 +357,7 @@ def take_indices(count: int, indices: int | Sequence[int] | None) -> list[int]:
     Raises:
         OptionError: an index that is not there.
     """
+    indices = plain(indices)
     if indices is None or isinstance(indices, int):
         indices = range(-(count if indices is None else indices), 0)
     if not indices or not all(-count <= index < count for index in indices):
@@ -289,6 +377,7 @@ def one_per_stage(name: str, value: Any, stages: int) -> list[Any]:
     Raises:
         OptionError: another number of them.
     """
+    value = plain(value)
     values = [value] * stages if isinstance(value, (int, float, str)) else list(value)
     if len(values) != stages:
         raise OptionError(f"{name} must be one number or {stages}, one per stage; received {value}")
@@ -310,17 +399,31 @@ def known(name: str, given: Mapping[str, Any] | None, takers: Sequence[Callable]
     return dict(given or {})
 
 
-def config(size: int, num_classes: int = 1000, classifier: str = "head.fc", **kwargs: Any) -> dict[str, Any]:
-    """A timm configuration of a network without published weights that takes images of any size."""
+def config(
+    size: int,
+    num_classes: int = 1000,
+    *,
+    reduction: int = 32,
+    first_conv: str = "stem.0",
+    classifier: str = "head.fc",
+    **kwargs: Any,
+) -> dict[str, Any]:
+    """A timm configuration of a network without published weights that takes images of any size.
+
+    Args:
+        size: of the pictures that it is made for; the last map then has ``ceil(size / reduction)`` cells per axis.
+        first_conv: what reads the picture, whose weights timm fits to other ``in_chans``.
+    """
+    cells = -(-size // reduction)
     normalisation = {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}
     return {
         "num_classes": num_classes,
         "input_size": (3, size, size),
         "fixed_input_size": False,
-        "pool_size": None,
+        "pool_size": (cells, cells),
         "interpolation": "bicubic",
         "crop_pct": 0.875 if size >= 224 else 1.0,
-        "first_conv": None,
+        "first_conv": first_conv,
         "classifier": classifier,
         "license": "apache-2.0",
         **(normalisation if size >= 224 else {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}),
@@ -331,4 +434,5 @@ def config(size: int, num_classes: int = 1000, classifier: str = "head.fc", **kw
 def build(cls: type[Backbone], variant: str, pretrained: bool, maps: int, **kwargs: Any) -> nn.Module:
     """The network through timm's builder, which knows ``features_only`` (of ``maps`` maps), ``pretrained_cfg`` and kin."""
     features = {"feature_cls": "getter", "out_indices": tuple(range(maps))}
+    kwargs = {name: plain(value) for name, value in kwargs.items()}
     return build_model_with_cfg(cls, variant, pretrained, feature_cfg=features, **kwargs)

@@ -15,11 +15,14 @@ from ..errors import OptionError
 from ..layers import LocalSelfAttention2d, SelfAttention
 from ..layers.projection import PatchProjection2d
 from ..positions import RelativePosition
-from .backbone import Bottleneck, average
+from .backbone import Bottleneck, average, is_halving
 
 Attention = Callable[..., SelfAttention]
 """Makes a block's attention: ``attention(layer, halved=)``, with the layer for local attention, and whether the block halves
 the map before it or after."""
+
+Dilation = tuple[int, int]
+"""How far apart the cells are that a block mixes as neighbours, in the map that it takes and in that which it puts out."""
 
 
 class RelativeOnlySelfAttention2d(LocalSelfAttention2d):
@@ -62,7 +65,7 @@ class SasaBlock(Bottleneck):
     Args:
         in_channels, width, out_channels: of the input, and after down and up.
         attention: makes the attention.
-        stride, drop_path: as in :class:`Bottleneck`.
+        stride, dilation, drop_path: as in :class:`Bottleneck`.
     """
 
     expansion = 4  # channels that a stage puts out per channel of its bottleneck
@@ -76,16 +79,19 @@ class SasaBlock(Bottleneck):
         attention: Attention,
         *,
         stride: int = 1,
+        dilation: Dilation = (1, 1),
         drop_path: float = 0.0,
     ) -> None:
         spatial = attention(self.layer, halved=False)
-        pool = average(stride) if stride > 1 else None
-        super().__init__(in_channels, width, out_channels, spatial, stride=stride, pool=pool, drop_path=drop_path)
+        pool = average(stride, dilation[0]) if is_halving(stride, dilation) else None
+        around = {"stride": stride, "dilation": dilation, "drop_path": drop_path}
+        super().__init__(in_channels, width, out_channels, spatial, pool=pool, **around)
 
     @classmethod
     def of_convolutions(cls, in_channels: int, width: int, out_channels: int, **kwargs: Any) -> Bottleneck:
         """What stands in a stage without attention: the bottleneck of ResNet v1.5."""
-        return Bottleneck(in_channels, width, out_channels, _spatial(width, kwargs["stride"]), **kwargs)
+        spatial = _spatial(width, kwargs["stride"], kwargs.get("dilation", (1, 1)))
+        return Bottleneck(in_channels, width, out_channels, spatial, **kwargs)
 
 
 class RelativeOnlyBlock(SasaBlock):
@@ -104,7 +110,7 @@ class MicroBlock(Bottleneck):
     the ReLU that of attention can go.
 
     Args:
-        in_channels, width, out_channels, attention, stride, drop_path: as in :class:`SasaBlock`.
+        in_channels, width, out_channels, attention, stride, dilation, drop_path: as in :class:`SasaBlock`.
         downsample: how the map is halved: ``"patch"``, the 1 x 1 down becomes a projection of 2 x 2 cells (Swin's patch
             merging, Liu et al. 2021, arXiv:2103.14030), so that attention runs on the halved map, at a quarter of the cost;
             or ``"pool"``, as in the paper's block.
@@ -127,6 +133,7 @@ class MicroBlock(Bottleneck):
         attention: Attention,
         *,
         stride: int = 1,
+        dilation: Dilation = (1, 1),
         drop_path: float = 0.0,
         downsample: str = "patch",
         avg_down: bool = True,
@@ -137,18 +144,22 @@ class MicroBlock(Bottleneck):
             raise OptionError(f"downsample must be 'pool' or 'patch'; received {downsample!r}")
         patches = downsample == "patch"
         spatial = attention(self.layer, halved=patches)
-        down = PatchProjection2d(in_channels, width, stride) if patches and stride > 1 else None
-        pool = average(stride) if not patches and stride > 1 else None
-        parts = {"down": down, "pool": pool, "avg_down": avg_down, "norm": norm, "act": act}
-        super().__init__(in_channels, width, out_channels, spatial, stride=stride, drop_path=drop_path, **parts)
+        parts: dict[str, Any] = {"avg_down": avg_down, "norm": norm, "act": act}
+        if is_halving(stride, dilation):
+            if patches:
+                parts["down"] = PatchProjection2d(in_channels, width, 2, stride=stride, dilation=dilation[0])
+            else:
+                parts["pool"] = average(stride, dilation[0])
+        around = {"stride": stride, "dilation": dilation, "drop_path": drop_path}
+        super().__init__(in_channels, width, out_channels, spatial, **around, **parts)
 
     @classmethod
     def of_convolutions(
         cls, in_channels: int, width: int, out_channels: int, *, avg_down: bool = True, **kwargs: Any
     ) -> Bottleneck:
         """What stands in a stage without attention: a bottleneck of ResNet-D."""
-        around = {name: kwargs[name] for name in ("stride", "drop_path")}
-        spatial = _spatial(width, around["stride"])
+        around = {name: kwargs[name] for name in ("stride", "dilation", "drop_path") if name in kwargs}
+        spatial = _spatial(width, around["stride"], around.get("dilation", (1, 1)))
         return Bottleneck(in_channels, width, out_channels, spatial, avg_down=avg_down, **around)
 
 
@@ -160,5 +171,5 @@ BLOCKS: dict[str, type[SasaBlock] | type[MicroBlock]] = {
 """What ``block=`` of :class:`SasaResNet` names. A block of one's own can be added, and a file holds its name alone."""
 
 
-def _spatial(width: int, stride: int) -> nn.Conv2d:
-    return nn.Conv2d(width, width, 3, stride, padding=1, bias=False)
+def _spatial(width: int, stride: int, dilation: Dilation) -> nn.Conv2d:
+    return nn.Conv2d(width, width, 3, stride, padding=dilation[0], dilation=dilation[0], bias=False)

@@ -40,6 +40,8 @@ class HaloNet(BottleneckNet):
         num_heads: one or one per stage.
         stem_width, stem_stride: the stem is convolutional, and stem_stride 1 or 2 serves small images.
         border, scale: of every attention layer.
+        output_stride: pixels per cell beyond which the map is not halved: what would be a stride is a dilation there, and
+            the network, with the same weights, computes the same for more cells; None for no limit.
         num_classes, in_chans, global_pool, drop_rate, drop_path_rate: as everywhere in timm.
 
     Shapes: (B, in_chans, H, W) of any H and W -> (B, num_classes).
@@ -68,6 +70,7 @@ class HaloNet(BottleneckNet):
         stem_stride: int = 4,
         border: str = "mask",
         scale: float | None = None,
+        output_stride: int | None = None,
         num_classes: int = 1000,
         in_chans: int = 3,
         global_pool: str = "avg",
@@ -85,11 +88,12 @@ class HaloNet(BottleneckNet):
             scale=scale,
         )
 
-        def block(stage: int, in_channels: int, stride: int, drop_path: float) -> Bottleneck:
+        def block(stage: int, in_channels: int, stride: int, dilation: tuple[int, int], drop_path: float) -> Bottleneck:
             width = widths[stage - 1]
-            spatial = attention(width, stride=stride, num_heads=heads[stage - 1])
+            spatial = attention(width, stride=stride, dilation=dilation[0], num_heads=heads[stage - 1])
             out_channels = round(width * bottleneck_ratio)
-            return Bottleneck(in_channels, width, out_channels, spatial, stride=stride, drop_path=drop_path)
+            around = {"stride": stride, "dilation": dilation, "drop_path": drop_path}
+            return Bottleneck(in_channels, width, out_channels, spatial, **around)
 
         super().__init__(
             depths,
@@ -99,6 +103,8 @@ class HaloNet(BottleneckNet):
             stem_channels=stem_width,
             stem_stride=stem_stride,
             final=partial(_final, out_channels=final_width) if final_width else None,
+            in_chans=in_chans,
+            output_stride=output_stride,
             num_classes=num_classes,
             global_pool=global_pool,
             drop_rate=drop_rate,
@@ -140,7 +146,7 @@ def _create(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
     row = _TABLE[variant]._asdict()
     del row["image_size"]
     arguments = {"depths": (3, 3, row.pop("depth"), 3), **row, **kwargs}
-    return build(HaloNet, variant, pretrained, 1 + len(arguments["depths"]), **arguments)
+    return build(HaloNet, variant, pretrained, len(arguments["depths"]), **arguments)
 
 
 @register_model

@@ -20,7 +20,7 @@ from ..attention import attention_weights, local_attention
 from ..errors import OptionError, ShapeError
 from ..positions import Tables
 from ..window import Window
-from .backbone import Backbone, build, config, drop_path_rates, take_indices
+from .backbone import Backbone, Pace, build, config, drop_path_rates, paces, take_indices
 
 __all__ = [
     "Nat",
@@ -56,6 +56,8 @@ class Nat(Backbone):
         kernel_size: of the neighbourhood, one for all blocks.
         dilations: per level and block; None for 1 everywhere.
         layer_scale: start of the gammas; None for none.
+        output_stride: pixels per cell beyond which the map is not halved: what would be a stride is a dilation there, and
+            the network, with the same weights, computes the same for more cells; None for no limit.
         num_classes, in_chans, global_pool, drop_rate, drop_path_rate: as everywhere in timm.
 
     Shapes: (B, in_chans, H, W) of any H and W -> (B, num_classes).
@@ -79,6 +81,7 @@ class Nat(Backbone):
         kernel_size: int = 7,
         dilations: Sequence[Sequence[int]] | None = None,
         layer_scale: float | None = None,
+        output_stride: int | None = None,
         num_classes: int = 1000,
         in_chans: int = 3,
         global_pool: str = "avg",
@@ -92,26 +95,29 @@ class Nat(Backbone):
                 f"num_heads must have one entry per level and dilations one per block, depths={depths}; "
                 f"received num_heads={num_heads}, dilations={dilations}"
             )
+        self.in_chans = in_chans
         self.num_classes = num_classes
         self.patch_embed = PatchEmbed(in_chans, embed_dim)
         self.levels = nn.ModuleList()
         self.feature_info = []
         rates = drop_path_rates(drop_path_rate, depths)
+        plan = paces(len(depths), 4, output_stride)
         for index, heads in enumerate(num_heads):
+            pace, to_next = plan[index], plan[index + 1 : index + 2]
             channels = embed_dim * 2**index
             blocks = [
                 Block(
                     channels,
                     heads,
-                    Window(kernel_size, dilation=dilation, border="shift"),
+                    Window(kernel_size, dilation=dilation * pace.dilation, border="shift"),
                     mlp_ratio,
                     layer_scale,
                     rate,
                 )
                 for dilation, rate in zip(dilations[index], rates[index], strict=True)
             ]
-            self.levels.append(Level(channels, blocks, downsample=index < len(depths) - 1))
-            self.feature_info.append({"num_chs": channels, "reduction": 4 * 2**index, "module": f"levels.{index}"})
+            self.levels.append(Level(blocks, Downsample(channels, to_next[0]) if to_next else nn.Identity()))
+            self.feature_info.append({"num_chs": channels, "reduction": pace.reduction, "module": f"levels.{index}"})
         self.num_features = channels
         self.norm: nn.Module = nn.LayerNorm(channels)
         self.global_pool = _pool(global_pool)
@@ -182,11 +188,11 @@ class PatchEmbed(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Half the map, twice the channels: (B, H, W, C) -> (B, H/2, W/2, 2C)."""
+    """Half the map, twice the channels: (B, H, W, C) -> (B, H/2, W/2, 2C); the whole map where the pace has no stride."""
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, pace: Pace) -> None:
         super().__init__()
-        self.reduction = nn.Conv2d(dim, 2 * dim, 3, 2, 1, bias=False)
+        self.reduction = nn.Conv2d(dim, 2 * dim, 3, pace.stride, pace.before, dilation=pace.before, bias=False)
         self.norm = nn.LayerNorm(2 * dim)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -196,10 +202,10 @@ class Downsample(nn.Module):
 class Level(nn.Module):
     """Blocks on one map, and what leads to the next: a container, so that the names are those of the checkpoints."""
 
-    def __init__(self, dim: int, blocks: Sequence[nn.Module], *, downsample: bool) -> None:
+    def __init__(self, blocks: Sequence[nn.Module], downsample: nn.Module) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
-        self.downsample = Downsample(dim) if downsample else nn.Identity()
+        self.downsample = downsample
 
 
 class Block(nn.Module):
@@ -304,7 +310,11 @@ _LARGE = {"num_heads": (6, 12, 24, 48), "embed_dim": 192, "mlp_ratio": 2.0, "dro
 _SHALLOW, _DEEP = (3, 4, 6, 5), (3, 4, 18, 5)
 
 default_cfgs = generate_default_cfgs(
-    {f"{name}.untrained": config(224, classifier="head") for name in __all__ if name != "Nat"}
+    {
+        f"{name}.untrained": config(224, first_conv="patch_embed.proj.0", classifier="head")
+        for name in __all__
+        if name != "Nat"
+    }
 )
 
 

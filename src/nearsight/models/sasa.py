@@ -7,7 +7,7 @@ arXiv:1906.05909.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,8 +17,9 @@ from torch import nn
 from ..errors import OptionError
 from ..layers import GlobalSelfAttention2d, LocalSelfAttention2d, SelfAttention
 from ..positions import PositionLike, name_of, refuse_instance, refuse_shared
-from .backbone import Bottleneck, BottleneckNet, build, config, known, one_per_stage
-from .blocks import BLOCKS
+from ..window import plain
+from .backbone import Bottleneck, BottleneckNet, build, config, known, one_per_stage, paces
+from .blocks import BLOCKS, Dilation
 from .stem import build_stem
 
 __all__ = [
@@ -35,11 +36,16 @@ __all__ = [
 OF_ATTENTION = {"attn_kwargs", "img_size", "kernel_size", "num_heads", "position", "qk_ratio", "value_ratio"}
 OF_ATTENTION_IN_BLOCKS = {"act", "downsample", "norm"}
 # What the network itself says to each block, and to each attention layer.
-SET_IN_BLOCKS = {"in_channels", "width", "out_channels", "attention", "stride", "drop_path"}
+SET_IN_BLOCKS = {"in_channels", "width", "out_channels", "attention", "stride", "dilation", "drop_path"}
 SET_IN_LAYERS = {
     *("in_channels", "out_channels", "kernel_size", "stride", "num_heads", "qk_channels", "position", "map_size"),
     *("device", "dtype"),
 }
+# Positions that a dilated window finds the same entries of, whatever its dilation.
+COUNTED_IN_STEPS = ("relative", "relative_shared", "bias", "cpb", "none")
+READERS = {
+    "attention": ("stem.qk", "stem.value")
+}  # what reads the picture in a stem that does not begin with a convolution
 NANO = {
     "depths": (1, 2, 1),
     "widths": (16, 32, 48),
@@ -111,6 +117,10 @@ class SasaResNet(BottleneckNet):
         stem_stride: pixels per cell after the stem, in each direction.
         img_size: side, or height and width, of the pictures that learned positions are made for, and of the largest that
             the relative tables of global attention serve.
+        output_stride: pixels per cell beyond which the map is not halved: what would be a stride is a dilation there, and
+            the network, with the same weights, computes the same for more cells; None for no limit. As attention's windows
+            alone can be dilated, so that places are counted in steps of it, it takes local attention with a position that
+            goes by entries of a table: "relative", "relative_shared", "bias", "cpb" or "none".
         num_classes, in_chans, global_pool, drop_rate, drop_path_rate: as everywhere in timm.
 
     Shapes: (B, in_chans, H, W) of any H and W -> (B, num_classes).
@@ -143,6 +153,7 @@ class SasaResNet(BottleneckNet):
         stem_width: int = 64,
         stem_stride: int = 4,
         img_size: int | Sequence[int] = 224,
+        output_stride: int | None = None,
         num_classes: int = 1000,
         in_chans: int = 3,
         global_pool: str = "avg",
@@ -167,12 +178,23 @@ class SasaResNet(BottleneckNet):
             raise OptionError(f'block={block!r} has local attention alone; received kernel_size="global"')
         block_kwargs = known("block_kwargs", block_kwargs, [kind], SET_IN_BLOCKS)
         attn_kwargs = known("attn_kwargs", attn_kwargs, layers, SET_IN_LAYERS)
-        if stem is None:
-            stem = "conv" if not attending else "patch" if stem_stride == 1 else "attention"
+        stem = default_stem(attending, stem_stride) if stem is None else stem
+        plan = paces(len(depths), stem_stride, output_stride)
+        dilated = [stage for stage in attending if plan[stage - 1].dilation > 1]
+        in_steps = name_of(position) in COUNTED_IN_STEPS and "global" not in [kernel_sizes[at - 1] for at in dilated]
+        if dilated and not in_steps:
+            raise OptionError(
+                f"output_stride={output_stride} dilates attention, which then computes the same for local attention with "
+                f"position {', '.join(COUNTED_IN_STEPS)} alone; received position={name_of(position) or position!r}, "
+                f"kernel_size={kernel_size!r}"
+            )
+        img_size = plain(img_size)
         sides = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
 
-        def attention(stage: int, stride: int, local: type[LocalSelfAttention2d], *, halved: bool) -> SelfAttention:
-            reduction = stem_stride * 2 ** (stage - 1) // (1 if halved else stride)
+        def attention(
+            stage: int, stride: int, dilation: Dilation, local: type[LocalSelfAttention2d], *, halved: bool
+        ) -> SelfAttention:
+            reduction = plan[stage - 1].reduction // (1 if halved else stride)
             width, kernel = widths[stage - 1], kernel_sizes[stage - 1]
             values, queries = round(value_ratios[stage - 1] * width), round(qk_ratios[stage - 1] * width)
             kwargs = {
@@ -184,15 +206,20 @@ class SasaResNet(BottleneckNet):
             }
             if kernel == "global":
                 return GlobalSelfAttention2d(width, values, **kwargs)
+            apart = dilation[1] if halved else dilation[0]
+            if apart > 1:
+                kwargs["dilation"] = _times(kwargs.get("dilation", 1), apart)
             return local(width, values, kernel, **kwargs)
 
-        def make(stage: int, in_channels: int, stride: int, drop_path: float) -> Bottleneck:
+        def make(stage: int, in_channels: int, stride: int, dilation: Dilation, drop_path: float) -> Bottleneck:
             width = widths[stage - 1]
             channels = (in_channels, width, kind.expansion * width)
             options = {"stride": stride, "drop_path": drop_path, **block_kwargs}
+            if dilation != (1, 1):  # a block of one's own need not know it
+                options["dilation"] = dilation
             if stage not in attending:
                 return kind.of_convolutions(*channels, **options)
-            return kind(*channels, partial(attention, stage, stride), **options)
+            return kind(*channels, partial(attention, stage, stride, dilation), **options)
 
         super().__init__(
             depths,
@@ -201,6 +228,8 @@ class SasaResNet(BottleneckNet):
             stem=build_stem(stem, in_chans, stem_width, stem_stride),
             stem_channels=stem_width,
             stem_stride=stem_stride,
+            in_chans=in_chans,
+            output_stride=output_stride,
             num_classes=num_classes,
             global_pool=global_pool,
             drop_rate=drop_rate,
@@ -211,11 +240,20 @@ class SasaResNet(BottleneckNet):
             self._hub_mixin_config["position"] = name_of(position)
 
 
+def default_stem(attending: Collection[int], stem_stride: int) -> str:
+    """The stem of a network that is not told which: a convolution before convolutions, and none before attention."""
+    return "conv" if not attending else "patch" if stem_stride == 1 else "attention"
+
+
+def _times(dilation: int | Sequence[int], factor: int) -> int | tuple[int, ...]:
+    return tuple(one * factor for one in dilation) if isinstance(dilation, Sequence) else dilation * factor
+
+
 default_cfgs = generate_default_cfgs(
     {
-        "sasa_nano.untrained": config(32, 10),
-        "sasa_micro.untrained": config(32, 10),
-        "sasa_resnet26_small.untrained": config(32, 10),
+        "sasa_nano.untrained": config(32, 10, reduction=4),
+        "sasa_micro.untrained": config(32, 10, reduction=8),
+        "sasa_resnet26_small.untrained": config(32, 10, reduction=8),
         "sasa_resnet26.untrained": config(224),
         "sasa_resnet38.untrained": config(224),
         "sasa_resnet50.untrained": config(224),
@@ -229,7 +267,11 @@ def create(variant: str, pretrained: bool, defaults: Mapping[str, Any], **kwargs
     for name in ("attn_kwargs", "block_kwargs"):
         if isinstance(kwargs.get(name), Mapping):
             joined[name] = {**defaults.get(name, {}), **kwargs[name]}
-    return build(SasaResNet, variant, pretrained, 1 + len(joined["depths"]), **joined)
+    attending = joined.get("attention_stages")
+    stem = joined.get("stem") or default_stem([1] if attending is None else attending, joined.get("stem_stride", 4))
+    overlay = {"first_conv": READERS.get(stem, "stem.0"), **(joined.pop("pretrained_cfg_overlay", None) or {})}
+    maps = len(joined["depths"])
+    return build(SasaResNet, variant, pretrained, maps, pretrained_cfg_overlay=overlay, **joined)
 
 
 @register_model

@@ -21,9 +21,11 @@ CONVOLUTIONAL = ("conv_micro", "conv_nano")
 
 default_cfgs = generate_default_cfgs(
     {
-        "conv_nano.untrained": config(32, 10),
-        "conv_micro.untrained": config(32, 10),
-        "vit_micro.untrained": config(32, 10, classifier="head", fixed_input_size=True),
+        "conv_nano.untrained": config(32, 10, reduction=4),
+        "conv_micro.untrained": config(32, 10, reduction=8),
+        "vit_micro.untrained": config(
+            32, 10, first_conv="patch_embed.proj", classifier="head", fixed_input_size=True, pool_size=None
+        ),
     }
 )
 
