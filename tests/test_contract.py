@@ -253,6 +253,7 @@ NAMED = {
     "wrap": Case((5, 7), 3, border="wrap", **TABLES),
     "wrap more than once around": Case((3, 2), (7, 5), border="wrap", **TABLES),
     "wrap dilated causal": Case((5, 7), (3, 2), border="wrap", dilation=(3, 4), causal=(True, False), **TABLES),
+    "wrap dilated beyond the map": Case((5, 7), 3, border="wrap", dilation=(6, 9), **TABLES),
     "mask and wrap": Case((5, 7), (3, 4), border=("mask", "wrap"), **TABLES),
     "wrap and zeros": Case((5, 7), (4, 3), border=("wrap", "zeros"), dilation=(1, 2), **TABLES),
     "shift and mask": Case((7, 5), 3, border=("shift", "mask"), stride=(1, 2), **TABLES),
@@ -290,7 +291,7 @@ NAMED = {
     "batch 0": Case((5, 7), batch=0, **TABLES),
     "batch 0 covers": Case((3, 2), 5, batch=0, **TABLES),
     "wide map": Case((2, 37), (3, 5), batch=1, head_dim=8, value_dim=8, **TABLES),
-    "high map": Case((37, 2), (5, 3), batch=1, head_dim=8, value_dim=8, **TABLES),
+    "high map": Case((53, 2), (5, 3), batch=1, head_dim=8, value_dim=8, **TABLES),  # the kernel shares it out in parts
     "vector widths": Case((3, 17), (3, 7), batch=1, heads=3, head_dim=16, value_dim=16, **TABLES),
     "loud": Case((5, 7), loud=70.0, scale=1.0),  # logits up to 1e4: a naive exp overflows
     "loud covers": Case((3, 2), (5, 3), loud=70.0, scale=1.0),

@@ -16,8 +16,6 @@ import torch.multiprocessing as mp
 from torch import nn
 
 from nearsight.training.batchnorm import synced_batch_norms
-from nearsight.training.recipe import Recipe
-from nearsight.training.train import train
 
 # A smooth network without batch norm: where a ReLU or a maximum turns on a rounding, two float32 runs part after some steps,
 # be it of one process.
@@ -96,26 +94,35 @@ def test_batch_norms_of_two_processes_are_that_of_one(tmp_path):
 # -------------------------------------------------------------------------------------------------------------- the run
 
 
+def wait_for(file: Path, process: subprocess.Popen) -> None:
+    while not file.exists():
+        assert process.poll() is None, "the run ended before its first checkpoint"
+        time.sleep(0.02)
+
+
 @pytest.mark.slow
-def test_two_processes_give_the_loss_curve_of_one(tmp_path):
-    """The same global batch, augmented alike: as far as float32 sums in another order allow."""
+def test_two_processes_that_are_killed_and_go_on_give_the_loss_curve_of_one(tmp_path):
+    """The same global batch, augmented alike: as far as float32 sums in another order allow. Where nothing is killed they
+    end with the same bytes, test_resume.py."""
+    # Not above: the processes of the test of batch norms read this file, and would wait for Lightning.
+    from nearsight.training.recipe import Recipe
+    from nearsight.training.train import train
+
     values = {"model": SMOOTH, "epochs": 2, "batch_size": 128, "lr": 0.003, "random_erasing": 0.5, "ema_decay": 0.9}
     train(Recipe(**values), tmp_path / "1")
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in values.items()]
     two_processes = command(*flags, "--devices=2", f"--output={tmp_path / '2'}")
-    subprocess.run(two_processes, env=environment(), check=True)
+    with subprocess.Popen(two_processes, env=environment(), start_new_session=True) as process:
+        wait_for(tmp_path / "2" / "last.ckpt", process)
+        os.killpg(process.pid, signal.SIGKILL)
+    assert not (tmp_path / "2" / "model.safetensors").exists(), "it ended before it was killed"
+    subprocess.run(command("--resume", f"--output={tmp_path / '2'}"), env=environment(), check=True)
     one, two = rows(tmp_path / "1"), rows(tmp_path / "2")
     assert one[1]["train_loss"] < one[0]["train_loss"]
     for expected, found in zip(one, two, strict=True):
         assert found["train_loss"] == pytest.approx(expected["train_loss"], rel=1e-4)
         assert found["val_loss"] == pytest.approx(expected["val_loss"], rel=1e-4)
         assert found["train_accuracy"] == pytest.approx(expected["train_accuracy"], abs=2 / 1280)
-
-
-def wait_for(file: Path, process: subprocess.Popen) -> None:
-    while not file.exists():
-        assert process.poll() is None, "the run ended before its first checkpoint"
-        time.sleep(0.05)
 
 
 def children(process: subprocess.Popen) -> list[int]:

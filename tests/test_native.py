@@ -19,6 +19,7 @@ from bisect import bisect_right
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from random import Random
 
@@ -115,11 +116,16 @@ NEIGHBOURS = {  # of which 131 images: a thread works on many, the last of them 
 }
 
 
+def sweep_of_neighbours():
+    """Every size under one rule, and one size under every rule; each under each in the sweeps."""
+    for name, border, shared_by in product(NEIGHBOURS, BORDERS, (1, 2)):
+        one_of_a_kind = name == "narrow" or (border, shared_by) == ("mask", 1)
+        yield pytest.param(name, border, shared_by, marks=[] if one_of_a_kind else pytest.mark.sweep)
+
+
 @needs_library
 @every_isa
-@pytest.mark.parametrize("shared_by", [1, 2])
-@pytest.mark.parametrize("border", BORDERS)
-@pytest.mark.parametrize("name", NEIGHBOURS)
+@pytest.mark.parametrize(("name", "border", "shared_by"), sweep_of_neighbours())
 def test_an_image_knows_nothing_of_those_before_it(name, border, shared_by, isa):
     """Scratch memory goes from image to image and head to head: what one left there, not a number even, stays its own."""
     size, kernel_size, stride = NEIGHBOURS[name]
@@ -579,9 +585,14 @@ class Layer(torch.nn.Module):
 
 
 @needs_library
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
-    "memory_format", [torch.contiguous_format, torch.channels_last], ids=["planar", "channels last"]
+    ("memory_format", "backend"),
+    [
+        (torch.contiguous_format, "aot_eager"),
+        (torch.channels_last, "aot_eager"),
+        pytest.param(torch.contiguous_format, "inductor", marks=pytest.mark.sweep),
+        pytest.param(torch.channels_last, "inductor", marks=pytest.mark.slow),
+    ],
 )
 def test_compile(memory_format, backend):
     torch._dynamo.reset()

@@ -4,14 +4,13 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ALL, assert_near, every_backend
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.profiler import profile
 
@@ -29,10 +28,12 @@ WINDOWS = {
     "shared": ns.Window((3, 4), shared_by=(2, 3), border=("mask", "wrap"), causal=(False, True)),
 }
 by_window = pytest.mark.parametrize("name", WINDOWS)
-# Where a compiler works on each for seconds: these two, and the others in the sweeps.
-by_window_slowly = pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name in ("shift", "shared") else pytest.mark.sweep) for name in WINDOWS]
-)
+
+
+def one_window(one: str) -> pytest.MarkDecorator:
+    """Where a compiler works on each for seconds: one, and the others in the sweeps."""
+    names = [pytest.param(name, marks=[] if name == one else pytest.mark.sweep) for name in WINDOWS]
+    return pytest.mark.parametrize("name", names)
 
 
 def maps(*size, heads=2, dim=4, dtype=torch.float32, count=3) -> list[Tensor]:
@@ -408,47 +409,48 @@ def check_compiled(function, inputs, **options) -> None:
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
-@by_window
+@one_window("shift")
 def test_compiles_without_graph_breaks(name):
     check_compiled(*flat_problem(WINDOWS[name], torch.float32), backend="eager")
 
 
-def test_compiles_its_backward():
-    check_compiled(*flat_problem(WINDOWS["shift"], torch.float32), backend="aot_eager")
-
-
 @pytest.mark.slow
-@by_window_slowly
-def test_compiles_its_backward_for_every_window(name):
+@one_window("shared")
+def test_compiles_its_backward(name):
     check_compiled(*flat_problem(WINDOWS[name], torch.float32), backend="aot_eager")
 
 
-SIZES_IN_TURN = """
-import torch, nearsight as ns
-from torch._dynamo.testing import CompileCounter
-
-class Layer(torch.nn.Module):
-    window = ns.Window(3, border="{border}")
-
-    def forward(self, query, key, value):
-        return ns.local_attention(query, key, value, self.window, backend="blocked")
-
-graphs = CompileCounter()
-compiled = torch.compile(Layer(), fullgraph=True, dynamic=True, backend=graphs)
-for batch, height, width in ((2, 12, 14), (3, 14, 11), (5, 19, 17)):
-    tensors = [torch.randn(batch, 2, height, width, 4) for _ in range(3)]
-    torch.testing.assert_close(compiled(*tensors), Layer()(*tensors))
-assert graphs.frame_count <= 2, graphs.frame_count  # maps that fit into one block are a case of their own
-"""
+SIZES = {  # of a batch and a map, in turn
+    "a line": [(2, 12), (3, 14), (5, 19)],
+    "an image": [(2, 12, 14), (3, 14, 11), (5, 19, 17)],
+}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("border", [pytest.param("mask", marks=pytest.mark.sweep), "shift"])
-def test_compiles_for_every_size_at_once(border):
-    """Symbolic sizes: graphs serve every map and batch. In a process of its own, since it once took for ever."""
-    program = SIZES_IN_TURN.format(border=border)
-    finished = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
-    assert finished.returncode == 0, finished.stderr[-2000:]
+@pytest.mark.parametrize(
+    ("border", "sizes"),
+    [
+        ("shift", "a line"),
+        pytest.param("shift", "an image", marks=pytest.mark.sweep),
+        pytest.param("mask", "an image", marks=pytest.mark.sweep),
+    ],
+)
+def test_compiles_for_every_size_at_once(border, sizes):
+    """Symbolic sizes: graphs serve every map and batch."""
+
+    class Layer(torch.nn.Module):
+        window = ns.Window(3, border=border)
+
+        def forward(self, query, key, value):
+            return ns.local_attention(query, key, value, self.window, backend="blocked")
+
+    torch._dynamo.reset()
+    graphs = CompileCounter()
+    compiled = torch.compile(Layer(), fullgraph=True, dynamic=True, backend=graphs)
+    for batch, *size in SIZES[sizes]:
+        tensors = [torch.randn(batch, 2, *size, 4) for _ in range(3)]
+        torch.testing.assert_close(compiled(*tensors), Layer()(*tensors))
+    assert graphs.frame_count <= 2  # maps that fit into one block are a case of their own
 
 
 def test_compiles_with_the_default_backend():
@@ -460,11 +462,25 @@ def test_compiles_with_the_default_backend():
         torch.testing.assert_close(found, ns.local_attention(query, key, value, window))
 
 
-@pytest.mark.slow
-@by_window_slowly
+@pytest.mark.sweep
+@by_window
 def test_compiles_to_native_code(name):
     assert shutil.which("g++"), "torch's inductor needs a C++ compiler"
     check_compiled(*flat_problem(WINDOWS[name], torch.float32))
+
+
+@pytest.mark.slow
+def test_compiles_a_line_to_native_code():
+    """Every rule that one axis can have; on a plane the compiler works on the same formulas ten times as long."""
+    window = ns.Window(4, shared_by=2, dilation=2, stride=2, border="shift")
+    query, key, value = torch.randn(2, 2, 6, 4), *torch.randn(2, 2, 2, 11, 4)
+    tables = torch.randn(2, 7), torch.randn(2, 7, 4)
+    inputs = [tensor.requires_grad_() for tensor in (query, key, value, *tables)]
+
+    def function(query, key, value, bias, relative):
+        return ns.local_attention(query, key, value, window, bias=bias, relative=[relative], backend="blocked")
+
+    check_compiled(function, inputs)
 
 
 # --------------------------------------------------------------------------------------------------------------- memory

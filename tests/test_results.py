@@ -8,6 +8,11 @@ from nearsight.training.recipe import Recipe
 
 
 @pytest.mark.slow
+def test_four_epochs_reach_most_of_it(tmp_path):
+    assert train.train(Recipe(epochs=4), tmp_path).evaluation.accuracy >= 0.8
+
+
+@pytest.mark.sweep
 def test_the_defaults_reach_98_percent_on_digits(tmp_path):
     run = train.train(Recipe(), tmp_path)
     assert run.evaluation.count == 360
