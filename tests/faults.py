@@ -289,7 +289,7 @@ TABLES = (
         CALL,
         "if (gradients.bias) memset(gradients.bias, 0, (size_t)entries * sizeof(float));",
         "if (gradients.bias) memset(gradients.bias, 0xff, (size_t)entries * sizeof(float));",
-        KERNEL.format("batch"),
+        "tests/test_native.py -k empty_batch",
     ),
 )
 
@@ -331,32 +331,32 @@ MEMORY = (
         "tests/test_native.py::test_edges",
     ),
     Fault(
-        "phases of planar memory are packed without gaps",
+        "strided queries of planar memory are packed without gaps",
         ROWS,
         "lanes[c * pitch + i * run.step] = load_one(source + c * channel_stride + i) * multiplier;",
         "lanes[c * pitch + i] = load_one(source + c * channel_stride + i) * multiplier;",
-        "tests/test_dilated.py::test_wide_maps_with_halos_wider_than_a_tile",
+        KERNEL.format("strided"),
     ),
     Fault(
-        "results are written as if neighbours lay side by side",
+        "results of strided queries are written side by side",
         ROWS,
         "store_one(target + c * channel_stride + i * stride,",
         "store_one(target + c * channel_stride + i,",
-        KERNEL.format("memory"),
+        KERNEL.format("stride"),
     ),
     Fault(
         "images side by side are all the first",
         ROWS,
         "return (at.first_batch + run.group) * t.batch +",
         "return at.first_batch * t.batch +",
-        "tests/test_native.py::test_edges -k batch",
+        KERNEL.format("narrow"),
     ),
     Fault(
         "log-sum-exps of images side by side are all the first's",
         ROWS,
         "image = (at.first_batch + run.group) * plan.heads + at.head;",
         "image = at.first_batch * plan.heads + at.head;",
-        "tests/test_native.py::test_edges -k batch",
+        KERNEL.format("narrow"),
     ),
     Fault(
         "a smaller group of images keeps what the larger one left",

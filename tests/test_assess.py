@@ -21,7 +21,7 @@ from nearsight.saved.trained_on import read_trained, write_trained
 from nearsight.saved.view import View
 from nearsight.saved.weights import Blueprint, save_model
 from nearsight.training.assess import assess
-from nearsight.training.data import load_pictures
+from nearsight.training.data import load_pictures, loader
 from nearsight.training.data.pictures import digest
 from nearsight.training.matching import match_classes
 from nearsight.training.measures import measure
@@ -35,6 +35,8 @@ NAMES = ("zero", "one", "two", "three", "four")
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch, tmp_path):
     monkeypatch.setattr("nearsight.training.train.write_report", lambda *arguments: None)
+    # To start processes takes longer than a few pictures.
+    monkeypatch.setattr("nearsight.training.assess.loader", lambda images, batch_size, _: loader(images, batch_size, 0))
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 

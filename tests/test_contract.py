@@ -299,6 +299,8 @@ NAMED = {
     "high bias": Case((5, 7), bias=True, bias_level=1e4),  # large logits that differ by little
     "low bias": Case((5, 7), bias=True, bias_level=-1e4),
     "low bias covers": Case((3, 2), (5, 3), bias=True, bias_level=-1e4),
+    "narrow images": Case((2, 5), 3, batch=17, head_dim=2, value_dim=2, **TABLES),  # the kernel lays some side by side
+    "memory channels first strided": Case((5, 13), (3, 4), stride=(1, 2), layout="channels first", **TABLES),
     **{f"memory {layout}": Case((5, 7), (3, 4), layout=layout, value_dim=3, **TABLES) for layout in LAYOUTS[1:]},
     **{f"memory {layout} covers": Case((3, 2), 5, layout=layout, relative=True) for layout in LAYOUTS[1:]},
 }

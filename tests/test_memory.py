@@ -52,6 +52,6 @@ def test_the_measure_sees_what_gathering_windows_costs():
     assert share("reference", "1, 64, 48, 48") > 10
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_a_large_map_trains():
     assert share("native", "1, 64, 1024, 1024") <= 1.3

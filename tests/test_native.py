@@ -125,7 +125,7 @@ def sweep_of_neighbours():
 
 @needs_library
 @every_isa
-@pytest.mark.parametrize(("name", "border", "shared_by"), sweep_of_neighbours())
+@pytest.mark.parametrize(("name", "border", "shared_by"), list(sweep_of_neighbours()))
 def test_an_image_knows_nothing_of_those_before_it(name, border, shared_by, isa):
     """Scratch memory goes from image to image and head to head: what one left there, not a number even, stays its own."""
     size, kernel_size, stride = NEIGHBOURS[name]
@@ -465,6 +465,18 @@ def test_operators(name):
         torch.ops.nearsight.attend_backward.default,
         (torch.randn_like(out), *arguments[:5], out, lse, wanted, *arguments[5:]),
     )
+
+
+@needs_library
+def test_tables_of_an_empty_batch_have_gradients_of_zero():
+    maps, (bias, relative, *geometry) = sample(grad=False)[:3], sample(grad=False)[3:]
+    maps = [one[:0] for one in maps]
+    out, lse = torch.ops.nearsight.attend.default(*maps, bias, relative, *geometry)
+    gradients = torch.ops.nearsight.attend_backward.default(
+        out, *maps, bias, relative, out, lse, [False, False, False, True, True], *geometry
+    )
+    assert [one.shape for one in gradients] == [one.shape for one in (bias, *relative)]
+    assert not any(one.any() for one in gradients)
 
 
 def meddled(place: int, change):

@@ -75,6 +75,11 @@ ERRORS = {
     "ranks differ": (wrong(value=(2, 2, 35, 4)), ShapeError, r"same number of axes.*value \(2, 2, 35, 4\)"),
     "batch differs": (wrong(key=(3, 2, 5, 7, 4)), ShapeError, r"share batch and heads.*key \(3, 2, 5, 7, 4\)"),
     "heads differ": (wrong(value=(2, 1, 5, 7, 4)), ShapeError, r"share batch and heads.*value \(2, 1, 5, 7, 4\)"),
+    "heads that do not divide": (
+        wrong(query=(2, 3, 5, 7, 4)),
+        ShapeError,
+        r"a divisor of the query's.*\(2, 3, 5, 7, 4\)",
+    ),
     "head_dim differs": (wrong(key=(2, 2, 5, 7, 3)), ShapeError, r"share head_dim.*key \(2, 2, 5, 7, 3\)"),
     "maps differ": (wrong(value=(2, 2, 7, 5, 4)), ShapeError, r"share the map.*value \(2, 2, 7, 5, 4\)"),
     "query not one per output": (

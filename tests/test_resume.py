@@ -54,7 +54,8 @@ def _no_page(monkeypatch):
 
 
 def recipe_for(photos):
-    return Recipe(model="sasa_nano", data=f"folder:{photos}", epochs=3, batch_size=8, **STATEFUL)
+    model = "sasa_nano,depths=[1],widths=[8],num_heads=2,stem_width=8"
+    return Recipe(model=model, data=f"folder:{photos}", epochs=2, batch_size=8, **STATEFUL)
 
 
 @pytest.fixture(scope="module")
@@ -187,7 +188,7 @@ def train_command(garments, output, devices=2):
     ]
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_two_processes_learn_fashion_mnist_and_survive_a_kill_to_the_same_bytes(garments, tmp_path):
     """kill -9 of both processes in the midst of an epoch; what the second command makes of it is what one run makes."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
