@@ -85,6 +85,11 @@ class Position(nn.Module):
     ) -> None:
         super().__init__()
 
+    def extra_repr(self) -> str:
+        """Its own parameters and their shapes, and whether it keeps attention equivariant to translation."""
+        shapes = [f"{name}={tuple(own.shape)}" for name, own in self.named_parameters(recurse=False)]
+        return ", ".join([*shapes, *(() if self.equivariant else ("absolute",))])
+
     def embed(self, x: Tensor) -> Tensor:
         """Act on the layer's input, (B, C_in, *map)."""
         return x

@@ -25,6 +25,7 @@ from ..attention import global_attention, local_attention
 from ..errors import OptionError
 from ..flops import attend_flops
 from ..layers import AttentionLayer
+from ..pages.brief import Rows, short_table
 from ..pages.style import BLUE, INK, ORANGE, in_style, new_figure
 from ..window import BORDERS, Window
 from .memory import in_fresh_process, peak_memory
@@ -113,7 +114,7 @@ class Point:
     measured_bytes: int | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Growth:
     """The points, and what they were measured with; see :class:`nearsight.bench.profile.Profile`."""
 
@@ -123,6 +124,9 @@ class Growth:
     num_heads: int
     gflops: float
     setting: dict[str, Any]
+
+    def __repr__(self) -> str:
+        return short_table(Rows(self.points).cells(), verdict(self))
 
     def of(self, attention: str) -> list[Point]:
         return [point for point in self.points if point.attention == attention]

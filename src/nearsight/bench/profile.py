@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..inspect.layer_list import layers_of
 from ..modes import evaluating
+from ..pages.brief import cell, html_table, short_table
 from ..pages.style import BLUE, INK, ORANGE, in_style, new_figure
 from ..private import TorchDispatchMode, is_mutable, tree_leaves
 from .timing import copy_rate, matrix_rate, setting
@@ -53,7 +54,7 @@ class LayerCost:
     times_floor: float | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Profile:
     """The rows of a network in the order of their running, and what they were measured with.
 
@@ -69,6 +70,22 @@ class Profile:
     gflops: float
     gbs: float
     setting: dict[str, Any]
+
+    def __repr__(self) -> str:
+        return short_table(self._cells(), self._heading())
+
+    def _repr_html_(self) -> str:
+        return html_table(self._cells(), self._heading())
+
+    def _heading(self) -> str:
+        size = " x ".join(map(str, self.input_size))
+        return (
+            f"forward pass of {size}: {self.ms:.3f} ms, {self.parameters:,} parameters, {self.flops / 1e6:,.1f} MFLOP"
+        )
+
+    def _cells(self) -> list[list[str]]:
+        rows = ([row.layer, f"{row.parameters:,}", *map(cell, (row.flops, row.ms, row.share))] for row in self.rows)
+        return [["layer", "parameters", "flops", "ms", "share"], *rows]
 
     @property
     def parameters(self) -> int:

@@ -7,10 +7,13 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..pages.brief import html_table, text_table
+
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
 CONVERTED, SKIPPED, ATTENTION = "converted", "skipped", "attention"
+HEADINGS = ("layer", "was", "outcome", "parameters", "note")
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class LayerOutcome:
     parameters_after: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ConversionReport:
     """What :func:`nearsight.convert` returns. ``print(report)``, or with rich ``rich.print(report)``, shows it as a table.
 
@@ -92,19 +95,21 @@ class ConversionReport:
         if self.error is not None:
             yield f"largest relative difference of the outputs: {self.error:.1e}"
 
+    def __repr__(self) -> str:
+        return f"ConversionReport({'; '.join(self._summary())})"
+
+    def _repr_html_(self) -> str:
+        return html_table([HEADINGS, *map(_cells, self.rows)], "; ".join(self._summary()))
+
     def __str__(self) -> str:
-        header = ("layer", "was", "outcome", "parameters", "note")
-        table = [header, *(_cells(row) for row in self.rows)]
-        widths = [max(len(cells[column]) for cells in table) for column in range(len(header))]
-        lines = ["  ".join(text.ljust(width) for text, width in zip(cells, widths, strict=True)) for cells in table]
-        return "\n".join([*(line.rstrip() for line in lines), *self._summary()])
+        return "\n".join([*text_table([HEADINGS, *map(_cells, self.rows)]), *self._summary()])
 
     def __rich__(self) -> RenderableType:
         from rich.console import Group
         from rich.markup import escape
         from rich.table import Table
 
-        table = Table("layer", "was", "outcome", "parameters", "note")
+        table = Table(*HEADINGS)
         colours = {CONVERTED: "green", SKIPPED: "yellow", ATTENTION: "cyan"}
         for row in self.rows:
             name, layer, outcome, parameters, note = map(escape, _cells(row))

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import inf, nan, prod
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from ..errors import OptionError, ShapeError
 from ..layers import AttentionLayer
 from ..modes import evaluating
+from ..pages.brief import Rows
 from ..pages.style import BLUE, GREY, INK, ORANGE, SKY, in_style, new_figure
 from ..private import tree_map
 from .layer_list import layers_of
@@ -132,7 +134,15 @@ class LayerError:
     encoding: float | None = None
 
 
-def equivariance_by_layer(model: nn.Module, images: Tensor, transform: Transform) -> list[LayerError]:
+class ErrorTable(Rows[LayerError]):
+    """The layers of a network in the order of their running: a list that shows itself as a table, the causes first."""
+
+    def columns(self) -> dict[str, Callable[[LayerError], Any]]:
+        causes = ("own", "border", "stride", "encoding", "error", "interior", "kind", "map_size", "mixes")
+        return {name: attrgetter(name) for name in ("layer", *causes)}
+
+
+def equivariance_by_layer(model: nn.Module, images: Tensor, transform: Transform) -> ErrorTable:
     """Which layers of a network break a symmetry, and how much of it is the border, the stride or the encoding.
 
     The network sees x and T x. For every layer (attention layers whole, else modules without children) the outputs are
@@ -175,7 +185,7 @@ def equivariance_by_layer(model: nn.Module, images: Tensor, transform: Transform
         plain, moved = _record(model, batch), _record(model, transform(batch))
         path = _Path(size)  # goes along with the rows
         rows = [_row(one, other, size, transform, path) for one, other in zip(plain, moved, strict=True)]
-    return [row for row in rows if row is not None]
+    return ErrorTable(row for row in rows if row is not None)
 
 
 class _Call(NamedTuple):

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import base64
-import html
 import io
 import math
 from collections.abc import Sequence
@@ -21,8 +20,9 @@ from ..errors import DataError, OptionError, ShapeError
 from ..files import write_whole
 from ..finite import why_not_finite
 from ..models.data_config import class_names, data_config, seen
+from ..pages.brief import Brief, brief
 from ..pages.csv_json import finite
-from ..pages.html import render
+from ..pages.html import frame, render
 from ..pages.names import readable
 from ..picture import BACKGROUND, open_picture
 from .equivariance import decisive, equivariance_by_layer
@@ -43,18 +43,18 @@ ONE_CELL = Translation(1, 1)
 COARSE = 28  # cells per axis of a rollout, and queries per axis where there are too many to compute
 
 
-@dataclass(frozen=True)
-class Exploration:
+@dataclass(frozen=True, repr=False)
+class Exploration(Brief):
     """The page: shows itself in a notebook, and :meth:`save` writes it."""
 
     html: str
+    title: str = ""
+
+    def __repr__(self) -> str:
+        return f"Exploration({brief(self.title)}: a page of {len(self.html) / 1e3:,.0f} kB; .save(path) writes it)"
 
     def _repr_html_(self) -> str:
-        page = html.escape(self.html, quote=True)
-        return (
-            f'<iframe srcdoc="{page}" title="nearsight explorer" sandbox="allow-scripts allow-downloads" '
-            'style="width: 100%; height: 860px; border: 0"></iframe>'
-        )
+        return frame(self.html, "nearsight explorer")
 
     def save(self, path: str | Path) -> Path:
         """Write the page, whole or not at all.
@@ -118,7 +118,8 @@ def explore(
     batch = batch.to(next((parameter.device for parameter in model.parameters()), batch.device))
     page = _Page(model, batch, batch[0].cpu() if picture is None else picture, stretched=picture is None)
     classes = class_names(model) if classes is None else classes
-    return Exploration(page.render(classes, title or type(model).__name__, subtitle, transform))
+    title = title or type(model).__name__
+    return Exploration(page.render(classes, title, subtitle, transform), title)
 
 
 # ---------------------------------------------------------------------------------------------------------- pictures

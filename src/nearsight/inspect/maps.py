@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -15,14 +16,19 @@ from torch import Tensor, nn
 from ..errors import OptionError, ShapeError
 from ..layers import AttentionLayer
 from ..modes import evaluating
+from ..pages import drawings
+from ..pages.brief import Brief, Rows
 from ..window import Window
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 KEPT = 2**28  # weights of all layers together: 1 GB in float32
 GATHERED = 2**20  # weights; above, a layer's queries are asked for in turns, so that its gathered keys stay small
 
 
-@dataclass(frozen=True)
-class AttentionMap:
+@dataclass(frozen=True, repr=False)
+class AttentionMap(Brief):
     """The weights of one layer on a batch of images.
 
     layer       the module's name in the model
@@ -185,9 +191,74 @@ class AttentionMap:
         return values.view(*queries, *places)
 
 
+class AttentionMaps(Rows[AttentionMap]):
+    """The maps of a model's layers: a list that shows itself as a table, and can be drawn.
+
+    Args:
+        maps: in the order in which the layers ran.
+        images: (B, C, H, W), that they were made from.
+    """
+
+    def __init__(self, maps: Iterable[AttentionMap] = (), images: Tensor | None = None) -> None:
+        super().__init__(maps)
+        self.images = images
+
+    def plot(self, pixel: Sequence[int] | None = None, *, image_index: int = 0, heads: bool = False) -> Figure:
+        """How the query at a pixel weighs the cells of its memory block: a picture for every layer, or for every head.
+
+        Args:
+            pixel: row and column in the image; None takes that of the first query asked for, or the middle.
+            image_index: of the image in the batch.
+            heads: draw each head, layers down and heads across, in place of their mean.
+
+        Returns:
+            Matplotlib's figure, which a notebook shows; ``.savefig(path)`` writes it.
+
+        Raises:
+            ShapeError: the maps are not of images of two axes, or the pixel is not in them.
+            OptionError: there are no maps.
+            PackageError: Matplotlib is not installed.
+
+        Example:
+            >>> maps = attention_maps(create_model("sasa_nano"), torch.randn(1, 3, 32, 32))
+            >>> maps.plot((16, 16)).savefig("looks.png")
+        """
+        if not self or self.images is None:
+            raise OptionError("there are no maps to draw: attention_maps(model, images) makes them")
+        ranks = sorted({len(layer.map_size) for layer in self})
+        if ranks != [2]:
+            raise ShapeError(f"only maps of two axes can be drawn; received maps of {ranks} axes: take some, maps[1:2]")
+        draw = drawings.heads if heads else drawings.memory_blocks
+        row, column = self._usual_pixel() if pixel is None else pixel
+        return draw(_shown(self.images[image_index]), self, (row, column), image_index)
+
+    def _usual_pixel(self) -> tuple[int, ...]:
+        layer = self[0]
+        if not layer.queries:
+            return tuple(n // 2 for n in layer.image_size)
+        places = zip(layer.query_centres, layer.queries[0], strict=True)
+        return tuple(int(centres[index]) for centres, index in places)
+
+    def columns(self) -> dict[str, Callable[[AttentionMap], Any]]:
+        return {
+            "layer": lambda row: row.layer,
+            "heads": lambda row: row.num_heads,
+            "queries": lambda row: row.out_size if row.queries is None else len(row.queries),
+            "block": lambda row: row.block,
+            "map": lambda row: row.map_size,
+        }
+
+    def heading(self) -> str:
+        images = len(self[0].weights) if self else 0
+        return f"{len(self)} attention map{'s' * (len(self) != 1)} of {images} image{'s' * (images != 1)}"
+
+    def _part(self, rows: list[AttentionMap]) -> AttentionMaps:
+        return AttentionMaps(rows, self.images)
+
+
 def attention_maps(
     model: nn.Module, images: Tensor, *, queries: Sequence[Sequence[int]] | None = None
-) -> list[AttentionMap]:
+) -> AttentionMaps:
     """What every attention layer of a model looked at, in the order in which the layers ran.
 
     Args:
@@ -212,7 +283,7 @@ def attention_maps(
     """
     layers = attention_layers(model)
     batch = images if images.ndim >= max(layer.rank for layer in layers.values()) + 2 else images[None]
-    maps: list[AttentionMap] = []
+    maps = AttentionMaps(images=batch.detach())
 
     def hook(name: str):
         def record(layer, args, kwargs):
@@ -288,6 +359,14 @@ def _weights(
         return layer.attention_weights(x)
     everywhere = torch.cartesian_prod(*(torch.arange(queries, device=x.device) for queries in out)).view(-1, len(out))
     return layer.attention_weights(x, everywhere).unflatten(2, out)
+
+
+def _shown(image: Tensor) -> np.ndarray:
+    """(H, W) or (H, W, 3), an image as a model takes it stretched to 0 ... 1."""
+    image = image.detach().float().cpu()
+    low, high = image.min(), image.max()
+    pixels = ((image - low) / (high - low).clamp(min=1e-12)).numpy()
+    return pixels[:3].transpose(1, 2, 0) if len(pixels) >= 3 else pixels[0]
 
 
 def _centres(cells: np.ndarray, cell_size: float) -> np.ndarray:

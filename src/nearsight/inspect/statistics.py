@@ -4,18 +4,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..pages.brief import Brief, Rows
 from .maps import AttentionMap
 
 
-@dataclass(frozen=True)
-class LayerStatistics:
+@dataclass(frozen=True, repr=False)
+class LayerStatistics(Brief):
     """Means over the queries and images of a layer.
 
     layer      the module's name in the model
@@ -32,7 +34,21 @@ class LayerStatistics:
     diversity: float
 
 
-def attention_statistics(maps: Sequence[AttentionMap]) -> list[LayerStatistics]:
+class StatisticsTable(Rows[LayerStatistics]):
+    """The statistics of a network's layers: a list that shows itself as a table of means over the heads."""
+
+    def columns(self) -> dict[str, Callable[[LayerStatistics], Any]]:
+        return {
+            "layer": lambda row: row.layer,
+            "heads": lambda row: len(row.distance),
+            "distance, px": lambda row: float(row.distance.mean()),
+            "entropy, bits": lambda row: float(row.entropy.mean()),
+            "at most": lambda row: row.uniform,
+            "diversity": lambda row: row.diversity,
+        }
+
+
+def attention_statistics(maps: Sequence[AttentionMap]) -> StatisticsTable:
     """Mean attention distance, entropy and head diversity of every layer.
 
         distance   sum_c w[p, c] |c - p| / sum_c w[p, c],  over the cells c on the map
@@ -52,7 +68,7 @@ def attention_statistics(maps: Sequence[AttentionMap]) -> list[LayerStatistics]:
         >>> attention_statistics(maps)[0].distance.shape
         (4,)
     """
-    return [_of_layer(layer) for layer in maps]
+    return StatisticsTable(_of_layer(layer) for layer in maps)
 
 
 def _of_layer(layer: AttentionMap) -> LayerStatistics:

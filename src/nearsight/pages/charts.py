@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..files import write_bytes, write_text
+from .brief import Brief
 from .csv_json import write_csv
 from .style import BLUE, GREEN, INK, ORANGE, PINK, RED, SKY, in_style, new_figure, to_png, to_svg_file
 
@@ -29,8 +30,8 @@ BAND = 0.18  # opacity of a band
 PANEL_SIZE = (3.6, 2.7)
 
 
-@dataclass(frozen=True)
-class Series:
+@dataclass(frozen=True, repr=False)
+class Series(Brief):
     """Points of one contender.
 
     Args:
@@ -45,8 +46,8 @@ class Series:
     sd: Sequence[float] | None = None
 
 
-@dataclass(frozen=True)
-class Chart:
+@dataclass(frozen=True, repr=False)
+class Chart(Brief):
     """Panels side by side, with one name for each axis.
 
     Args:

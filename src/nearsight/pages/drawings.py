@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+IN_A_ROW = 8  # pictures
+
 
 class BlockMap(Protocol):
     """What is drawn of an attention layer; :class:`nearsight.inspect.maps.AttentionMap` is one."""
@@ -63,12 +65,13 @@ def memory_blocks(image: np.ndarray, maps: Sequence[BlockMap], pixel: tuple[int,
         pixel: row and column of the query.
         index: of the image in the batch that the maps were made from.
     """
-    columns = 1 + len(maps)
-    figure = new_figure(1.45 * columns, 1.85)
-    _panel(figure.add_subplot(1, columns, 1), image, pixel, "the query")
+    columns = min(1 + len(maps), IN_A_ROW)
+    rows = -(-(1 + len(maps)) // columns)
+    figure = new_figure(1.45 * columns, 1.85 * rows)
+    _panel(figure.add_subplot(rows, columns, 1), image, pixel, "the query")
     for place, layer in enumerate(maps, start=2):
         weights = layer.memory_block(pixel, index).mean(0)
-        _panel(figure.add_subplot(1, columns, place), image, pixel, layer.layer, weights)
+        _panel(figure.add_subplot(rows, columns, place), image, pixel, layer.layer, weights)
     return figure
 
 

@@ -13,6 +13,7 @@ import base64
 import hashlib
 import re
 from collections.abc import Mapping
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,19 @@ def render(template: str, **values: Any) -> str:
     files = {name: _text(name) for name in re.findall(r'file\("(.*?)"\)', "".join(sources))}
     allowed = Markup(policy(files))
     return environment.get_template(template).render(policy=allowed, file=lambda name: Markup(files[name]), **values)
+
+
+def frame(page: str, title: str) -> str:
+    """A page inside a notebook: its scripts run, and reach nothing of the notebook.
+
+    Example:
+        >>> frame("<p>a</p>", "a page")[:36]
+        '<iframe srcdoc="&lt;p&gt;a&lt;/p&gt;'
+    """
+    return (
+        f'<iframe srcdoc="{escape(page)}" title="{escape(title)}" sandbox="allow-scripts allow-downloads" '
+        'style="width: 100%; height: 860px; border: 0"></iframe>'
+    )
 
 
 def policy(files: Mapping[str, str]) -> str:

@@ -59,9 +59,10 @@ def in_style(draw: Callable[Params, Figure]) -> Callable[Params, Figure]:
 
 
 def new_figure(width: float, height: float) -> Figure:
-    from matplotlib.figure import Figure
+    """One that is drawn without a window, and that a notebook shows."""
+    from .figure import NotebookFigure
 
-    return Figure(figsize=(width, height), layout="constrained")
+    return NotebookFigure(figsize=(width, height), layout="constrained")
 
 
 def to_svg(figure: Figure, alt: str) -> str:

@@ -21,6 +21,7 @@ from ..errors import DataError, OptionError, TrainingError
 from ..extras import need
 from ..files import write_bytes
 from ..finite import why_not_finite
+from ..pages.brief import Brief
 from ..private import open_sizes_of_one
 from .weights import KEY, Blueprint, load_model
 
@@ -33,8 +34,8 @@ BATCH = 2  # of the example that is traced
 Program = Callable[[Tensor], Tensor]
 
 
-@dataclass(frozen=True)
-class Exported:
+@dataclass(frozen=True, repr=False)
+class Exported(Brief):
     """What was written, and how far it is from the network."""
 
     file: Path

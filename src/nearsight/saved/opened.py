@@ -14,12 +14,13 @@ from torch import nn
 from ..errors import NearsightError, OptionError
 from ..models import create_model, input_size, parse_spec
 from ..models.data_config import class_names
+from ..pages.brief import Brief
 from .view import View
 from .weights import load_model
 
 
-@dataclass(frozen=True)
-class OpenedModel:
+@dataclass(frozen=True, repr=False)
+class OpenedModel(Brief):
     """A network in evaluation mode, and what is known of it.
 
     given     what was typed

@@ -26,6 +26,7 @@ from ..errors import DataError, NearsightError, OptionError
 from ..files import write_bytes
 from ..models import create_model, made_for_size, parse_spec, pretrained_value
 from ..modes import evaluating
+from ..pages.brief import Brief
 from ..pages.names import readable
 from ..picture import opaque
 from ..positions import UNNAMED_POSITION
@@ -42,8 +43,8 @@ CONVERTED = {"init", "stem", "kernel_size", "num_heads", "position", "margin", "
 DIGEST = "digest"  # beside the blueprint's own values in a safetensors header
 
 
-@dataclass(frozen=True)
-class Blueprint:
+@dataclass(frozen=True, repr=False)
+class Blueprint(Brief):
     """What rebuilds a model and says how it sees pictures. Plain values only, so it fits in JSON."""
 
     model: str

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from ..errors import OptionError
+from ..pages.brief import Brief
 from ..picture import opaque
 from ..saved.trained_on import TRAINED_FILE, read_trained
 from ..saved.view import View
@@ -25,8 +26,8 @@ BATCH = 256
 SPREAD = 200  # pictures of a split that are looked at to tell whether a run was trained on it
 
 
-@dataclass(frozen=True)
-class Assessment:
+@dataclass(frozen=True, repr=False)
+class Assessment(Brief):
     """What a network reached.
 
     data        as it was asked for
@@ -44,6 +45,9 @@ class Assessment:
     classes: tuple[str, ...]
     trained: int | None
     left_out: bool
+
+    def __repr__(self) -> str:
+        return f"Assessment({self.summary()[0]})"
 
     @property
     def share(self) -> float | None:

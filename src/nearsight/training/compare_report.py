@@ -17,6 +17,7 @@ import numpy as np
 from ..bench.timing import setting
 from ..errors import DataError
 from ..files import make_inner_folder, write_text
+from ..pages.brief import html_table, short_table
 from ..pages.charts import Chart, Series, draw_charts, write_plot
 from ..pages.csv_json import write_csv
 from ..pages.html import render
@@ -78,7 +79,7 @@ class ModelResult:
     seconds_to_target: float | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Comparison:
     """All rows, what they were made from, and the accuracy whose time was taken."""
 
@@ -86,6 +87,17 @@ class Comparison:
     measures: Mapping[Key, Measures]
     epochs: Mapping[Key, Epochs]
     target: float
+
+    def __repr__(self) -> str:
+        return short_table(self._cells(most=5), verdict(self))
+
+    def _repr_html_(self) -> str:
+        return html_table(self._cells(), verdict(self))
+
+    def _cells(self, most: int | None = None) -> list[list[str]]:
+        """The table for readers, or the first of its columns."""
+        shown = dict(list(columns(self).items())[:most])
+        return [["model", *shown], *([row.model, *(cell(row) for cell in shown.values())] for row in self.rows)]
 
     @classmethod
     def of(

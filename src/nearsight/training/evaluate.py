@@ -17,12 +17,13 @@ from torchmetrics.functional.classification import multiclass_confusion_matrix
 from ..errors import DataError, TrainingError
 from ..finite import why_not_finite
 from ..modes import evaluating
+from ..pages.brief import Brief
 from .data import IGNORED, warn_of_broken
 from .data.pictures import plainly
 
 
-@dataclass(frozen=True)
-class Evaluation:
+@dataclass(frozen=True, repr=False)
+class Evaluation(Brief):
     """What a model said of every picture of a split that could be read, in order.
 
     Attributes:
@@ -32,6 +33,10 @@ class Evaluation:
     labels: Tensor
     logits: Tensor
     places: Tensor
+
+    def __repr__(self) -> str:
+        score = f"{self.correct} of {self.count} right, {self.accuracy:.2%}"
+        return f"Evaluation({score}; loss {self.loss:.4f}; {self.logits.shape[1]} classes)"
 
     @property
     def predictions(self) -> Tensor:

@@ -41,6 +41,7 @@ from ..errors import DataError, TrainingError
 from ..files import open_regular, read_text, write_text
 from ..flops import count_flops
 from ..inspect import equivariance_error
+from ..pages.brief import Brief
 from ..pages.csv_json import to_json
 from ..saved.trained_on import told_overlap
 from ..saved.weights import load_model
@@ -60,8 +61,8 @@ MOVED_IMAGES = 256
 PASSES, SECONDS = 10, 10.0  # of the inference's timing
 
 
-@dataclass(frozen=True)
-class Measures:
+@dataclass(frozen=True, repr=False)
+class Measures(Brief):
     """The numbers above, of one run."""
 
     model: str

@@ -20,6 +20,7 @@ from typing import Any
 
 from ..errors import DataError, NearsightError, OptionError
 from ..files import read_text, read_yaml
+from ..pages.brief import Brief, brief
 from ..picture import BACKGROUND, opaque
 
 CONFIG_FILE = "config.yaml"  # in a run's folder
@@ -38,8 +39,8 @@ def _open(kind: Any, help: str, common: Any = None) -> Any:
     return _option(None, kind, help, common)
 
 
-@dataclass(frozen=True)
-class Recipe:
+@dataclass(frozen=True, repr=False)
+class Recipe(Brief):
     """A run's settings. A value of None stands for the data set's own default, or the common one: see :meth:`filled`.
 
     ``batch_size`` is that of a whole step, over all processes and accumulated parts: more of them change how a step is
@@ -127,6 +128,13 @@ class Recipe:
             raise OptionError(
                 f"ema-decay must be 0 with strategy fsdp, which has no whole weights; received {self.ema_decay:g}"
             )
+
+    def __repr__(self) -> str:
+        """Model and data, and what else is not left to the defaults."""
+        told = {field.name: getattr(self, field.name) for field in fields(self)}
+        usual = {field.name: field.default for field in fields(self)}
+        own = [name for name in told if name in ("model", "data") or told[name] != usual[name]]
+        return f"Recipe({', '.join(f'{name}={brief(told[name])}' for name in own)})"
 
     @property
     def processes(self) -> int:

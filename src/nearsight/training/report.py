@@ -21,6 +21,7 @@ from ..inspect.maps import AttentionMap, attention_maps
 from ..layers import AttentionLayer
 from ..modes import evaluating
 from ..pages import drawings
+from ..pages.brief import Brief
 from ..pages.charts import Chart, Series, charts_to_csv, draw_charts
 from ..pages.csv_json import write_csv
 from ..pages.html import render
@@ -37,8 +38,8 @@ SHOWN_LAYERS = 6
 SHOWN_MISTAKES = 5
 
 
-@dataclass(frozen=True)
-class Drawing:
+@dataclass(frozen=True, repr=False)
+class Drawing(Brief):
     """An SVG element, the sentence under it, and as CSV the numbers that it shows."""
 
     svg: str

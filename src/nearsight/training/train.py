@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ from ..errors import DataError, OptionError, TrainingError
 from ..extras import need
 from ..files import make_folder, make_inner_folder, read_text, remove_leftovers, write_text
 from ..models import ELSEWHERE, input_size, parse_spec
+from ..pages.brief import Brief
+from ..pages.html import frame
 from ..saved.spec import saved_spec
 from ..saved.trained_on import TRAINED_FILE, told_overlap
 from ..saved.weights import (
@@ -53,14 +56,19 @@ TENSORBOARD_FOLDER = "tensorboard"
 MOVABLE = ("data_root", "devices", "nodes", "strategy", "workers", "max_broken", "tensorboard")
 
 
-@dataclass(frozen=True)
-class TrainedRun:
+@dataclass(frozen=True, repr=False)
+class TrainedRun(Brief):
     """A finished run."""
 
     recipe: Recipe
     output: Path
     model: nn.Module
     evaluation: Evaluation
+
+    def _repr_html_(self) -> str:
+        """The report, where it is still there."""
+        report = self.output / REPORT_FILE
+        return frame(report.read_text(), str(report)) if report.is_file() else f"<pre>{escape(repr(self))}</pre>"
 
 
 class Interrupted(TrainingError):

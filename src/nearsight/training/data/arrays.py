@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ...errors import DataError
 from ...extras import need
 from ...files import open_regular
+from ...pages.brief import Brief
 from ...saved.view import View
 from .pictures import (
     IGNORED,
@@ -39,8 +40,8 @@ LARGEST_IDX = 1 << 31  # bytes; EMNIST, the largest of the family, has a quarter
 USUAL_PLACES = ("data", "~/.cache/nearsight", "/usr/share/datasets", "/usr/share")
 
 
-@dataclass(frozen=True)
-class ArraySplit:
+@dataclass(frozen=True, repr=False)
+class ArraySplit(Brief):
     """Pictures held in memory: uint8 (n, C, H, W) and their labels."""
 
     images: Tensor

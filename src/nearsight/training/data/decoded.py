@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ...errors import DataError
+from ...pages.brief import Brief, brief_fields
 from ...pages.names import readable
 from ...picture import open_picture, shorter_side
 from ...saved.view import View
@@ -72,6 +73,9 @@ class Whole(NamedTuple):
     name: str
     classes: tuple[str, ...]
     splits: tuple[Split, ...]
+
+    def __repr__(self) -> str:
+        return brief_fields(self)
 
 
 Gather = Callable[
@@ -131,8 +135,8 @@ def _check_divisible(name: str, classes: tuple[str, ...], train: DecodedSplit) -
         )
 
 
-@dataclass(frozen=True)
-class DecodedSplit:
+@dataclass(frozen=True, repr=False)
+class DecodedSplit(Brief):
     """Some of the pictures of a store."""
 
     store: ImageStore

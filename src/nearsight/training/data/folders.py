@@ -16,13 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from ...errors import DataError
+from ...pages.brief import Brief
 from ...picture import ENDINGS, is_hidden, is_picture
 
 Identity = tuple[int, int]  # device and inode
 
 
-@dataclass(frozen=True)
-class ClassFolders:
+@dataclass(frozen=True, repr=False)
+class ClassFolders(Brief):
     """The classes by name, and of every picture its file, its class and what tells the file from others."""
 
     classes: list[str]

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ...errors import DataError
 from ...extras import need
+from ...pages.brief import Brief
 from ...pages.names import readable
 from ...saved.view import View
 
@@ -118,8 +119,8 @@ class Split(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Pictures:
+@dataclass(frozen=True, repr=False)
+class Pictures(Brief):
     """A data set: its splits, what they look like, and the settings found best for training on it."""
 
     name: str
