@@ -115,6 +115,22 @@ def test_every_parameter_gets_a_gradient(name):
 
 
 @every_small
+def test_a_classifier_takes_no_map(name):
+    """timm's networks are built so and fail at the first picture."""
+    for options in ({}, {"num_classes": 5}):
+        with pytest.raises(OptionError, match=r"global_pool='' give num_classes=0"):
+            small(name, global_pool="", **options)
+    model = small(name, global_pool="", num_classes=0).eval()
+    assert model(torch.randn(1, 3, 32, 32)).ndim == 4
+    with pytest.raises(OptionError, match="num_classes=0; received 5"):
+        model.reset_classifier(5)
+    model.reset_classifier(5, "avg")
+    assert model(torch.randn(1, 3, 32, 32)).shape == (1, 5)
+    with pytest.raises(OptionError, match="num_classes=0; received 5"):
+        model.reset_classifier(5, "")
+
+
+@every_small
 @pytest.mark.parametrize("global_pool", ["avg", "max", "catavgmax"])
 def test_features_and_head(name, global_pool):
     model, x = small(name, global_pool=global_pool).eval(), torch.randn(2, 3, 32, 32)

@@ -22,3 +22,11 @@ def without_autocast(device: str) -> AbstractContextManager:
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)
     return nullcontext()
+
+
+def has_short_range(x: Tensor) -> bool:
+    """Whether what is computed of x overflows long before float32 does, as in float16, also by autocast."""
+    device = x.device.type
+    by_autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if by_autocast else x.dtype
+    return torch.finfo(dtype).max < torch.finfo(torch.float32).max / 2

@@ -47,6 +47,23 @@ def has_hooks(module: nn.Module) -> bool:
     return any(getattr(module, name, _UNKNOWN) for name in names)
 
 
+def compiles_itself(module: nn.Module) -> bool:
+    """Whether ``module.compile()`` was called, so that calls go to what was compiled; False where that cannot be told.
+
+    Not public, as PyTorch keeps it for its own use. Without it such a module is taken for one that was not compiled.
+    """
+    return getattr(module, "_compiled_call_impl", None) is not None
+
+
+def noted_padding(convolution: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> tuple[tuple[int, int], ...] | None:
+    """What a convolution noted, when it was made, to add before and after each axis in other modes than "zeros".
+
+    Not public, as PyTorch keeps it for its own use. None where it is not there: then its ``padding`` is believed.
+    """
+    cells = getattr(convolution, "_reversed_padding_repeated_twice", None)
+    return None if cells is None else tuple(zip(cells[::2], cells[1::2], strict=True))[::-1]
+
+
 # -------------------------------------------------------------------------------------------------------------- operators
 
 # What a Python kernel of the autograd key calls its operator through, to reach the kernel below. The native backend is not

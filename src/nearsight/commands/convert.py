@@ -32,7 +32,9 @@ def run(arguments: list[str]) -> None:
     parser.add_argument("--stages", nargs="+", type=int, metavar="N", help="only these stages, as timm's out_indices")
     parser.add_argument("--kernels", nargs="+", type=int, metavar="K", help="only kernels of these sizes")
     parser.add_argument("--stem", action="store_true", help="also the layers that read the picture itself")
-    parser.add_argument("--kernel-size", type=int, help="random: side of the memory block (default: 7)")
+    parser.add_argument(
+        "--kernel-size", nargs="+", type=int, metavar="K", help="random: side of the memory block, or one per axis (7)"
+    )
     parser.add_argument("--num-heads", type=int, help="random: heads, or the nearest number that fits (default: 8)")
     parser.add_argument("--position", help="random: the position encoding (default: relative)")
     parser.add_argument("--margin", type=int, help="exact: places that heads may reach beyond the kernel (default: 0)")
@@ -42,6 +44,8 @@ def run(arguments: list[str]) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     options = vars(parse(parser, arguments))
+    if options["kernel_size"] is not None and len(options["kernel_size"]) == 1:
+        options["kernel_size"] = options["kernel_size"][0]
 
     from ..pages.csv_json import to_json
     from ..saved.converted import convert_to_folder, has_random_weights

@@ -1,36 +1,47 @@
 # SPDX-License-Identifier: Apache-2.0
 """From convolutions to attention, in any module: with fresh weights, or exactly.
 
-gpsa.py     the layer that is a convolution until it is trained to be more
-random.py   fresh attention with a convolution's borders
-report.py   what became of every layer
+candidates.py  what could be converted, what cannot and why
+gpsa.py        the layer that is a convolution until it is trained to be more
+fresh.py       fresh attention with a convolution's borders
+merging.py     blocks that merge convolutions, which have to do so before
+report.py      what became of every layer
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.nn.utils.parametrize import is_parametrized
 
-from ..errors import OptionError
+from ..errors import NearsightError, OptionError
 from ..flops import count_flops
 from ..layers import AttentionLayer
 from ..modes import evaluating
 from ..positions import Factory, name_of, refuse_instance, refuse_shared
-from ..private import has_hooks, tree_leaves
+from ..private import tree_leaves
+from .candidates import (
+    CONVOLUTION,
+    Convolution,
+    candidates,
+    kind_of,
+    owners_of,
+    padded_before,
+    reason_to_skip,
+    refuse_wrapped,
+)
 from .fresh import attention_like
 from .gpsa import GatedPositionalSelfAttention
+from .merging import refuse_to_merge
 from .report import ATTENTION, CONVERTED, SKIPPED, ConversionReport, LayerOutcome
 
 __all__ = ["ConversionReport", "GatedPositionalSelfAttention", "LayerOutcome", "convert"]
 
-Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
-_CONVOLUTION = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _STEM_CHANNELS = 4  # what reads at most so many channels reads the picture itself
 
 
@@ -43,7 +54,7 @@ def convert(
     kernels: int | tuple[int, ...] | Iterable[int | tuple[int, ...]] | None = None,
     where: Callable[[str, Convolution], bool] | None = None,
     stem: bool = False,
-    kernel_size: int | None = None,
+    kernel_size: int | tuple[int, ...] | None = None,
     num_heads: int | None = None,
     position: str | Factory | None = None,
     margin: int | None = None,
@@ -57,16 +68,22 @@ def convert(
     with a kernel larger than 1 becomes :class:`LocalSelfAttention2d`, or its sibling of one or three axes, with the same
     channels, stride and dilation, to be trained from the start. Its projections are dense: a depthwise convolution of C
     channels, which has k*k*C weights, becomes 3*C*C of them; ``where=lambda name, conv: conv.groups == 1`` leaves those be.
+    Where padding shows that a convolution is causal, attention is; what padding does not show, the report says. All
+    parameters are new: an optimiser made before holds the old ones, and its steps move nothing.
 
     ``init="exact"`` gives :class:`GatedPositionalSelfAttention`, the same function bit for bit in evaluation mode, on
     pictures of every size: what Cordonnier et al. 2020 (arXiv:1911.03584) proved possible and d'Ascoli et al. 2021
-    (arXiv:2106.05795) fine-tuned. It takes over the convolution's parameters, so an optimiser keeps those it has; the new
-    ones are for it to be told of.
+    (arXiv:2106.05795) fine-tuned. It takes over the convolution's parameters, so an optimiser made before keeps those it
+    has; the new ones, as frozen as the weight, it does not move until it is told of them (``add_param_group``).
 
     Convolutions that read at most 4 channels, a network's stem, stay unless ``stem=True``: of raw pixels little is to be
     compared, and SASA's best networks keep them. 1 x 1 convolutions always stay. Convolutions whose weights are computed
-    (weight norm, spectral norm, pruning), that are not initialised yet, that carry hooks or have a forward of their own
-    are skipped, and the report says so. What attends already stays, so converting twice changes nothing.
+    (weight norm, spectral norm, pruning), that are not initialised yet, that carry hooks, or are more than their class says
+    (a method of their own, also on the instance, a buffer besides) are skipped, as is what is no plain convolution; each has
+    its row in the report. What attends already stays, so converting twice changes nothing.
+
+    Convert first and wrap after: DistributedDataParallel and its kind, and what torch.compile made, are refused. Blocks that
+    merge their convolutions for inference, as RepVGG's, have to do so before; afterwards they refuse.
 
     Args:
         model: any module that holds ``nn.Conv1d``, ``nn.Conv2d`` or ``nn.Conv3d``; a layer that is used twice stays one.
@@ -77,8 +94,9 @@ def convert(
         where: only layers for which ``where(name, convolution)`` holds.
         stem: also what reads the picture itself.
         kernel_size, num_heads, position: of random attention, as in :class:`LocalSelfAttention2d`; 7, 8 and "relative" if
-            not given. Where the number of heads does not divide the channels, the nearest that does is taken. A position is
-            a name or a factory, which makes an encoding for each layer.
+            not given. One kernel size is for the axes along which a convolution sees more than a cell, a tuple for all.
+            Where the number of heads does not divide the channels, the nearest that does is taken. A position is a name or
+            a factory, which makes an encoding for each layer.
         margin: places that exact attention may reach beyond the kernel, on every side (0).
         locality: how hard its heads look (1.0); below 1 the conversion is no longer exact.
         content: False leaves out content, so that heads can only move and widen (True).
@@ -88,8 +106,9 @@ def convert(
         What became of every layer. Filters add up: a layer has to pass them all.
 
     Raises:
-        OptionError: the model is itself a convolution; a filter that fits no layer; an option of the other ``init``; a
-            position that layers would share.
+        OptionError: the model is itself a convolution, or wrapped; a filter that fits no layer; an option of the other
+            ``init``; a position that layers would share.
+        ShapeError: a layer that an option does not fit; the message names it.
 
     Example:
         >>> model = create_model("resnet10t")
@@ -99,28 +118,36 @@ def convert(
     """
     refuse_instance(position)
     options = _options(init, kernel_size, num_heads, position, margin, locality, content)
-    if isinstance(model, _CONVOLUTION):
+    if isinstance(model, CONVOLUTION):
         raise OptionError(
             "a convolution cannot be replaced inside itself: give the module that holds it, as nn.Sequential"
         )
-    found = list(_candidates(model))
+    refuse_wrapped(model)
+    found = list(candidates(model))
     chosen = _Filter(model, found, names, stages, kernels, where, stem)
-    make = attention_like if init == "random" else _exactly
+    around, owners = padded_before(model), owners_of(model)
     new: dict[nn.Module, nn.Module] = {}
     rows: list[LayerOutcome] = []
     for name, module in found:
-        reason = _reason_to_skip(module) or chosen.reason_to_skip(name, module)
+        reason = reason_to_skip(module) or chosen.reason_to_skip(name, module)
         outcome, after = SKIPPED, module
         if isinstance(module, AttentionLayer):
             outcome, reason = ATTENTION, "attends already"
-        elif isinstance(module, _CONVOLUTION) and reason is None:
-            after, reason = make(module, **options)
+        elif isinstance(module, CONVOLUTION) and reason is None:
+            with _naming(name, module):
+                after, reason = (
+                    attention_like(module, around.get(module), **options)
+                    if init == "random"
+                    else _exactly(module, **options)
+                )
+            reason = "; ".join(filter(None, [reason, _note_on_ties(name, module, owners, init)]))
             outcome, new[module] = CONVERTED, after
         rows.append(LayerOutcome(name, _describe(module), outcome, reason or "", _count(module), _count(after)))
 
     refuse_shared(layer for after in new.values() for layer in after.modules())
     before = _Measures(model, input_size)
     _replace(model, new)
+    refuse_to_merge(model, [row.name for row in rows if row.outcome == CONVERTED])
     after = _Measures(model, input_size)
     return ConversionReport(
         init=init,
@@ -164,7 +191,7 @@ class _Filter:
     """Which of the layers that were found the caller wants converted."""
 
     def __init__(self, model, found, names, stages, kernels, where, stem) -> None:
-        convolutions = [(name, module) for name, module in found if isinstance(module, _CONVOLUTION)]
+        convolutions = [(name, module) for name, module in found if isinstance(module, CONVOLUTION)]
         self.names = None if names is None else [names] if isinstance(names, str) else list(names)
         self.stages = None if stages is None else {stages} if isinstance(stages, int) else set(stages)
         self.kernels = None if kernels is None else [kernels] if isinstance(kernels, (int, tuple)) else list(kernels)
@@ -189,7 +216,7 @@ class _Filter:
             )
 
     def reason_to_skip(self, name: str, module: nn.Module) -> str | None:
-        if not isinstance(module, _CONVOLUTION):
+        if not isinstance(module, CONVOLUTION):
             return None
         if self.names is not None and not any(fnmatchcase(name, pattern) for pattern in self.names):
             return "not among names"
@@ -227,53 +254,27 @@ def _stages(model: nn.Module) -> dict[str, int]:
 # ------------------------------------------------------------------------------------------------------------- layers
 
 
-def _candidates(
-    model: nn.Module, prefix: str = "", seen: set[nn.Module] | None = None
-) -> Iterator[tuple[str, nn.Module]]:
-    """Spatial convolutions, attention layers, and layers whose name says convolution: each once, in the model's order."""
-    seen = set() if seen is None else seen
-    for name, module in model.named_children():
-        if module in seen:
-            continue
-        seen.add(module)
-        path = f"{prefix}{name}"
-        if isinstance(module, AttentionLayer):
-            yield path, module
-            continue
-        is_plain = isinstance(module, _CONVOLUTION)
-        sides = getattr(module, "kernel_size", None)
-        pointwise = isinstance(sides, tuple) and all(side == 1 for side in sides)
-        is_leaf = next(module.children(), None) is None
-        if not pointwise and (is_plain or (is_leaf and "Conv" in type(module).__name__)):
-            yield path, module
-        yield from _candidates(module, f"{path}.", seen)
-
-
-def _reason_to_skip(module: nn.Module) -> str | None:
-    """Why a layer cannot be converted at all."""
-    kind = type(module).__name__
-    if isinstance(module, AttentionLayer):
-        return None
-    if not isinstance(module, _CONVOLUTION):
-        return f"{kind} is no plain convolution"
-    if any(is_lazy(parameter) for parameter in module.parameters()):
-        return "not initialised yet: run the model once"
-    if is_parametrized(module) or "weight" not in dict(module.named_parameters(recurse=False)):
-        return "its weight is computed (weight norm, spectral norm, pruning): make that permanent first"
-    base = next(base for base in _CONVOLUTION if isinstance(module, base))
-    own = any(getattr(type(module), method) is not getattr(base, method) for method in ("forward", "_conv_forward"))
-    if own or "forward" in vars(module):
-        return f"{kind} has a forward of its own"
-    if has_hooks(module):
-        return "it carries hooks, which would be lost: remove them first"
-    if not module.weight.is_floating_point():
-        return f"its weight is {module.weight.dtype}, not floating point"
-    return None
-
-
 def _exactly(convolution: Convolution, **options: Any) -> tuple[nn.Module, str]:
     layer = GatedPositionalSelfAttention(convolution, **options)
     return layer, f"{layer.num_heads} heads"
+
+
+@contextmanager
+def _naming(name: str, module: nn.Module) -> Iterator[None]:
+    """What a layer refuses is said of that layer."""
+    try:
+        yield
+    except NearsightError as error:
+        raise type(error)(f"layer {name} ({_describe(module)}): {error}") from error
+
+
+def _note_on_ties(name: str, module: Convolution, owners: dict[int, list[str]], init: str) -> str | None:
+    others = [other for other in owners[id(module.weight)] if other != name]
+    if not others:
+        return None
+    return f"its weight is that of {others[0]}, too; " + (
+        "that stays so, and shift, spread and gate are its own" if init == "exact" else "the fresh ones are its own"
+    )
 
 
 def _replace(model: nn.Module, new: dict[nn.Module, nn.Module]) -> None:
@@ -287,8 +288,8 @@ def _replace(model: nn.Module, new: dict[nn.Module, nn.Module]) -> None:
 
 def _describe(module: nn.Module) -> str:
     channels = [getattr(module, name, None) for name in ("in_channels", "out_channels")]
-    text = type(module).__name__ + (" {} -> {}".format(*channels) if None not in channels else "")
-    if isinstance(module, _CONVOLUTION):
+    text = kind_of(module) + (" {} -> {}".format(*channels) if None not in channels else "")
+    if isinstance(module, CONVOLUTION):
         text += ", " + "x".join(map(str, module.kernel_size))
         defaults = {"stride": 1, "dilation": 1}
         for name, default in defaults.items():

@@ -11,13 +11,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from ..attention import attention_weights, local_attention
 from ..errors import OptionError, ShapeError
 from ..layers.projection import split_heads
-from ..precision import without_autocast
+from ..precision import has_short_range, wide_of, without_autocast
 from ..window import Window
-from .geometry import Aligned, align, is_same, padding_of
+from .geometry import Aligned, Around, align, flat, is_same, padding_of
 
 CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _convolve: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -64,17 +65,19 @@ class GatedPositionalSelfAttention(nn.Module):
     smallest multiple of 4 with N * D >= in_channels. ``content=False``: the convolution's, + (axes + 1) * N.
 
     state_dict: ``weight``, ``bias`` as in the convolution; ``shift`` (N, axes) in steps of the dilation, ``spread`` (N,),
-    ``gate`` (N,); ``query.weight``, ``key.weight`` (N * D, in_channels, 1, ...). Heads are in the order of the kernel's
-    places, row by row. ``.eval()`` changes nothing.
+    ``gate`` (N,); ``query.weight``, ``key.weight`` (N * D, in_channels, 1, ...); ``_extra_state``, the margin, as no shape
+    shows: the state of another one is refused, as its heads see other cells. Heads are in the order of the kernel's places,
+    row by row. ``.eval()`` changes nothing.
 
     Args:
-        convolution: an ``nn.Conv1d``, ``nn.Conv2d`` or ``nn.Conv3d``, whose parameters the layer takes over.
+        convolution: an ``nn.Conv1d``, ``nn.Conv2d`` or ``nn.Conv3d``, whose parameters the layer takes over. New ones are as
+            frozen as its weight.
         margin: how many places beyond the kernel, on every side, the heads may reach.
         content: False leaves out q.k, and with it the gate: heads that move and widen, at a convolution's cost.
         locality: see the property.
 
     Raises:
-        OptionError: not a convolution, a margin below 0, a locality outside (0, 1].
+        OptionError: not a convolution, a margin below 0, a locality outside (0, 1]; the state of another margin.
         ShapeError: an input of other channels or rank.
 
     Example:
@@ -126,7 +129,18 @@ class GatedPositionalSelfAttention(nn.Module):
                 project = CONVOLUTIONS[self.rank](self.in_channels, self.num_heads * head_dim, 1, bias=False, **like)
                 nn.init.normal_(project.weight, std=self.in_channels**-0.5)
                 setattr(self, name, project)
+        for name, parameter in self.named_parameters():
+            if name not in ("weight", "bias"):
+                parameter.requires_grad_(self.weight.requires_grad)
         self.locality = locality
+        self.register_load_state_dict_pre_hook(_check_margin)
+
+    def get_extra_state(self) -> Tensor:
+        """The margin."""
+        return torch.tensor(self.margin, device="cpu")
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Nothing: what is not of this margin was refused before."""
 
     @property
     def locality(self) -> Tensor:
@@ -268,17 +282,18 @@ class GatedPositionalSelfAttention(nn.Module):
         mixed = local_attention(query, key, value, self._window()).movedim(-1, 1)  # B, C, N, *out
         places = [slice(align.first, align.first + align.count) for align in self._aligned(batched.shape[2:])]
         mixed = mixed[(..., *places)].flatten(1, 2)
-        weight = (self.weight.flatten(2) * self._gates()).flatten(1)
-        y = _convolve[self.rank](mixed, weight[(..., *[None] * self.rank)], groups=self.groups)
+        wide = wide_of(self.weight)  # also in the gradient of the gates, which is a sum over the whole weight
+        weight = (self.weight.flatten(2).to(wide) * self._gates().to(wide)).flatten(1).to(self.weight.dtype)
+        y = _convolve[self.rank](mixed.to(self.weight.dtype), weight[(..., *[None] * self.rank)], groups=self.groups)
         return y if x.ndim == batched.ndim else y[0]
 
     def _query_key(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The heads' queries and keys, and the map that they are on: x, with zeros before it such that every
         ``stride``-th cell is the middle of a block of the convolution."""
         padding = [(align.before, align.after) for align in self._aligned(x.shape[2:])]
-        aligned = F.pad(x, list(chain(*reversed(padding)))) if any(chain(*padding)) else x
+        aligned = F.pad(x, flat(padding)) if any(chain(*padding)) else x
         middles = aligned[(..., *[slice(None, None, stride) for stride in self.stride])]
-        query, key = self.query(middles), self.key(aligned)
+        query, key = _projected(self.query, middles), _projected(self.key, aligned)
         return split_heads(query, self.num_heads), split_heads(key, self.num_heads), aligned
 
     def _window(self) -> Window:
@@ -316,9 +331,19 @@ class GatedPositionalSelfAttention(nn.Module):
         if not self._copies:
             return x
         reach = zip(self._around, self.dilation, strict=True)
-        around = [(before + margin * step, after + margin * step) for (before, after), step in reach]
-        mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
-        return F.pad(x, list(chain(*reversed(around))), mode)
+        around = tuple((before + margin * step, after + margin * step) for (before, after), step in reach)
+        if self.padding_mode == "zeros":
+            return F.pad(x, flat(around))
+        if margin and not self._fits(x, around):
+            F.pad(x, flat(self._around), self.padding_mode)  # raises where the convolution does
+            return _continued(x, around, self.padding_mode)
+        return F.pad(x, flat(around), self.padding_mode)
+
+    def _fits(self, x: Tensor, around: Around) -> bool:
+        """Whether PyTorch pads so far: a torus once around, a mirror without the cell at the edge."""
+        most = {"circular": 0, "reflect": 1}.get(self.padding_mode)
+        sizes = x.shape[-self.rank :]
+        return most is None or all(max(axis) <= cells - most for cells, axis in zip(sizes, around, strict=True))
 
     def _zeros(self, margin: int) -> list[int]:
         """The zeros on each side of an axis that were not copied in."""
@@ -346,6 +371,44 @@ class GatedPositionalSelfAttention(nn.Module):
         steps = zip(self._reach(), sides, self.dilation, strict=True)
         whole[(..., *[slice(side // 2 + first, side // 2 + last + 1, d) for (first, last), side, d in steps])] = weights
         return whole
+
+
+def _check_margin(layer: GatedPositionalSelfAttention, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """States of older versions do not say their margin: they are believed to be of this one."""
+    if f"{prefix}shift" not in state:
+        return
+    found = int(state.setdefault(f"{prefix}_extra_state", layer.get_extra_state()))
+    if found != layer.margin:
+        raise OptionError(
+            f"the state of {prefix.removesuffix('.') or 'the layer'} was trained with margin={found}, where heads see other "
+            f"cells than with margin={layer.margin}: convert with that margin before it is loaded"
+        )
+
+
+def _projected(project: nn.Module, x: Tensor) -> Tensor:
+    """The module of x; in float32 where a sum over channels could leave the range in which the convolution stays."""
+    if not has_short_range(x):
+        return project(x)
+    wide = wide_of(x)
+    held = chain(project.named_parameters(), project.named_buffers())
+    state = {name: tensor.to(wide) for name, tensor in held if tensor.is_floating_point()}
+    with without_autocast(x.device.type):
+        return functional_call(project, state, (x.to(wide),))
+
+
+def _continued(x: Tensor, around: Around, mode: str) -> Tensor:
+    """``F.pad``, circular or reflected, as far as one likes: round and round, or back and forth."""
+    for axis, (before, after) in enumerate(around, start=x.ndim - len(around)):
+        cells = x.shape[axis]
+        place = torch.arange(-before, cells + after, device=x.device)
+        if mode == "circular":
+            place = place % cells
+        else:
+            period = max(2 * (cells - 1), 1)
+            place = place % period
+            place = place.minimum(period - place)
+        x = x.index_select(axis, place)
+    return x
 
 
 def _everywhere(size: Sequence[int]) -> Tensor:

@@ -104,7 +104,12 @@ class Backbone(nn.Module, PyTorchModelHubMixin, library_name="nearsight", licens
         return self.head.fc  # pyright: ignore[reportReturnType]
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Swap the classifier for a fresh one of ``num_classes`` outputs; 0 removes it."""
+        """Swap the classifier for a fresh one of ``num_classes`` outputs; 0 removes it.
+
+        Raises:
+            OptionError: a classifier without a pool before it.
+        """
+        check_pool(num_classes, self.head.global_pool.pool_type if global_pool is None else global_pool)  # pyright: ignore
         self.num_classes = num_classes
         self.head.reset(num_classes, global_pool)  # pyright: ignore[reportCallIssue]
 
@@ -131,6 +136,19 @@ class Backbone(nn.Module, PyTorchModelHubMixin, library_name="nearsight", licens
 
     def _run(self, blocks: nn.Sequential, x: Tensor) -> Tensor:
         return checkpoint_seq(blocks, x) if self.grad_checkpointing else blocks(x)
+
+
+def check_pool(num_classes: int, global_pool: str | None) -> None:
+    """Whether a head can be built: a classifier takes a vector per image, and without a pool there is a map.
+
+    Raises:
+        OptionError: a classifier without a pool.
+    """
+    if num_classes > 0 and not global_pool:
+        raise OptionError(
+            f"without a pool a map comes to the classifier, which takes vectors: with global_pool={global_pool!r} give "
+            f"num_classes=0; received {num_classes}"
+        )
 
 
 class Bottleneck(nn.Module):
@@ -225,6 +243,7 @@ class BottleneckNet(Backbone):
         drop_path_rate: float,
     ) -> None:
         super().__init__()
+        check_pool(num_classes, global_pool)
         self.in_chans = in_chans
         self.num_classes = num_classes
         self.stem = stem

@@ -20,7 +20,7 @@ from ..attention import attention_weights, local_attention
 from ..errors import OptionError, ShapeError
 from ..positions import Tables
 from ..window import Window
-from .backbone import Backbone, Pace, build, config, drop_path_rates, paces, take_indices
+from .backbone import Backbone, Pace, build, check_pool, config, drop_path_rates, paces, take_indices
 
 __all__ = [
     "Nat",
@@ -144,7 +144,12 @@ class Nat(Backbone):
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Swap the classifier for a fresh one of ``num_classes`` outputs; 0 removes it."""
+        """Swap the classifier for a fresh one of ``num_classes`` outputs; 0 removes it.
+
+        Raises:
+            OptionError: a classifier without a pool before it.
+        """
+        check_pool(num_classes, self.global_pool.pool_type if global_pool is None else global_pool)
         self.num_classes = num_classes
         if global_pool is not None:
             self.global_pool = _pool(global_pool)
