@@ -808,7 +808,13 @@ def test_the_convolutions_weights_keep_their_names():
     ns.convert(network, init="exact")
     missing = network.load_state_dict(state, strict=False)
     assert missing.unexpected_keys == []
-    assert {key.split(".", key.count("."))[-1] for key in missing.missing_keys} <= {"shift", "spread", "gate", "weight"}
+    assert {key.split(".", key.count("."))[-1] for key in missing.missing_keys} <= {
+        "shift",
+        "spread",
+        "gate",
+        "weight",
+        "_extra_state",
+    }
 
 
 def test_the_report():
