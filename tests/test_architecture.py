@@ -25,10 +25,10 @@ ROOMS = [
     ("window",),
     ("precision",),
     ("positions",),
-    ("attention.problem", "attention.first_order", "attention.softmax"),
+    ("attention.problem", "attention.softmax"),
+    ("attention.reference", "attention.blocked"),
+    ("attention.any_order",),
     (
-        "attention.reference",
-        "attention.blocked",
         "attention.dense",
         "attention.flex",
         "attention.native",

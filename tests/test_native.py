@@ -685,14 +685,6 @@ def test_vmap_where_gradients_come_as_one_tensor(widths):
 
 
 @needs_library
-def test_second_derivatives_are_refused_with_advice():
-    query, key, value = (planar().requires_grad_() for _ in range(3))
-    (gradient,) = torch.autograd.grad(local(query, key, value, ns.Window(3)).square().sum(), query, create_graph=True)
-    with pytest.raises(BackendError, match=r"no second derivative.*backend='blocked'"):
-        torch.autograd.grad(gradient.square().sum(), key)
-
-
-@needs_library
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("widths", [(24, 24, 24), (12, 12, 30), (6, 6, 3)])
 def test_gradients_of_a_fused_projection_are_its_gradient(widths, memory_format):

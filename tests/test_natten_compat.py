@@ -13,10 +13,12 @@ import subprocess
 import sys
 from contextlib import contextmanager
 from itertools import product
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
+import natten_cases
 import natten_names
 import natten_oracle
+import numpy as np
 import oracle
 import pytest
 import torch
@@ -28,6 +30,7 @@ from nearsight.attention import native
 from nearsight.attention import natten as natten_backend
 from nearsight.bench.memory import NOTHING_KEPT
 from nearsight.compat import natten as stand_in
+from nearsight.compat.natten import __main__ as program
 from nearsight.compat.natten import context, flops, functional, modules, split, utils, windows
 from nearsight.errors import DtypeError, OptionError, ShapeError
 
@@ -304,6 +307,39 @@ def test_two_windows_merge_into_one_attention():
     whole, whole_lse = functional.attention(query, key, value, return_lse=True)
     torch.testing.assert_close(out, whole)
     torch.testing.assert_close(lse, whole_lse)
+
+
+# --------------------------------------------------------------------------------------------------- NATTEN's own answers
+
+
+@pytest.fixture(scope="module")
+def of_natten():
+    with np.load(natten_cases.FILE) as file:
+        return dict(file)
+
+
+def check_answers(name: str, of_natten) -> None:
+    torch.manual_seed(0)
+    answers = natten_cases.answers(as_natten(), name)
+    assert sum(key.rpartition("/")[0] == name for key in of_natten) == len(answers)
+    for place, found in enumerate(answers):
+        assert_near(f"result {place}", found, of_natten[f"{name}/{place}"].astype(np.float64), 4)
+
+
+def as_natten() -> SimpleNamespace:
+    return SimpleNamespace(**{name: getattr(one, name) for one in (functional, modules) for name in one.__all__})
+
+
+def test_the_file_holds_all_cases(of_natten):
+    """It is written anew by tests/make_natten_cases.py."""
+    assert of_natten.pop("natten") == natten_cases.VERSION
+    of_natten.pop("torch")
+    assert {key.rpartition("/")[0] for key in of_natten} == set(natten_cases.NAMES)
+
+
+@pytest.mark.parametrize("name", natten_cases.NAMES)
+def test_the_answers_of_natten_itself(name, of_natten):
+    check_answers(name, of_natten)
 
 
 # ------------------------------------------------------------------------------------------------------------ split calls
@@ -749,6 +785,15 @@ def _table_flipped(real):
     return lambda table, axes, size: real(table.flip(-1, -2), axes, size)
 
 
+def _kept(real):
+    return lambda scale, head_dim: real(scale, head_dim) if scale is None else scale
+
+
+def check_answers_of(name: str) -> None:
+    with np.load(natten_cases.FILE) as file:
+        check_answers(name, dict(file))
+
+
 def _without_stride(real):
     return lambda rank, kernel_size, stride, dilation, is_causal: real(rank, kernel_size, 1, dilation, is_causal)
 
@@ -765,6 +810,8 @@ FAULTS = {
     "dilation forgotten, split": (functional, "window_of", _without_phases, check_split, "dilated"),
     "dilation forgotten, fused": (functional, "window_of", _without_phases, check_fused, "dilated"),
     "dilation forgotten by a client's call": (functional, "window_of", _without_phases, check_client, "DatLayer"),
+    "no window stride, seen by NATTEN": (functional, "window_of", _without_stride, check_answers_of, "a stride"),
+    "a scale of zero, seen by NATTEN": (functional, "scale_of", _kept, check_answers_of, "a scale of zero"),
     "the bias of a client read backwards": (split, "_biases", _table_flipped, check_client, "HydraLayer"),
 }
 
@@ -994,6 +1041,82 @@ def test_compat_comes_with_the_package():
     program = "import nearsight as ns\nns.compat.natten.install()\nimport natten\nprint(natten.has_fused_na())"
     finished = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert (finished.returncode, finished.stdout) == (0, "True\n"), finished.stderr
+
+
+PROGRAM = """
+import importlib.metadata
+import multiprocessing
+import sys
+
+import beside
+import natten
+from natten.functional import na2d
+
+
+def told(_):
+    layer = natten.NeighborhoodAttention2D(8, 2, 3)
+    return importlib.metadata.version("natten"), beside.natten is natten, layer.rpb is not None
+
+
+if __name__ == "__main__":
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        print(told(0), pool.map(told, [0]), sys.argv[1:])
+    sys.exit(3)
+"""
+
+
+def test_a_program_runs_with_the_stand_in_and_so_do_its_workers(tmp_path):
+    """As it is: with the module beside it, its own arguments and its exit code."""
+    (tmp_path / "train.py").write_text(PROGRAM)
+    (tmp_path / "beside.py").write_text("import natten\n")
+    command = [sys.executable, "-m", "nearsight.compat.natten", "--rel-pos-bias", "train.py", "--epochs", "3", "--help"]
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    finished = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=300)
+    told = (stand_in.natten_version(), True, True)
+    assert finished.stdout == f"{told} {[told]} {['--epochs', '3', '--help']}\n", finished.stderr
+    assert finished.returncode == 3
+    assert not list(tmp_path.glob("nearsight-natten-*"))
+
+
+@pytest.fixture
+def program_of_its_own(monkeypatch):
+    """What a program may change stays as it was."""
+    monkeypatch.setattr(sys, "argv", [*sys.argv])
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setenv("PYTHONPATH", "elsewhere")
+    yield
+    stand_in.uninstall()
+
+
+def test_a_module_runs_with_the_stand_in(tmp_path, program_of_its_own, monkeypatch, capsys):
+    (tmp_path / "told.py").write_text(
+        "import sys, natten, os\nprint(natten.has_fna(), sys.argv[1:], os.environ['PYTHONPATH'])\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    program.main(["-m", "told", "-x"])
+    first, _, rest = capsys.readouterr().out.partition(" ['-x'] ")
+    assert first == "True"
+    assert rest.endswith(f"{os.pathsep}elsewhere\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere.py"], "there is no file nowhere.py; for a module write -m nowhere.py"),
+        (["-m", "nowhere.at_all"], "there is no module nowhere.at_all"),
+        ([], "the following arguments are required: PROGRAM"),
+    ],
+)
+def test_mistakes_before_a_program_runs_are_one_line(arguments, message, program_of_its_own, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        program.main(arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_a_natten_that_is_installed_is_not_hidden_from_a_program(another_natten, program_of_its_own, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        program.main([__file__])
+    assert capsys.readouterr().err.endswith("; here: --force\n")
 
 
 # -------------------------------------------------------------------------------------------------------------- switches

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """PyTorch's own scaled_dot_product_attention, where every query sees the whole map: global attention.
 
-Position terms become its additive mask. Its fused kernels have neither forward-mode nor double backward; ``blocked`` has.
+Position terms become its additive mask. Its fused kernels have neither forward-mode nor double backward: the one is refused,
+the other taken from ``blocked``.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .first_order import first_order
+from .any_order import of_any_order
 from .problem import Call, Problem, laid_apart
 from .softmax import let_see
 
@@ -38,11 +39,15 @@ def why_not(problem: Problem) -> str | None:
     return None
 
 
-def attend(call: Call, problem: Problem) -> tuple[Tensor, None]:
+def attend(call: Call, problem: Problem) -> tuple[Tensor, Tensor | None]:
+    return of_any_order(lambda call: _attend(call, problem), call, problem)
+
+
+def _attend(call: Call, problem: Problem) -> tuple[Tensor, None]:
     mask, alone = position_logits(call, problem)
     # The mask must have the dtype of the rest, and logits are never held in half precision.
     dtype = problem.dtype if mask is None else problem.compute_dtype
-    flat = [laid_apart(tensor.flatten(2, -2).to(dtype)) for tensor in first_order(name, *call[:3])]
+    flat = [laid_apart(tensor.flatten(2, -2).to(dtype)) for tensor in call[:3]]
     out = F.scaled_dot_product_attention(*flat, attn_mask=mask, scale=call.scale)
     if alone is not None:
         out = out.masked_fill(alone, 0)

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..window import Axis, smaller
-from .first_order import first_order
+from .any_order import of_any_order
 from .problem import Call, Problem, laid_apart
 
 name = "flex"
@@ -63,11 +63,15 @@ def second_best(problem: Problem) -> str | None:
 
 
 def attend(call: Call, problem: Problem) -> tuple[Tensor, Tensor | None]:
+    return of_any_order(lambda call: _attend(call, problem), call, problem)
+
+
+def _attend(call: Call, problem: Problem) -> tuple[Tensor, Tensor | None]:
     query, key, value, bias, relative, scale = call
     plan = _plan(problem.axes, problem.in_size, query.device)
     run = _flex if problem.device == "cpu" else _compiled(replace(problem, batch=1), query.device)
-    tensors = (query, key, value)
-    query, key, value = first_order(name, *tensors) if problem.needs_grad else (one.detach() for one in tensors)
+    if not problem.needs_grad:
+        query, key, value = (one.detach() for one in (query, key, value))
     # A masked pair has weight 0, but 0 * inf is NaN: what is not finite is carried by its key, whose score is masked.
     key = key + (value.detach() * 0).sum(-1, keepdim=True)
     value = torch.where(value.isfinite(), value, 0)

@@ -14,7 +14,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from .first_order import first_order
+from .any_order import of_any_order
 from .problem import Call, Problem
 
 name = "natten"
@@ -71,12 +71,16 @@ def second_best(problem: Problem) -> str | None:
     return None
 
 
-def attend(call: Call, problem: Problem) -> tuple[Tensor, None]:
+def attend(call: Call, problem: Problem) -> tuple[Tensor, Tensor | None]:
+    return of_any_order(lambda call: _attend(call, problem), call, problem)
+
+
+def _attend(call: Call, problem: Problem) -> tuple[Tensor, None]:
     query, key, value, *_ = call
     operation = getattr(_natten(), OPERATIONS[problem.rank])
     columns = ((axis.kernel_size, axis.dilation, axis.causal) for axis in problem.axes)
     kernel_size, dilation, causal = zip(*columns, strict=True)
-    maps = (tensor.movedim(1, -2).contiguous() for tensor in first_order(name, query, key, value))
+    maps = (tensor.movedim(1, -2).contiguous() for tensor in (query, key, value))
     out = operation(*maps, kernel_size=kernel_size, dilation=dilation, is_causal=causal, scale=call.scale)
     return out.movedim(-2, 1), None
 

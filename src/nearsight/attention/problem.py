@@ -78,6 +78,13 @@ class Call(NamedTuple):
         """All of them, in order."""
         return [self.query, self.key, self.value, *([] if self.bias is None else [self.bias]), *(self.relative or ())]
 
+    @staticmethod
+    def of(tensors: Sequence[Tensor], scale: float, problem: Problem) -> Call:
+        """The call of such a problem whose :attr:`tensors` they are."""
+        query, key, value, *tables = tensors
+        bias = tables.pop(0) if problem.bias else None
+        return Call(query, key, value, bias, tables if problem.relative else None, scale)
+
 
 def describe(
     query: Tensor,

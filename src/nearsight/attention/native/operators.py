@@ -15,10 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...errors import BackendError, DtypeError, OptionError, ShapeError
+from ...errors import DtypeError, OptionError, ShapeError
 from ...private import below_autograd
 from ...window import BORDERS, Window
-from ..problem import describe
+from ..any_order import second_derivatives
+from ..problem import Call, describe
 from .library import (
     DTYPES,
     ISAS,
@@ -101,14 +102,7 @@ def _check_kinds(kinds, with_bias, kernel_size, stride, dilation, causal, shared
     """Once for every problem; of tensors only the shapes and dtypes count."""
     query, key, value, *tables = (torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in kinds)
     bias, relative = (tables[0], tables[1:]) if with_bias else (None, tables)
-    window = Window(
-        kernel_size,
-        stride=stride,
-        dilation=dilation,
-        border=tuple(_named("border", one, BORDERS) for one in border),
-        causal=tuple(_named("causal", one, (False, True)) for one in causal),
-        shared_by=shared_by,
-    )
+    window = _window(kernel_size, stride, dilation, causal, shared_by, border)
     problem = describe(query, key, value, window, bias, relative or None)
     if problem.groups > 1:
         raise ShapeError(
@@ -120,6 +114,17 @@ def _check_kinds(kinds, with_bias, kernel_size, stride, dilation, causal, shared
     if not math.isfinite(scale):
         raise OptionError(f"scale must be finite; received {scale}")
     _named("isa", isa, ISAS)
+
+
+def _window(kernel_size, stride, dilation, causal, shared_by, border) -> Window:
+    return Window(
+        tuple(kernel_size),
+        stride=tuple(stride),
+        dilation=tuple(dilation),
+        border=tuple(_named("border", one, BORDERS) for one in border),
+        causal=tuple(_named("causal", one, (False, True)) for one in causal),
+        shared_by=tuple(shared_by),
+    )
 
 
 def _named(name: str, index: int, values: tuple) -> Any:
@@ -248,15 +253,22 @@ class _Attend(torch.autograd.Function):
         wanted = (*needs, any(needs_relative))
         query, key, value, bias, out, lse, *relative = ctx.saved_tensors
         grad = torch.zeros_like(out) if grad is None else grad
-        tensors = (grad, query, key, value, bias, relative, out, lse)
-        if grad_lse is not None:
-            tensors = _with_lse(grad_lse, *tensors)
-        found = _attend_backward_above_autograd(*tensors, wanted, *ctx.geometry)
-        *maps, for_value, for_bias, for_relative = _sorted(found, query, wanted)
-        if grad_lse is not None:
-            maps = [None if one is None else one.to(query.dtype) for one in maps]
-            for_value = None if for_value is None else for_value[..., :-1].to(query.dtype)
-        return (*maps, for_value, for_bias, None, *(for_relative or [None] * len(relative)))
+        tensors = (grad, grad_lse, query, key, value, bias, relative, out, lse)
+        found = _gradients_above_autograd(*tensors, wanted, ctx.geometry)
+        *maps, for_relative = _sorted(found, query, wanted)
+        return (*maps, None, *(for_relative or [None] * len(relative)))
+
+
+def _gradients_of(grad, grad_lse, query, key, value, bias, relative, out, lse, wanted, geometry) -> list[Tensor]:
+    """As the operator returns them, of the log-sum-exp's gradient too."""
+    tensors = (grad, query, key, value, bias, relative, out, lse)
+    if grad_lse is None:
+        return _below_autograd(attend_backward, *tensors, wanted, *geometry)
+    found = _below_autograd(attend_backward, *_with_lse(grad_lse, *tensors), wanted, *geometry)
+    for_query, for_key, for_value, for_bias, for_relative = _sorted(found, query, wanted)
+    for_value = None if for_value is None else for_value[..., :-1]
+    maps = [None if one is None else one.to(query.dtype) for one in (for_query, for_key, for_value)]
+    return [one for one in (*maps, for_bias, *for_relative) if one is not None]
 
 
 def _with_lse(grad_lse, grad, query, key, value, bias, relative, out, lse):
@@ -275,19 +287,27 @@ class _AttendBackward(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(grad, wanted, geometry, query, key, value, bias, out, lse, *relative):
-        tensors = (grad, query, key, value, bias, relative, out, lse)
-        return tuple(_below_autograd(attend_backward, *tensors, wanted, *geometry))
+    def forward(grad, grad_lse, wanted, geometry, query, key, value, bias, out, lse, *relative):
+        return tuple(_gradients_of(grad, grad_lse, query, key, value, bias, relative, out, lse, wanted, geometry))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        pass
+        grad, grad_lse, ctx.wanted, ctx.geometry, query, key, value, bias, _, _, *relative = inputs
+        ctx.save_for_backward(grad, grad_lse, query, key, value, bias, *relative)
 
     @staticmethod
-    def backward(ctx, *_):
-        raise BackendError(
-            "the native kernel has no second derivative; with backend='blocked' there are derivatives of every order"
-        )
+    def backward(ctx, *seconds):
+        grad, grad_lse, query, key, value, bias, *relative = ctx.saved_tensors
+        *shape, scale, _ = ctx.geometry
+        problem = describe(query, key, value, _window(*shape), bias, relative or None, lse=grad_lse is not None)
+        call = Call(query, key, value, bias, relative or None, scale)
+        wanted = [*ctx.wanted[: 3 + problem.bias], *[ctx.wanted[4]] * len(relative)]
+        *some, for_relative = _sorted(seconds, query, ctx.wanted)
+        seconds = [one for one in (*some, *for_relative) if one is not None]
+        found = second_derivatives(call.tensors, scale, problem, (grad, grad_lse), wanted, seconds)
+        for_grad, for_lse, *maps = found[:5]
+        for_bias = found[5] if problem.bias else None
+        return for_grad, for_lse, None, None, *maps, for_bias, None, None, *found[5 + problem.bias :]
 
 
 def attend_above_autograd(query, key, value, bias, relative, *geometry):
@@ -297,10 +317,14 @@ def attend_above_autograd(query, key, value, bias, relative, *geometry):
 
 
 def _attend_backward_above_autograd(grad, query, key, value, bias, relative, out, lse, wanted, *geometry):
-    if torch.is_grad_enabled():  # someone may differentiate again, and has to be told
-        return list(_AttendBackward.apply(grad, wanted, geometry, query, key, value, bias, out, lse, *relative))
-    tensors = (grad, query, key, value, bias, relative, out, lse)
-    return _below_autograd(attend_backward, *tensors, wanted, *geometry)
+    return _gradients_above_autograd(grad, None, query, key, value, bias, relative, out, lse, wanted, geometry)
+
+
+def _gradients_above_autograd(grad, grad_lse, query, key, value, bias, relative, out, lse, wanted, geometry):
+    if torch.is_grad_enabled():  # someone may differentiate again
+        maps = (query, key, value, bias, out, lse)
+        return list(_AttendBackward.apply(grad, grad_lse, wanted, geometry, *maps, *relative))
+    return _gradients_of(grad, grad_lse, query, key, value, bias, relative, out, lse, wanted, geometry)
 
 
 def _below_autograd(operator, *args):

@@ -79,8 +79,7 @@ class _Finder(DistributionFinder, Loader):
 
 class _Distribution(Distribution):
     def read_text(self, filename: str) -> str | None:
-        metadata = f"Metadata-Version: 2.1\nName: natten\nVersion: {natten_version()}\n"
-        return {"METADATA": metadata, "top_level.txt": "natten\n"}.get(filename)
+        return metadata().get(filename)
 
     def locate_file(self, path: Any) -> Path:
         return Path(__file__).parent / path
@@ -98,6 +97,12 @@ def natten_version() -> str:
         True
     """
     return f"{NATTEN_VERSION}+nearsight.{version('nearsight')}"
+
+
+def metadata() -> dict[str, str]:
+    """The files that pip writes of a package, as far as someone asks them."""
+    told = f"Metadata-Version: 2.1\nName: natten\nVersion: {natten_version()}\n"
+    return {"METADATA": told, "top_level.txt": "natten\n"}
 
 
 def install(force: bool = False, *, rel_pos_bias: bool = False) -> None:
