@@ -5,6 +5,7 @@ import json
 import re
 import sys
 from contextlib import nullcontext
+from itertools import product
 from types import SimpleNamespace
 
 import pytest
@@ -30,9 +31,9 @@ def tiny(monkeypatch):
     monkeypatch.setattr(models, "HOSTS", few)
 
 
-@pytest.mark.parametrize("bench", ["core", "layers", "models"])
-def test_every_bench_prints_and_writes(bench, tiny, tmp_path, capsys):
-    file = tmp_path / "numbers.json"
+def printed_and_written(bench, folder, capsys):
+    """The lines that a bench prints, and the facts that it writes."""
+    file = folder / "numbers.json"
     assert main(["bench", bench, "--quick", "--threads", "1", "--json", str(file)]) == 0
     report = json.loads(file.read_text())
     assert report["bench"] == bench
@@ -40,11 +41,19 @@ def test_every_bench_prints_and_writes(bench, tiny, tmp_path, capsys):
     (facts,) = report["runs"]
     assert facts["threads"] == 1
     assert facts["rows"]
-    assert "threads 1" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "threads 1" in out
+    return out.splitlines(), facts
 
 
-def test_bench_of_models_compares_networks_with_yardsticks(tiny, capsys):
-    rows = models.measure(quick=True)
+@pytest.mark.parametrize("bench", ["core", "layers"])
+def test_every_bench_prints_and_writes(bench, tiny, tmp_path, capsys):
+    printed_and_written(bench, tmp_path, capsys)
+
+
+def test_bench_of_models_compares_networks_with_yardsticks(tiny, tmp_path, capsys):
+    lines, facts = printed_and_written("models", tmp_path, capsys)
+    rows = facts["rows"]
     ways = [("eager", "float32"), ("eager", "bfloat16")]
     *inferred, trained = [(row["mode"], row["host"], row["dtype"]) for row in rows]
     assert inferred == [("inference", *way) for way in [*ways, ("nowhere", "float32"), ("nowhere", "bfloat16")]]
@@ -57,8 +66,7 @@ def test_bench_of_models_compares_networks_with_yardsticks(tiny, capsys):
             assert row[who]["name"] == name
             assert row[who]["median_ms"] > 0
             assert ("peak_memory" in row[who]) == (row["mode"] == "training")
-    title, *inference, training = capsys.readouterr().out.splitlines()[2:]
-    assert title == "sasa_nano against sasa_nano of convolutions, 16"
+    _, *inference, training = lines[lines.index("sasa_nano against sasa_nano of convolutions, 16") :]
     for way, line in zip(ways, inference, strict=False):
         assert re.fullmatch(rf"  inference +{way[0]} +{way[1]}( +[\d.]+ \(\w+\)){{2}} +[\d.]+x", line)
     assert re.fullmatch(r"  inference +nowhere +bfloat16 +it is not here", inference[3])
@@ -75,8 +83,12 @@ def test_hosts_that_are_not_installed_are_named(monkeypatch):
     assert hosts.NEEDS.keys() <= hosts.HOSTS.keys()
 
 
-@pytest.mark.parametrize("host", [*hosts.NEEDS, "eager", pytest.param("compiled", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("dtype", models.DTYPES)
+# What compiles for seconds, once; in the other dtype in the sweeps.
+ONCE = (pytest.param("compiled", torch.float32, marks=pytest.mark.slow),)
+AGAIN = (pytest.param("compiled", torch.bfloat16, marks=pytest.mark.sweep),)
+
+
+@pytest.mark.parametrize(("host", "dtype"), [*product((*hosts.NEEDS, "eager"), models.DTYPES), *ONCE, *AGAIN], ids=str)
 def test_every_host_gives_the_network_s_outputs(host, dtype):
     torch.manual_seed(0)
     model, images = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), torch.randn(2, 3, 8, 8)
@@ -93,7 +105,7 @@ def test_every_host_gives_the_network_s_outputs(host, dtype):
 
 @pytest.mark.parametrize(("network", "yardstick", "size"), models.PAIRS)
 def test_network_and_yardstick_take_the_size(network, yardstick, size):
-    with torch.device("meta"):
+    with torch.device("meta"), torch.no_grad():
         images = torch.empty(1, 3, size, size)
         assert models._model(network, "contiguous")(images).shape == (1, 1000)
         assert models._model(yardstick, "contiguous")(images).shape == (1, 1000)

@@ -38,7 +38,7 @@ def network(name: str) -> nn.Module:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["halo_h0", "dinat_mini"])
+@pytest.mark.parametrize("name", ["halo_h0", pytest.param("dinat_mini", marks=pytest.mark.sweep)])
 def test_exported_network_computes_the_same_on_other_sizes(name):
     """The third, SASA, goes through the command below."""
     model = network(name)

@@ -37,7 +37,10 @@ SMALL = {
     "nat_mini": NAT,
     "dinat_base": NAT,
 }
-every_small = pytest.mark.parametrize("name", SMALL)
+AGAIN = ("sasa_resnet50", "sasa_resnet26_small", "dinat_base")  # of the kinds of the others
+every_small = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.sweep if name in AGAIN else []) for name in SMALL]
+)
 
 
 def small(name, **kwargs):

@@ -103,6 +103,18 @@ def test_strictly_causal(contestant, dtype):
 
 
 @every_backend([one for one in ALL if one.backend.name != "dense"])
+def test_a_bias_of_cells_that_are_hidden_anyway(contestant):
+    """Those of a shared window that lie behind the query: that theirs is finite lets nobody see."""
+    inputs = maps(8, dtype=torch.float32, grad=True)
+    bias = torch.zeros(2, 5)
+    bias[:, :3] = -INF  # the query's own cell and those before it
+    out, lse = contestant.attend(*inputs, ns.Window(3, causal=True, shared_by=2), bias=bias, return_lse=True)
+    assert not out.any()
+    assert (lse == -INF).all()
+    assert not any(gradient.any() for gradient in torch.autograd.grad(out.sum(), inputs))
+
+
+@every_backend([one for one in ALL if one.backend.name != "dense"])
 def test_registers_join_a_query_that_sees_nothing_else(contestant):
     inputs = maps(9, dtype=torch.float32, grad=True)
     bias = torch.full((2, 3), -INF)
