@@ -48,6 +48,14 @@ ChannelRange nonzero_channels(const float* table, int64_t entries, int64_t chann
     return range;
 }
 
+// Small where neighbouring heads lie in the same pages, and those of few channels in the same lines: what one head reads
+// is still near when the next one comes.
+constexpr PassLists::Chunk kChunk = {8, 8192}, kSmallChunk = {4, 1024};
+
+bool lines_are_shared(const Plan& plan) {
+    return plan.query.channel == 1 && plan.query.head < plan.query.x && !plan.bfloat16;
+}
+
 std::atomic<int64_t> calls{0};
 
 // Owns what a Plan points at.
@@ -96,10 +104,12 @@ Call::Call(const nearsight_problem& p, const nearsight_inputs& inputs, const Ker
         key_lists = std::make_unique<PassLists>(geometry, Home::keys, lanes, row);
         PassLists::join(geometry, *query_lists, *key_lists);
         plan.key_pass = key_lists->pass();
-        query_lists->deal(p.batch, p.heads, plan.key_pass.y.group_count, geometry.axes[1].cells * plan.out[0], table);
+        const int64_t rows = geometry.axes[1].cells * plan.out[0];
+        query_lists->deal(p.batch, p.heads, plan.key_pass.y.group_count, rows, table, kChunk);
     } else {
         const int64_t groups = (int64_t)z.group_count * y.group_count;
-        query_lists->deal(p.batch, p.heads, groups, groups * kGroupRows, 0);
+        const PassLists::Chunk& chunk = lines_are_shared(plan) ? kSmallChunk : kChunk;
+        query_lists->deal(p.batch, p.heads, groups, groups * kGroupRows, 0, chunk);
     }
     plan.query_pass = query_lists->pass();
 

@@ -159,20 +159,21 @@ PassLists::PassLists(const Geometry& geometry, Home home, int lanes, const Row& 
     for (const LaneVector& vector : vectors_) pass_.max_entries = std::max(pass_.max_entries, vector.entries);
     for (const LaneTile& tile : tiles_) {
         pass_.max_away_pitch = std::max(pass_.max_away_pitch, tile.away_pitch);
+        pass_.max_away_lanes = std::max(pass_.max_away_lanes, tile.away_lanes);
         pass_.max_vectors = std::max(pass_.max_vectors, tile.vectors);
     }
 }
 
-void PassLists::deal(int64_t batch, int64_t heads, int64_t groups, int64_t rows, int64_t table) {
+void PassLists::deal(int64_t batch, int64_t heads, int64_t groups, int64_t rows, int64_t table, Chunk chunk) {
     // Enough parts for a machine's threads; small enough that the next head finds in the cache what it shares lines of
     // memory with; none so small that packing the rows around it dominates. These numbers must not depend on the number
     // of threads: the partial sums of the tables' gradients follow them.
-    constexpr int64_t kParts = 32, kCells = 8192, kFewestGroups = 8, kPartialSums = (int64_t)1 << 24;
+    constexpr int64_t kParts = 32, kPartialSums = (int64_t)1 << 24;
     const int64_t batch_groups = (batch + row_.images - 1) / row_.images;
     const int64_t maps = std::max<int64_t>(1, batch_groups * heads * pass_.tile_count);
     const int64_t cells = rows * std::min(row_.tile, lanes_of_row_);
-    const int64_t wanted = std::max((kParts + maps - 1) / maps, cells / kCells);
-    pass_.chunks = (int32_t)std::max<int64_t>(1, std::min(groups / kFewestGroups, wanted));
+    const int64_t wanted = std::max((kParts + maps - 1) / maps, cells / chunk.cells);
+    pass_.chunks = (int32_t)std::max<int64_t>(1, std::min(groups / chunk.fewest_groups, wanted));
     pass_.items = (int32_t)(batch_groups * pass_.chunks * pass_.tile_count);
     const int64_t jobs = kPartialSums / std::max<int64_t>(1, heads * table);  // partial sums of 64 MB
     pass_.jobs = (int32_t)std::max<int64_t>(1, std::min<int64_t>({pass_.items, 64, jobs}));
@@ -230,10 +231,13 @@ void PassLists::join_tiles(const Axis& axis, PassLists& queries, PassLists& keys
         const int64_t left = ring_lane + keys.homes_[i].first - queries.homes_[i].first;
         const int64_t read = left + tile.vectors * keys.lanes_ + reach;
         tile.left = (int32_t)left;
-        // As in away_pitch.
-        tile.away_pitch = odd_vectors(std::max(ring_lane + made.vectors * keys.lanes_, read - ring_lane), keys.lanes_);
+        // As in make_room.
+        const int64_t packed = ring_lane + made.vectors * keys.lanes_;
+        tile.away_pitch = odd_vectors(std::max(packed, read - ring_lane), keys.lanes_);
+        tile.away_lanes = (int32_t)std::max(packed, read);
         made.ring_lane = (int32_t)ring_lane;
         keys.pass_.max_away_pitch = std::max(i == 0 ? 0 : keys.pass_.max_away_pitch, tile.away_pitch);
+        keys.pass_.max_away_lanes = std::max(i == 0 ? 0 : keys.pass_.max_away_lanes, tile.away_lanes);
     }
 }
 
@@ -356,27 +360,30 @@ void PassLists::add_tile(const Axis& axis, Range own, bool margin) {
             highest = std::max(highest, away_lane(axis, entry));
         }
     }
-    tile.left = (int32_t)round_up(-lowest, lanes_);
+    // What a vector reads, entry 0 to the last, lies in two lines and not in three where entry 0 is aligned. A row of
+    // one vector is packed in fewer pieces where the map is.
+    tile.left = (int32_t)(tile.vectors == 1 ? round_up(-lowest, lanes_) : -lowest);
     tile.away_first_run = (int32_t)runs_.size();
     tile.away_runs =
         add_runs(axis, !queries(), {home.first + lowest, home.last + highest}, home.first - tile.left, true);
     // No lane reads further than windows reach: the margins of the cache and the ring are as wide as that.
     assert(-lowest <= (queries() ? axis.back() : axis.ahead()) * row_.step(axis));
     assert(highest <= (queries() ? axis.ahead() : axis.back()) * row_.step(axis));
-    tile.away_pitch = away_pitch(tile, tile.left + tile.vectors * lanes_ + highest);
+    make_room(tile, tile.left + tile.vectors * lanes_ + highest);
     tiles_.push_back(tile);
     homes_.push_back(home);
 }
 
-// Room for what is packed into a channel; whoever reads on finds the next channel's margin, which holds zeros as well.
-int32_t PassLists::away_pitch(const LaneTile& tile, int64_t read) const {
+// Room for what is packed into a plane; whoever reads on finds the next plane's margin, which holds zeros as well.
+void PassLists::make_room(LaneTile& tile, int64_t read) const {
     int64_t margin = read, packed = 0;
     for (int32_t i = 0; i < tile.away_runs; ++i) {
         const Run& run = runs_[(size_t)(tile.away_first_run + i)];
         margin = std::min<int64_t>(margin, run.lane);
         packed = std::max<int64_t>(packed, run.lane + (run.count - 1) * run.step + 1);
     }
-    return odd_vectors(std::max(packed, read - margin), lanes_);
+    tile.away_pitch = odd_vectors(std::max(packed, read - margin), lanes_);
+    tile.away_lanes = (int32_t)std::max(packed, read);
 }
 
 int32_t PassLists::add_runs(const Axis& axis, bool queries, Range lanes, int64_t lane_zero, bool beyond) {

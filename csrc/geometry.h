@@ -111,9 +111,13 @@ class PassLists {
     PassLists& operator=(const PassLists&) = delete;
     const Pass& pass() const { return pass_; }
 
+    // What a thread works on before it takes another head.
+    struct Chunk {
+        int64_t fewest_groups, cells;
+    };
     // Cuts `groups` of `rows` rows in all into chunks, and these into jobs, each of which sums up the gradients of
     // tables of `table` numbers for every head.
-    void deal(int64_t batch, int64_t heads, int64_t groups, int64_t rows, int64_t table);
+    void deal(int64_t batch, int64_t heads, int64_t groups, int64_t rows, int64_t table, Chunk chunk);
     // Makes two passes one backward: lays out the ring, and finds the groups of queries that each group of keys needs.
     static void join(const Geometry& geometry, PassLists& queries, PassLists& keys);
 
@@ -128,7 +132,7 @@ class PassLists {
     RowAxis build_rows(const Axis& axis, int rows_per_group, bool margin, Rows& rows) const;
     void add_group(const Axis& axis, int64_t phase, const std::vector<int64_t>& homes, Rows& rows) const;
     void add_tile(const Axis& axis, Range own, bool margin);
-    int32_t away_pitch(const LaneTile& tile, int64_t read) const;
+    void make_room(LaneTile& tile, int64_t read) const;
     int32_t add_runs(const Axis& axis, bool queries, Range lanes, int64_t lane_zero, bool beyond);
     LaneVector add_vector(const Axis& axis, Range lanes, Range own, bool margin);
     int64_t away_lane(const Axis& axis, int64_t entry) const;

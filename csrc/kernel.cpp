@@ -129,7 +129,7 @@ void logits(const Spot& s, Vector* greatest) {
         LogitPart<kTerms> part = {&terms, {}, s.seen, greatest + visit.first};
         for (int r = visit.first; r < visit.last; ++r)
             part.target[r - visit.first] = s.scores_of(source, r);
-        dot_apart(dot_operands(s, source, 0, 0, s.plan->head_dim), visit.last - visit.first, s.entries, part);
+        dot_apart(dot_operands(s, i, 0, s.row->key, s.plan->head_dim), visit.last - visit.first, s.entries, part);
     }
 }
 
@@ -143,6 +143,25 @@ Vector softmax(float* scores, int count, Vector greatest) {
         sum += weight;
     }
     return sum;
+}
+
+// Multiplies each lane by its share; those that see nothing become zeros.
+void scale_lanes(Packed row, int64_t channels, Vector share, IntVector sees) {
+    if (row.channel != 1) {
+        for (int64_t c = 0; c < channels; ++c)
+            store(row.data + c * kLanes, keep(sees, load(row.data + c * kLanes) * share));
+        return;
+    }
+    float factors[kLanes];
+    int32_t seen[kLanes];
+    store(factors, share);
+    memcpy(seen, &sees, sizeof seen);
+    for (int lane = 0; lane < kLanes; ++lane) {
+        float* cell = row.data + lane * channels;
+        const Vector factor = splat(factors[lane]);
+        const IntVector mask = seen[lane] - IntVector{};
+        for (int64_t c = 0; c < channels; c += kLanes) store(cell + c, keep(mask, load(cell + c) * factor));
+    }
 }
 
 void forward_spot(const Spot& s) {
@@ -166,12 +185,10 @@ void forward_spot(const Spot& s) {
 
     const ptrdiff_t result_row = (plan.value_dim + 1) * kLanes;
     float* result = s.w->result;
-    mix_all(mix_operands(s, plan.head_dim, 0), plan.value_dim, result, result_row);
+    mix_all(mix_operands(s, s.row->value, 0), plan.value_dim, result, result_row);
     for (int r = 0; r < s.y->rows; ++r) {
         float* row = result + r * result_row;
-        const Vector share = 1.0f / sum[r];
-        for (int64_t c = 0; c < plan.value_dim; ++c)
-            store(row + c * kLanes, keep(sees[r], load(row + c * kLanes) * share));
+        scale_lanes(mixed(row, plan.value_dim), plan.value_dim, 1.0f / sum[r], sees[r]);
         if (plan.lse) store(row + plan.value_dim * kLanes, greatest[r] * kLn2 + log_natural(sum[r]));
     }
 }
@@ -182,37 +199,41 @@ ptrdiff_t forward_tile_row(const Pass& pass) {
 
 Workspace forward_workspace(const Plan& plan, Arena& arena) {
     const Pass& pass = plan.query_pass;
-    Workspace w = carve(plan, pass, plan.head_dim + plan.value_dim, plan.head_dim, plan.value_dim + 1, arena);
+    const KeyRow row(plan, pass.max_away_pitch, pass.max_away_lanes, false);
+    Workspace w = carve(plan, pass, row.size, plan.head_dim, plan.value_dim + 1, arena);
     w.scores = arena.floats(kGroupRows * forward_tile_row(pass));
     return w;
 }
 
-void pack_keys(const Plan& plan, const RowAddress& at, Runs runs, Planar row) {
-    const Planar values = {row.data + plan.head_dim * row.pitch, row.pitch};
+void pack_keys(const Plan& plan, const RowAddress& at, Runs runs, const KeyRow& layout, float* row) {
     if (at.z < 0 || at.y < 0) {
-        memset(row.data, 0, (size_t)((plan.head_dim + plan.value_dim) * row.pitch) * sizeof(float));
+        memset(row, 0, (size_t)layout.size * sizeof(float));
         return;
     }
-    pack_row(plan, plan.key, plan.head_dim, at, runs, 1.0f, row);
-    pack_row(plan, plan.value, plan.value_dim, at, runs, 1.0f, values);
+    pack_row(plan, plan.key, plan.head_dim, at, runs, 1.0f, layout.key.of(row));
+    pack_row(plan, plan.value, plan.value_dim, at, runs, 1.0f, layout.value.of(row));
 }
 
 struct ForwardWalk : Walk {
-    ForwardWalk(const Plan& plan, const Item& item, Workspace& w) : Walk(plan, plan.query_pass, item, w) {
+    const KeyRow keys;
+    ForwardWalk(const Plan& plan, const Item& item, Workspace& w)
+        : Walk(plan, plan.query_pass, item, w), keys(plan, tile.away_pitch, tile.away_lanes, false) {
         home_streams[0] = {&plan.query, plan.head_dim};
         away_streams[0] = {&plan.key, plan.head_dim};
         away_streams[1] = {&plan.value, plan.value_dim};
         result_streams[0] = {&plan.out_tensor, plan.value_dim};
-        calls = 1 + mix_calls(plan.value_dim);
+        calls = 1 + mix_calls(plan.value_dim, keys.value.channel == 1);
+        steps = plan.head_dim + (calls - 1) * plan.entries[2];
     }
-    void pack_home(const RowAddress& at, Runs runs, Planar row) const {
-        pack_row(plan, plan.query, plan.head_dim, at, runs, plan.query_multiplier, row);
+    void pack_home(const Spot&, int r, const RowAddress& at, Runs runs) const {
+        pack_row(plan, plan.query, plan.head_dim, at, runs, plan.query_multiplier, planes(home_row(r), kLanes));
     }
-    void pack_away(int64_t z, int64_t y, Planar row) const {
-        pack_keys(plan, address(z, y), away_runs(0, tile.away_pitch), row);
+    void pack_away(int64_t z, int64_t y, float* row) const {
+        pack_keys(plan, address(z, y), away_runs(0, tile.away_lanes), keys, row);
     }
     void place(Spot& spot, int) const {
         for (int r = 0; r < kGroupRows; ++r) spot.tile.rows[r] = w.scores + r * forward_tile_row(pass);
+        spot.row = &keys;
         spot.tile.visit = (ptrdiff_t)spot.entries * kLanes;
         spot.tile.entry = kLanes;
         spot.orders = spot.y->count;
@@ -220,7 +241,7 @@ struct ForwardWalk : Walk {
     void compute(const Spot& spot) const { forward_spot(spot); }
     void unpack(int r, const RowAddress& at, Runs runs) const {
         float* row = w.result + r * (plan.value_dim + 1) * kLanes;
-        unpack_row(plan, plan.out_tensor, plan.value_dim, at, runs, 1.0f, {row, kLanes});
+        unpack_row(plan, plan.out_tensor, plan.value_dim, at, runs, 1.0f, mixed(row, plan.value_dim));
         if (plan.lse) unpack_scalars(plan, plan.lse, at, runs, 1.0f, row + plan.value_dim * kLanes);
     }
 };
@@ -238,24 +259,22 @@ struct QueryHome {
           channels(minus_delta + 1) {}
 };
 
-// A row of the ring: query, gradient of out, then weights and gradients of the logits, [visit][entry] each.
+// A row of the ring: query, gradient of out, then weights and gradients of the logits, [visit][entry] each, in planes.
 struct RingRow {
-    int64_t query, grad_out, weights, gradients, visits_y, entries, channels;
-    explicit RingRow(const Plan& plan)
-        : query(0),
-          grad_out(plan.head_dim),
-          weights(grad_out + plan.value_dim),
-          visits_y(plan.query_pass.y.max_count),
-          entries(plan.entries[2]) {
+    Section query, grad_out;
+    int64_t visits_y, entries;
+    ptrdiff_t weights, gradients, size;
+    RingRow(const Plan& plan, ptrdiff_t pitch, ptrdiff_t lanes)
+        : visits_y(plan.query_pass.y.max_count), entries(plan.entries[2]) {
+        Sections row = {pitch, lanes, 0};
+        query = row.for_mix(plan.head_dim);
+        grad_out = row.for_mix(plan.value_dim);
         const int64_t scores = plan.query_pass.z.max_count * visits_y * entries;
-        gradients = weights + scores;
-        channels = gradients + scores;
+        weights = row.in_planes(scores).at;
+        gradients = row.in_planes(scores).at;
+        size = row.size;
     }
 };
-
-float* ring_row(const Plan& plan, const Workspace& w, int slot) {
-    return w.ring + slot * RingRow(plan).channels * plan.key_pass.max_away_pitch;
-}
 
 // Logits minus log-sum-exp become weights.
 template <Terms kTerms>
@@ -318,9 +337,9 @@ void logit_gradients(const Spot& s) {
             weights.target[i_row] = gradients.weights[i_row] = s.scores_of(source, r);
         }
         const int rows = visit.last - visit.first;
-        dot_all(dot_operands(s, source, channel.query, 0, plan.head_dim), rows, s.entries, weights);
+        dot_all(dot_operands(s, i, channel.query, s.row->key, plan.head_dim), rows, s.entries, weights);
         s.w->prefetches->issue();
-        dot_all(dot_operands(s, source, channel.grad_out, plan.head_dim, plan.value_dim), rows, s.entries, gradients);
+        dot_all(dot_operands(s, i, channel.grad_out, s.row->value, plan.value_dim), rows, s.entries, gradients);
     }
 }
 
@@ -402,7 +421,7 @@ void query_gradients(const Spot& s) {
     if (plan.bias_parts) add_bias_gradient(s);
     const ptrdiff_t result_row = plan.head_dim * kLanes;
     float* result = s.w->result;
-    if (plan.want_query) mix_all(mix_operands(s, 0, s.gradients), plan.head_dim, result, result_row);
+    if (plan.want_query) mix_all(mix_operands(s, s.row->key, s.gradients), plan.head_dim, result, result_row);
     if (plan.relative[0] || plan.relative[1] || plan.relative[2]) relative_gradients(s, result, result_row);
 }
 
@@ -422,67 +441,89 @@ bool wants_query_gradients(const Plan& plan) {
 }
 
 // Packs a home row, and computes delta, the sum over channels of out * grad_out.
-void pack_query_home(const Plan& plan, const RowAddress& at, Runs runs, Planar home, float* scratch) {
+void pack_query_home(const Plan& plan, const RowAddress& at, Runs runs, float* home, float* scratch) {
     const QueryHome channel(plan);
-    const auto plane = [&](int64_t c) { return home.data + c * home.pitch; };
-    pack_row(plan, plan.query, plan.head_dim, at, runs, plan.query_multiplier, home);
-    pack_row(plan, plan.grad_out, plan.value_dim, at, runs, 1.0f, {plane(channel.grad_out), home.pitch});
+    const auto plane = [&](int64_t c) { return home + c * kLanes; };
+    pack_row(plan, plan.query, plan.head_dim, at, runs, plan.query_multiplier, planes(home, kLanes));
+    pack_row(plan, plan.grad_out, plan.value_dim, at, runs, 1.0f, planes(plane(channel.grad_out), kLanes));
     pack_scalars(plan, plan.lse, at, runs, -kLog2E, plane(channel.minus_lse));
     // A query that sees no key has a log-sum-exp of -inf, and weights of zero: 2^(-inf - inf).
     const Vector minus_lse = load(plane(channel.minus_lse)), infinity = splat(__builtin_inff());
     store(plane(channel.minus_lse), choose((IntVector)(minus_lse == infinity), -infinity, minus_lse));
-    pack_row(plan, plan.out_tensor, plan.value_dim, at, runs, -1.0f, {scratch, home.pitch});
+    pack_row(plan, plan.out_tensor, plan.value_dim, at, runs, -1.0f, planes(scratch, kLanes));
     Vector sum = {};
     for (int64_t c = 0; c < plan.value_dim; ++c)
-        sum += load(scratch + c * home.pitch) * load(plane(channel.grad_out + c));
+        sum += load(scratch + c * kLanes) * load(plane(channel.grad_out + c));
     store(plane(channel.minus_delta), sum);
 }
 
 struct QueryWalk : Walk {
+    const KeyRow keys;
+    const LaneTile& ring_tile;
     const RingRow ring;
-    const ptrdiff_t ring_pitch;
     int32_t orders[kGroupRows];
     bool own = true;  // whether the gradients of the query and the tables are this item's business
     QueryWalk(const Plan& plan, const Item& item, Workspace& w)
-        : Walk(plan, plan.query_pass, item, w), ring(plan), ring_pitch(plan.key_pass.tiles[item.tile].away_pitch) {
+        : Walk(plan, plan.query_pass, item, w),
+          keys(plan, tile.away_pitch, tile.away_lanes, true),
+          ring_tile(plan.key_pass.tiles[item.tile]),
+          ring(plan, ring_tile.away_pitch, ring_tile.away_lanes) {
         home_streams[0] = {&plan.query, plan.head_dim};
         home_streams[1] = {&plan.grad_out, plan.value_dim};
         home_streams[2] = {&plan.out_tensor, plan.value_dim};
         away_streams[0] = {&plan.key, plan.head_dim};
         away_streams[1] = {&plan.value, plan.value_dim};
         if (plan.want_query) result_streams[0] = {&plan.grad_query, plan.head_dim};
-        calls = 2 + mix_calls(plan.head_dim);
+        calls = 2 + mix_calls(plan.head_dim, keys.key.channel == 1);
+        steps = plan.head_dim + plan.value_dim + (calls - 2) * plan.entries[2];
         for (int32_t& visits : orders) visits = (int32_t)ring.visits_y;
     }
-    float* ring_vector(const Spot& spot, int r) const {
-        const ptrdiff_t vector = spot.lanes - pass.vectors - tile.first_vector;
-        return ring_row(plan, w, spot.y->slot[r]) + tile.ring_lane + vector * kLanes;
+    float* ring_row(const Spot& spot, int r) const { return w.ring + spot.y->slot[r] * w.ring_row; }
+    ptrdiff_t ring_lane(const Spot& spot) const {
+        return tile.ring_lane + (spot.lanes - pass.vectors - tile.first_vector) * kLanes;
     }
-    void pack_home(const RowAddress& at, Runs runs, Planar row) const {
-        pack_query_home(plan, at, runs, row, w.result);
-    }
-    void pack_away(int64_t z, int64_t y, Planar row) const {
-        pack_keys(plan, address(z, y), away_runs(0, tile.away_pitch), row);
+    void pack_away(int64_t z, int64_t y, float* row) const {
+        pack_keys(plan, address(z, y), away_runs(0, tile.away_lanes), keys, row);
     }
     void place(Spot& spot, int) const {
         for (int r = 0; r < spot.y->rows; ++r)
-            spot.tile.rows[r] = ring_vector(spot, r) + (ring.weights + spot.lanes->first_entry) * ring_pitch;
-        spot.tile.visit = ring.entries * ring_pitch;
-        spot.tile.entry = ring_pitch;
-        spot.gradients = (ring.gradients - ring.weights) * ring_pitch;
+            spot.tile.rows[r] = ring_row(spot, r) + ring_lane(spot) + ring.weights +
+                                spot.lanes->first_entry * ring_tile.away_pitch;
+        spot.tile.visit = ring.entries * ring_tile.away_pitch;
+        spot.tile.entry = ring_tile.away_pitch;
+        spot.gradients = ring.gradients - ring.weights;
         spot.orders = orders;
+        spot.row = &keys;
+    }
+    void pack_home(const Spot& spot, int r, const RowAddress& at, Runs runs) const {
+        const auto in_ring = [&](const Section& section) {
+            Packed row = section.of(ring_row(spot, r));
+            row.data += ring_lane(spot) * row.lane;
+            return row;
+        };
+        float* home = home_row(r);
+        pack_query_home(plan, at, runs, home, w.result);
+        keep_in_ring(plan.query, plan.head_dim, at, runs, plan.query_multiplier, home, in_ring(ring.query));
+        keep_in_ring(plan.grad_out, plan.value_dim, at, runs, 1.0f, home + plan.head_dim * kLanes,
+                     in_ring(ring.grad_out));
+    }
+    // In planes a copy of what was packed at home; in cells what has no cell has been zeros from the start.
+    void keep_in_ring(const Tensor& tensor, int64_t channels, const RowAddress& at, Runs runs, float multiplier,
+                      const float* home, Packed row) const {
+        if (row.channel == 1) {
+            pack_row(plan, tensor, channels, at, runs, multiplier, row);
+            return;
+        }
+        for (int64_t c = 0; c < channels; ++c) store(row.data + c * row.channel, load(home + c * kLanes));
     }
     void compute(const Spot& spot) const {
-        for (int r = 0; r < spot.y->rows; ++r)
-            for (int64_t c = 0; c < plan.head_dim + plan.value_dim; ++c)
-                store(ring_vector(spot, r) + (ring.query + c) * ring_pitch, load(home_row(r) + c * kLanes));
         weights_and_gradients(spot);
         if (own && wants_query_gradients(plan)) query_gradients(spot);
     }
     void unpack(int r, const RowAddress& at, Runs runs) const {
         float* row = w.result + r * plan.head_dim * kLanes;
         if (own && plan.want_query)
-            unpack_row(plan, plan.grad_query, plan.head_dim, at, runs, plan.scale, {row, kLanes});
+            unpack_row(plan, plan.grad_query, plan.head_dim, at, runs, plan.scale, planes(row, kLanes));
     }
 };
 
@@ -493,10 +534,13 @@ bool wants_key_gradients(const Plan& plan) { return plan.want_key || plan.want_v
 // Gathers the gradients of key and value of groups of key rows from the rows of queries in the ring.
 struct KeyWalk : Walk {
     const RingRow ring;
-    KeyWalk(const Plan& plan, const Item& item, Workspace& w) : Walk(plan, plan.key_pass, item, w), ring(plan) {
+    KeyWalk(const Plan& plan, const Item& item, Workspace& w)
+        : Walk(plan, plan.key_pass, item, w), ring(plan, tile.away_pitch, tile.away_lanes) {
         if (plan.want_key) result_streams[0] = {&plan.grad_key, plan.head_dim};
         if (plan.want_value) result_streams[1] = {&plan.grad_value, plan.value_dim};
-        calls = (plan.want_key ? mix_calls(plan.head_dim) : 0) + (plan.want_value ? mix_calls(plan.value_dim) : 0);
+        if (plan.want_key) calls += mix_calls(plan.head_dim, ring.query.channel == 1);
+        if (plan.want_value) calls += mix_calls(plan.value_dim, ring.grad_out.channel == 1);
+        steps = calls * plan.entries[2];
     }
 
     int64_t channels() const { return plan.head_dim + plan.value_dim; }
@@ -512,26 +556,22 @@ struct KeyWalk : Walk {
         for (int i = 0; i < y.visits; ++i) {
             const Visit& visit = pass.y.visits[y.first_visit + i];
             assert(visit.slot >= 0 && visit.slot < pass.y.slots);
-            w.ring_sources[i] = {ring_row(plan, w, visit.slot) + tile.left, &visit, 0, 0};
+            w.ring_sources[i] = {w.ring + visit.slot * w.ring_row, &visit, 0, 0};
         }
     }
 
-    void gather(const Spot& spot, int order_z, float* target) const {
-        MixOperands o = mix_operands(spot, 0, 0);
+    // Gathers by one plane of weights.
+    void gather(const Spot& spot, int order_z, ptrdiff_t weights, const Section& away, int64_t channels_,
+                float* target) const {
+        MixOperands o = mix_operands(spot, away, 0);
         o.sources = w.ring_sources;
         o.keys_at_home = true;
         o.add = w.planes != nullptr;
         o.weights.visit = ring.entries * spot.away_pitch;
         o.weights.entry = spot.away_pitch + spot.step;
-        const ptrdiff_t first = order_z * ring.visits_y * ring.entries + spot.lanes->first_entry;
-        const ptrdiff_t result_row = channels() * kLanes;
-        const auto mix_in = [&](int64_t weights, int64_t away_channel, int64_t count, float* result) {
-            o.away_weights = spot.away_lane + (weights + first) * spot.away_pitch;
-            o.away_lane = spot.away_lane + away_channel * spot.away_pitch;
-            mix_all(o, count, result, result_row);
-        };
-        if (plan.want_key) mix_in(ring.gradients, ring.query, plan.head_dim, target);
-        if (plan.want_value) mix_in(ring.weights, ring.grad_out, plan.value_dim, target + plan.head_dim * kLanes);
+        o.away_weights = weights + spot.away_lane +
+                         (order_z * ring.visits_y * ring.entries + spot.lanes->first_entry) * spot.away_pitch;
+        mix_all(o, channels_, target, channels() * kLanes);
     }
 
     // What the queries of one plane add to a group of key rows.
@@ -545,8 +585,13 @@ struct KeyWalk : Walk {
                 const Visit& visit = plan.query_pass.z.visits[queries_z.first_visit + i];
                 if (visit.index < 0) continue;
                 list_results(visit.index, y, v);
-                w.prefetches->spread_over(y.visits * calls);
-                gather(spot, visit.order[0], result(visit.index, g, v));
+                w.prefetches->spread_over(y.visits * calls, y.visits * steps);
+                float* target = result(visit.index, g, v);
+                if (plan.want_key)
+                    gather(spot, visit.order[0], ring.gradients, ring.query, plan.head_dim, target);
+                if (plan.want_value)
+                    gather(spot, visit.order[0], ring.weights, ring.grad_out, plan.value_dim,
+                           target + plan.head_dim * kLanes);
                 if (!w.planes) unpack(visit.index, g, v);
             }
         }
@@ -559,9 +604,11 @@ struct KeyWalk : Walk {
             float* row = result(plane, g, v) + r * channels() * kLanes;
             float* values = row + plan.head_dim * kLanes;
             // The packed query carries scale * log2(e).
-            if (plan.want_key) unpack_row(plan, plan.grad_key, plan.head_dim, at, own_runs(v), kLn2, {row, kLanes});
+            if (plan.want_key)
+                unpack_row(plan, plan.grad_key, plan.head_dim, at, own_runs(v), kLn2, mixed(row, plan.head_dim));
             if (plan.want_value)
-                unpack_row(plan, plan.grad_value, plan.value_dim, at, own_runs(v), 1.0f, {values, kLanes});
+                unpack_row(plan, plan.grad_value, plan.value_dim, at, own_runs(v), 1.0f,
+                           mixed(values, plan.value_dim));
         }
     }
 
@@ -577,14 +624,17 @@ struct KeyWalk : Walk {
 Workspace backward_workspace(const Plan& plan, Arena& arena) {
     const Pass &queries = plan.query_pass, &keys = plan.key_pass;
     const int64_t channels = plan.head_dim + plan.value_dim;
-    Workspace w = carve(plan, queries, channels, QueryHome(plan).channels, channels, arena);
+    const KeyRow key_row(plan, queries.max_away_pitch, queries.max_away_lanes, true);
+    const RingRow ring_row(plan, keys.max_away_pitch, keys.max_away_lanes);
+    Workspace w = carve(plan, queries, key_row.size, QueryHome(plan).channels, channels, arena);
     for (int axis = 0; axis < 3; ++axis)
         w.sums[axis] = arena.floats((int64_t)plan.entries[axis] * kGroupRows * kLanes);
     if (plan.bias_parts) w.bias_gradient = arena.floats(plan.bias_entries * kLanes);
     for (int axis = 0; axis < 3; ++axis)
         if (plan.relative_parts[axis])
             w.relative_gradient[axis] = arena.floats(plan.entries[axis] * plan.head_dim * kLanes);
-    const int64_t ring = keys.y.slots * RingRow(plan).channels * keys.max_away_pitch + keys.max_away_pitch;
+    w.ring_row = ring_row.size;
+    const int64_t ring = keys.y.slots * w.ring_row + keys.max_away_pitch;
     w.ring = arena.floats(ring);
     w.ring_bytes = (size_t)ring * sizeof(float);
     w.ring_sources = (Source*)arena.take((int64_t)keys.y.max_visits * (int64_t)sizeof(Source));

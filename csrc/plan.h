@@ -55,7 +55,8 @@ struct LaneTile {
     int32_t vectors, first_vector;
     int32_t away_first_run, away_runs;
     int32_t left;        // away lane of home lane 0
-    int32_t away_pitch;
+    int32_t away_pitch;  // of planes, which share their margins: whoever reads on finds the next one's
+    int32_t away_lanes;  // that are packed or read
     int32_t ring_lane;   // queries at home: lane of home lane 0 in the ring
 };
 
@@ -91,7 +92,7 @@ struct Pass {
     const LaneVector* vectors;
     const Run* runs;
     const int32_t* lane_lists;
-    int32_t tile_count, max_entries, max_away_pitch, max_vectors;
+    int32_t tile_count, max_entries, max_away_pitch, max_away_lanes, max_vectors;
     int64_t step;    // away lanes per entry: dilation, negated when queries are away
     int64_t offset;  // away lane of entry 0, relative to the home lane
     int32_t chunks;  // the groups of a map, of the backward those of y alone, are cut into so many parts

@@ -12,11 +12,18 @@ namespace {
 
 using namespace nearsight;
 
-// Planar memory holds channel c of lane l at [c * pitch + l].
-struct Planar {
+// Packed memory holds channel c of lane l at [l * lane + c * channel]: in planes neighbouring lanes are neighbours, in
+// cells neighbouring channels are.
+struct Packed {
     float* data;
-    ptrdiff_t pitch;
+    ptrdiff_t lane, channel;
 };
+
+Packed planes(float* data, ptrdiff_t pitch) { return {data, 1, pitch}; }
+Packed cells(float* data, int64_t channels) { return {data, channels, 1}; }
+
+// Whether so many channels fill vectors, and these are wide enough that cells beat planes in `mix`.
+bool fit_cells(int64_t channels) { return kLanes == 16 && channels % kLanes == 0; }
 
 template <class T>
 NEARSIGHT_INLINE void pack_lane(const T* source, ptrdiff_t channel_stride, int64_t channels, float multiplier,
@@ -101,8 +108,8 @@ void unpack_interleaved(T* target, ptrdiff_t stride, int64_t channels, int count
 }
 
 template <class T>
-void pack_run(const T* source, ptrdiff_t stride, ptrdiff_t channel_stride, int64_t channels, const Run& run,
-              float multiplier, float* row, ptrdiff_t pitch) {
+void pack_planes(const T* source, ptrdiff_t stride, ptrdiff_t channel_stride, int64_t channels, const Run& run,
+                 float multiplier, float* row, ptrdiff_t pitch) {
     float* lanes = row + run.lane;
     if (stride == 1 && channel_stride != 1) {
         for (int64_t c = 0; c < channels; ++c)
@@ -124,8 +131,8 @@ void pack_run(const T* source, ptrdiff_t stride, ptrdiff_t channel_stride, int64
 }
 
 template <class T>
-void unpack_run(T* target, ptrdiff_t stride, ptrdiff_t channel_stride, int64_t channels, const Run& run,
-                float multiplier, const float* row, ptrdiff_t pitch) {
+void unpack_planes(T* target, ptrdiff_t stride, ptrdiff_t channel_stride, int64_t channels, const Run& run,
+                   float multiplier, const float* row, ptrdiff_t pitch) {
     const float* lanes = row + run.lane;
     if (run.step == 1 && channel_stride == 1 && channels > 1) {
         unpack_interleaved(target, stride, channels, run.count, multiplier, lanes, pitch);
@@ -134,6 +141,63 @@ void unpack_run(T* target, ptrdiff_t stride, ptrdiff_t channel_stride, int64_t c
     for (int64_t c = 0; c < channels; ++c)
         for (int i = 0; i < run.count; ++i)
             store_one(target + c * channel_stride + i * stride, lanes[c * pitch + i * run.step] * multiplier);
+}
+
+// Between planes and cells, whole vectors of channels: blocks of lanes x 4 channels are transposed in registers.
+template <class T>
+bool transpose_to_cells(const T* source, ptrdiff_t channel_stride, int64_t channels, int count, float multiplier,
+                        float* cells, ptrdiff_t pitch) {
+    return cover(count, kLanes, [&](int i) {
+        for (int64_t c = 0; c < channels; c += 4) {
+            Vector v[4];
+            for (int k = 0; k < 4; ++k) v[k] = load_vector(source + (c + k) * channel_stride + i) * multiplier;
+            transpose_quads(v[0], v[1], v[2], v[3]);
+            for (int k = 0; k < 4; ++k) store_quads(cells + (i + k) * pitch + c, 4 * pitch, v[k]);
+        }
+    });
+}
+
+template <class T>
+bool transpose_from_cells(const float* cells, ptrdiff_t pitch, int64_t channels, int count, float multiplier, T* target,
+                          ptrdiff_t channel_stride) {
+    return cover(count, kLanes, [&](int i) {
+        for (int64_t c = 0; c < channels; c += 4) {
+            Vector v[4];
+            for (int k = 0; k < 4; ++k) v[k] = load_quads(cells + (i + k) * pitch + c, 4 * pitch) * multiplier;
+            transpose_quads(v[0], v[1], v[2], v[3]);
+            for (int k = 0; k < 4; ++k) store_vector(target + (c + k) * channel_stride + i, v[k]);
+        }
+    });
+}
+
+template <class T>
+void pack_cells(const T* source, ptrdiff_t stride, ptrdiff_t channel_stride, int64_t channels, const Run& run,
+                float multiplier, float* row, ptrdiff_t pitch) {
+    float* cells = row + run.lane * pitch;
+    if (channel_stride == 1) {
+        for (int i = 0; i < run.count; ++i)
+            for (int64_t c = 0; c < channels; c += kLanes)
+                store(cells + i * run.step * pitch + c, load_vector(source + i * stride + c) * multiplier);
+    } else if (stride != 1 || run.step != 1 ||
+               !transpose_to_cells(source, channel_stride, channels, run.count, multiplier, cells, pitch)) {
+        for (int i = 0; i < run.count; ++i)
+            pack_lane(source + i * stride, channel_stride, channels, multiplier, cells + i * run.step * pitch, 1);
+    }
+}
+
+template <class T>
+void unpack_cells(T* target, ptrdiff_t stride, ptrdiff_t channel_stride, int64_t channels, const Run& run,
+                  float multiplier, const float* row, ptrdiff_t pitch) {
+    const float* cells = row + run.lane * pitch;
+    if (channel_stride == 1) {
+        for (int i = 0; i < run.count; ++i)
+            for (int64_t c = 0; c < channels; c += kLanes)
+                store_vector(target + i * stride + c, load(cells + i * run.step * pitch + c) * multiplier);
+    } else if (stride != 1 || run.step != 1 ||
+               !transpose_from_cells(cells, pitch, channels, run.count, multiplier, target, channel_stride)) {
+        for (int i = 0; i < run.count; ++i)
+            unpack_lane(target + i * stride, channel_stride, channels, multiplier, cells + i * run.step * pitch, 1);
+    }
 }
 
 // Where a packed row comes from or goes to.
@@ -160,31 +224,38 @@ int64_t row_offset(const Tensor& t, const RowAddress& at, const Run& run) {
     return (at.first_batch + run.group) * t.batch + at.head * t.head + at.z * t.z + at.y * t.y + run.index * t.x;
 }
 
-void pack_row(const Plan& plan, const Tensor& t, int64_t channels, const RowAddress& at, const Runs& runs,
-              float multiplier, Planar row) {
+// Calls work(cells, stride, run) for the runs that lie in the window: the tensor's cells, and how far apart they are.
+template <class Work>
+NEARSIGHT_INLINE void each_run(const Plan& plan, const Tensor& t, const RowAddress& at, const Runs& runs, Work work) {
     for (int i = 0; i < runs.count; ++i) {
         const Run run = clip(runs.runs[i], runs);
         if (run.count <= 0 || at.first_batch + run.group >= plan.batch) continue;
         const int64_t offset = row_offset(t, at, run), stride = run.index_step * t.x;
         if (plan.bfloat16)
-            pack_run((const Bfloat16*)t.data + offset, stride, t.channel, channels, run, multiplier, row.data,
-                     row.pitch);
+            work((Bfloat16*)t.data + offset, stride, run);
         else
-            pack_run((const float*)t.data + offset, stride, t.channel, channels, run, multiplier, row.data, row.pitch);
+            work((float*)t.data + offset, stride, run);
     }
 }
 
-void unpack_row(const Plan& plan, const Tensor& t, int64_t channels, const RowAddress& at, const Runs& runs,
-                float multiplier, Planar row) {
-    for (int i = 0; i < runs.count; ++i) {
-        const Run run = clip(runs.runs[i], runs);
-        if (run.count <= 0 || at.first_batch + run.group >= plan.batch) continue;
-        const int64_t offset = row_offset(t, at, run), stride = run.index_step * t.x;
-        if (plan.bfloat16)
-            unpack_run((Bfloat16*)t.data + offset, stride, t.channel, channels, run, multiplier, row.data, row.pitch);
+void pack_row(const Plan& plan, const Tensor& t, int64_t channels, const RowAddress& at, const Runs& runs,
+              float multiplier, Packed row) {
+    each_run(plan, t, at, runs, [&](const auto* source, ptrdiff_t stride, const Run& run) {
+        if (row.channel == 1)
+            pack_cells(source, stride, t.channel, channels, run, multiplier, row.data, row.lane);
         else
-            unpack_run((float*)t.data + offset, stride, t.channel, channels, run, multiplier, row.data, row.pitch);
-    }
+            pack_planes(source, stride, t.channel, channels, run, multiplier, row.data, row.channel);
+    });
+}
+
+void unpack_row(const Plan& plan, const Tensor& t, int64_t channels, const RowAddress& at, const Runs& runs,
+                float multiplier, Packed row) {
+    each_run(plan, t, at, runs, [&](auto* target, ptrdiff_t stride, const Run& run) {
+        if (row.channel == 1)
+            unpack_cells(target, stride, t.channel, channels, run, multiplier, row.data, row.lane);
+        else
+            unpack_planes(target, stride, t.channel, channels, run, multiplier, row.data, row.channel);
+    });
 }
 
 // lse and delta: one contiguous float32 number per query.
@@ -198,7 +269,7 @@ void pack_scalars(const Plan& plan, const float* source, const RowAddress& at, c
     for (int i = 0; i < runs.count; ++i) {
         const Run run = clip(runs.runs[i], runs);
         if (run.count <= 0 || at.first_batch + run.group >= plan.batch) continue;
-        pack_run(source + scalar_offset(plan, at, run), run.index_step, 1, 1, run, multiplier, row, 0);
+        pack_planes(source + scalar_offset(plan, at, run), run.index_step, 1, 1, run, multiplier, row, 0);
     }
 }
 
@@ -207,51 +278,42 @@ void unpack_scalars(const Plan& plan, float* target, const RowAddress& at, const
     for (int i = 0; i < runs.count; ++i) {
         const Run run = clip(runs.runs[i], runs);
         if (run.count <= 0 || at.first_batch + run.group >= plan.batch) continue;
-        unpack_run(target + scalar_offset(plan, at, run), run.index_step, 1, 1, run, multiplier, row, 0);
+        unpack_planes(target + scalar_offset(plan, at, run), run.index_step, 1, 1, run, multiplier, row, 0);
     }
 }
 
 // ---- Asking for memory ahead of time --------------------------------------------------------------------------------
 
-// Lines at even distances, one of each piece of contiguous memory.
-struct Strip {
-    uintptr_t line, stride;
-    int32_t lines;
-    bool write;  // whether they will be written
-};
-
-// Memory to ask for while something else is computed: waiting for it would take as long as the work. A few lines at a
-// time, since a burst fills the queues of the processor and makes it wait after all.
+// Memory to ask for while something else is computed: waiting for it would take as long as the work. One line at a
+// time: until it has come, from wherever it is, each occupies one of the few buffers through which lines reach the first
+// cache level, and a burst makes the loads of the work itself wait.
 struct Prefetches {
-    static constexpr int kMostLines = 1024, kMostStrips = 256;
-    Strip strips[kMostStrips];
-    Strip* next;
-    int count, lines, at_once;  // count: of strips; lines: of all of them
+    static constexpr int kMostLines = 1024;
+    uintptr_t lines[kMostLines + 1];
+    const uintptr_t* next;
+    uintptr_t* end;
+    int at_once;  // of each call
 
-    void clear() {
-        next = strips;
-        count = lines = 0;
+    void clear() { next = end = lines; }
+    // `count` lines, so many bytes apart.
+    void add(uintptr_t line, uintptr_t stride, int64_t count) {
+        if (end - lines + count > kMostLines) return;
+        for (int64_t i = 0; i < count; ++i, line += stride) *end++ = line;
     }
-    void add(const Strip& strip) {
-        if (count == kMostStrips || lines + strip.lines > kMostLines) return;
-        strips[count++] = strip;
-        lines += strip.lines;
+    // Over so many calls, and over the steps of all of them where these ask as well.
+    void spread_over(int64_t calls, int64_t steps) {
+        *end = (uintptr_t)lines;  // for whoever asks for more
+        const int64_t left = end - lines - (kLanes < 16 ? 0 : steps);
+        at_once = left > 0 ? (int)(left / (calls > 0 ? calls : 1)) + 1 : 0;
     }
-    void spread_over(int points) { at_once = lines / (points > 0 ? points : 1) + 1; }
     NEARSIGHT_INLINE void issue() {
-        for (int wanted = at_once; wanted > 0 && next < strips + count;) {
-            Strip& strip = *next;
-            const int now = wanted < strip.lines ? wanted : strip.lines;
-            uintptr_t line = strip.line;
-            if (strip.write)
-                for (int i = 0; i < now; ++i, line += strip.stride) __builtin_prefetch((const void*)line, 1, 2);
-            else
-                for (int i = 0; i < now; ++i, line += strip.stride) __builtin_prefetch((const void*)line, 0, 2);
-            strip.line = line;
-            strip.lines -= now;
-            wanted -= now;
-            if (strip.lines == 0) ++next;
-        }
+        for (int i = 0; i < at_once && next < end; ++i) __builtin_prefetch((const void*)*next++, 0, 2);
+    }
+    // One line for a step of a call, or one that is there anyway. With AVX-512 the work leaves room for it.
+    NEARSIGHT_INLINE void step(const uintptr_t*& own_next) const {
+        if (kLanes < 16) return;
+        __builtin_prefetch((const void*)*own_next, 0, 2);
+        own_next += own_next < end;
     }
 };
 
@@ -262,8 +324,7 @@ struct Stream {
 };
 
 // Lists the lines of a run: contiguous memory is the channels of each cell or the cells of each channel.
-void list_run(const Plan& plan, const Stream& stream, const RowAddress& at, const Run& run, bool write,
-              Prefetches& list) {
+void list_run(const Plan& plan, const Stream& stream, const RowAddress& at, const Run& run, Prefetches& list) {
     constexpr uintptr_t kLine = 64;
     const Tensor& t = *stream.tensor;
     if (t.channel != 1 && t.x != 1) return;
@@ -274,17 +335,18 @@ void list_run(const Plan& plan, const Stream& stream, const RowAddress& at, cons
     const uintptr_t bytes = (uintptr_t)((interleaved ? stream.channels : (run.count - 1) * run.index_step + 1) * size);
     const uintptr_t first = (uintptr_t)(t.data + row_offset(t, at, run) * size);
     if (pieces > Prefetches::kMostLines) return;
-    for (uintptr_t byte = 0; byte < bytes; byte += kLine) list.add({first + byte, stride, (int32_t)pieces, write});
+    for (uintptr_t byte = 0; byte < bytes; byte += kLine) list.add(first + byte, stride, pieces);
 }
 
-void list_row(const Plan& plan, const Stream* streams, int count, const RowAddress& at, const Runs& runs, bool write,
+void list_row(const Plan& plan, const Stream* streams, int count, const RowAddress& at, const Runs& runs,
               Prefetches& list) {
-    if (runs.count > Prefetches::kMostStrips) return;  // to look through them for each vector would take longer
+    constexpr int kMostRuns = 256;
+    if (runs.count > kMostRuns) return;  // to look through them for each vector would take longer
     for (int i = 0; i < runs.count; ++i) {
         const Run run = clip(runs.runs[i], runs);
         if (run.count <= 0 || at.first_batch + run.group >= plan.batch || run.step != 1) continue;
         for (int s = 0; s < count; ++s)
-            if (streams[s].tensor) list_run(plan, streams[s], at, run, write, list);
+            if (streams[s].tensor) list_run(plan, streams[s], at, run, list);
     }
 }
 

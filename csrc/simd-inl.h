@@ -217,6 +217,26 @@ NEARSIGHT_INLINE void store_quad(Bfloat16* p, Quad v) {
     memcpy(p, &out, 8);
 }
 
+// As many numbers as a vector has lanes.
+NEARSIGHT_INLINE Vector load_vector(const float* p) { return load(p); }
+NEARSIGHT_INLINE Vector load_vector(const Bfloat16* p) {
+    typedef uint16_t Shorts __attribute__((vector_size(2 * kLanes)));
+    typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
+    Shorts bits;
+    memcpy(&bits, p, sizeof bits);
+    return (Vector)(__builtin_convertvector(bits, Words) << 16);
+}
+NEARSIGHT_INLINE void store_vector(float* p, Vector v) { store(p, v); }
+NEARSIGHT_INLINE void store_vector(Bfloat16* p, Vector v) {
+    typedef uint16_t Shorts __attribute__((vector_size(2 * kLanes)));
+    typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
+    const Words bits = (Words)v;
+    const Words rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    const Words number = (Words)(v == v);
+    const Shorts out = __builtin_convertvector((rounded & number) | (0x7fc0 & ~number), Shorts);
+    memcpy(p, &out, sizeof out);
+}
+
 // Quads `stride` elements apart, side by side. Compilers shuffle where the processor can load in place, so on x86 it is
 // spelt out.
 template <class T>

@@ -20,7 +20,7 @@ constexpr int kMixChannels = kRegisters == 32 ? 8 : 4;  // 3 x 8 sums
 
 // An away row as a group sees it.
 struct Source {
-    const float* away;  // channel 0, the lane below home lane 0
+    const float* away;  // its start
     const Visit* visit;
     int32_t entry_z, order_z;
 };
@@ -31,6 +31,8 @@ struct DotOperands {
     const float* away;  // entry 0
     ptrdiff_t away_pitch, step;
     int64_t channels;
+    ptrdiff_t ahead;  // to the next row that `dot` will be called for; 0 when there is none
+    Prefetches* prefetches;
 };
 
 // sums[r][e] = part.start + sum over channels of home[r] * away[shifted by entry e], handed to part.finish.
@@ -41,10 +43,16 @@ NEARSIGHT_INLINE void dot(const DotOperands& o, int entry, Part& part) {
         for (int e = 0; e < kEntries; ++e) sums[r][e] = part.start(r, entry + e);
     const float* home = o.home;
     const float* away = o.away + entry * o.step;
+    const uintptr_t* next = o.prefetches->next;
 #pragma GCC unroll 2
     for (int64_t c = 0; c < o.channels; ++c) {
+        o.prefetches->step(next);
         Vector h[kRows];
         for (int r = 0; r < kRows; ++r) h[r] = load(home + r * o.home_row);
+        if (kLanes == 16 && o.ahead) {
+            __builtin_prefetch(away + o.ahead, 0, 3);
+            __builtin_prefetch(away + o.ahead + kLanes, 0, 3);
+        }
         for (int e = 0; e < kEntries; ++e) {
             Vector a = load(away + e * o.step);
             pin(a);
@@ -53,6 +61,7 @@ NEARSIGHT_INLINE void dot(const DotOperands& o, int entry, Part& part) {
         home += kLanes;
         away += o.away_pitch;
     }
+    o.prefetches->next = next;
     for (int r = 0; r < kRows; ++r) part.template finish<kEntries>(r, entry, sums[r]);
 }
 
@@ -102,8 +111,9 @@ struct MixOperands {
     const int32_t* orders;   // visits of each home row along y
     int entries;
     const int32_t* seen;  // each lane's range of entries, or NULL
-    ptrdiff_t away_lane;  // from Source::away to the lane of entry 0
-    ptrdiff_t away_pitch, step;
+    ptrdiff_t first;          // from Source::away to channel 0 of what lane 0 meets under entry 0
+    ptrdiff_t lane, channel;  // of away rows and results alike, as of Packed
+    ptrdiff_t step;           // lanes per entry
     Prefetches* prefetches;
 
     const float* weights_of(const Source& s, int r) const {
@@ -118,7 +128,8 @@ NEARSIGHT_INLINE void mix_source(const MixOperands& o, const Source& s, int64_t 
                                  Vector (&sums)[kGroupRows][kChannels]) {
     const float* weights[kGroupRows];
     for (int r = kFirst; r < kLast; ++r) weights[r] = o.weights_of(s, r);
-    const float* away = s.away + channel * o.away_pitch + o.away_lane;
+    const float* away = s.away + o.first + channel * o.channel;
+    const uintptr_t* next = o.prefetches->next;
     for (int e = 0; e < o.entries; ++e) {
         Vector w[kGroupRows];
 #pragma GCC unroll 3
@@ -126,14 +137,16 @@ NEARSIGHT_INLINE void mix_source(const MixOperands& o, const Source& s, int64_t 
         const IntVector seen = kMasked ? within(o.seen, e) : IntVector{};
 #pragma GCC unroll 8
         for (int c = 0; c < kChannels; ++c) {
-            Vector a = load(away + c * o.away_pitch);
+            Vector a = load(away + c * o.channel);
             if (kMasked) a = keep(seen, a);
             pin(a);
 #pragma GCC unroll 3
             for (int r = kFirst; r < kLast; ++r) sums[r][c] += w[r] * a;
         }
+        o.prefetches->step(next);
         away += o.step;
     }
+    o.prefetches->next = next;
 }
 
 template <int kChannels, bool kMasked>
@@ -174,10 +187,110 @@ int64_t mix_blocks(const MixOperands& o, int64_t channel, int64_t channels, floa
     return channel;
 }
 
-int mix_calls(int64_t channels) { return (int)((channels + kMixChannels - 1) / kMixChannels); }
+// ---- Mix, cell by cell ----------------------------------------------------------------------------------------------
+// Channels are the lanes: a cell is loaded in whole lines, whatever its entry shifts it by, and each weight is spread
+// over a vector. The same sums in the same order as in planes.
 
-// result[r][c] = sum over sources and entries of weights * away channel c.
+constexpr int kMixVectors = 8;  // 3 x 8 sums, of cells x vectors of channels
+
+// Adds the entries of one source to the sums of home rows kFirst to kLast - 1, of the lanes from `lane` on.
+template <int kFirst, int kLast, int kCells, int kVectors, bool kMasked>
+NEARSIGHT_INLINE void mix_cells_source(const MixOperands& o, const Source& s, int lane, int64_t channel,
+                                       Vector (&sums)[kGroupRows][kCells][kVectors]) {
+    const float* weights[kGroupRows];
+    for (int r = kFirst; r < kLast; ++r) weights[r] = o.weights_of(s, r) + lane;
+    const float* away = s.away + o.first + lane * o.lane + channel;
+    const uintptr_t* next = o.prefetches->next;
+    for (int e = 0; e < o.entries; ++e) {
+#pragma GCC unroll 8
+        for (int q = 0; q < kCells; ++q) {
+            Vector w[kGroupRows];
+#pragma GCC unroll 3
+            for (int r = kFirst; r < kLast; ++r) {
+                w[r] = splat(weights[r][q]);
+                if (kVectors > 1) pin(w[r]);
+            }
+            const bool hidden = kMasked && (e < o.seen[lane + q] || e >= o.seen[kLanes + lane + q]);
+#pragma GCC unroll 8
+            for (int v = 0; v < kVectors; ++v) {
+                Vector a = hidden ? Vector{} : load(away + q * o.lane + v * kLanes);
+                pin(a);
+#pragma GCC unroll 3
+                for (int r = kFirst; r < kLast; ++r) sums[r][q][v] += w[r] * a;
+            }
+        }
+        o.prefetches->step(next);
+        away += o.step * o.lane;
+#pragma GCC unroll 3
+        for (int r = kFirst; r < kLast; ++r) weights[r] += o.weights.entry;
+    }
+    o.prefetches->next = next;
+}
+
+template <int kVectors, bool kMasked>
+NEARSIGHT_APART void mix_cells(const MixOperands& o, int lane, int64_t channel, float* result, ptrdiff_t result_row) {
+    constexpr int kCells = kMixVectors / kVectors;
+    const auto target = [&](int r, int q, int v) {
+        return result + r * result_row + (lane + q) * o.lane + channel + v * kLanes;
+    };
+    Vector sums[kGroupRows][kCells][kVectors] = {};
+    if (o.add) {
+#pragma GCC unroll 3
+        for (int r = 0; r < kGroupRows; ++r)
+#pragma GCC unroll 8
+            for (int q = 0; q < kCells; ++q)
+#pragma GCC unroll 8
+                for (int v = 0; v < kVectors; ++v) sums[r][q][v] = load(target(r, q, v));
+    }
+    for (int i = 0; i < o.source_count; ++i) {
+        const Source& s = o.sources[i];
+        o.prefetches->issue();
+        switch (s.visit->first * 4 + s.visit->last) {
+            case 1: mix_cells_source<0, 1, kCells, kVectors, kMasked>(o, s, lane, channel, sums); break;
+            case 2: mix_cells_source<0, 2, kCells, kVectors, kMasked>(o, s, lane, channel, sums); break;
+            case 3: mix_cells_source<0, 3, kCells, kVectors, kMasked>(o, s, lane, channel, sums); break;
+            case 6: mix_cells_source<1, 2, kCells, kVectors, kMasked>(o, s, lane, channel, sums); break;
+            case 7: mix_cells_source<1, 3, kCells, kVectors, kMasked>(o, s, lane, channel, sums); break;
+            default: mix_cells_source<2, 3, kCells, kVectors, kMasked>(o, s, lane, channel, sums); break;
+        }
+    }
+#pragma GCC unroll 3
+    for (int r = 0; r < kGroupRows; ++r)
+#pragma GCC unroll 8
+        for (int q = 0; q < kCells; ++q)
+#pragma GCC unroll 8
+            for (int v = 0; v < kVectors; ++v) store(target(r, q, v), sums[r][q][v]);
+}
+
+template <int kVectors>
+int64_t mix_cells_blocks(const MixOperands& o, int64_t channel, int64_t channels, float* result, ptrdiff_t result_row) {
+    for (; channel + kVectors * kLanes <= channels; channel += kVectors * kLanes)
+        for (int lane = 0; lane < kLanes; lane += kMixVectors / kVectors) {
+            if (o.seen)
+                mix_cells<kVectors, true>(o, lane, channel, result, result_row);
+            else
+                mix_cells<kVectors, false>(o, lane, channel, result, result_row);
+        }
+    return channel;
+}
+
+// ---- Mix, whichever way the rows are packed -------------------------------------------------------------------------
+
+// How often the sources are gone through.
+int64_t mix_calls(int64_t channels, bool in_cells) {
+    return in_cells ? channels / kMixVectors : (channels + kMixChannels - 1) / kMixChannels;
+}
+
+// result[r], packed as the away rows are = sum over sources and entries of weights * away.
 void mix_all(const MixOperands& o, int64_t channels, float* result, ptrdiff_t result_row) {
+    if constexpr (kLanes == 16) {
+        if (o.channel == 1) {
+            int64_t c = mix_cells_blocks<4>(o, 0, channels, result, result_row);
+            c = mix_cells_blocks<2>(o, c, channels, result, result_row);
+            mix_cells_blocks<1>(o, c, channels, result, result_row);
+            return;
+        }
+    }
     int64_t c = mix_blocks<kMixChannels>(o, 0, channels, result, result_row);
     if constexpr (kMixChannels > 4) c = mix_blocks<4>(o, c, channels, result, result_row);
     c = mix_blocks<2>(o, c, channels, result, result_row);

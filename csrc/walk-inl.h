@@ -46,7 +46,8 @@ struct Workspace {
     float* scores;  // the tile
     float* terms[3];  // of every axis: [entry][row][lane]
     float* zeros;     // stands for a missing bias
-    int64_t away_channels, home_channels;
+    int64_t home_channels;
+    ptrdiff_t away_row;  // from one packed row to the next
     size_t cache_bytes, home_bytes;
 
     // Of a backward.
@@ -55,22 +56,27 @@ struct Workspace {
     float* relative_gradient[3];
     float* ring;
     size_t ring_bytes;
+    ptrdiff_t ring_row;  // from one of its rows to the next
     Source* ring_sources;
     float* planes;  // sums of the gradients of key and value, where several planes of queries add to them
     int64_t plane_groups;
     size_t planes_bytes;
 };
 
+// Floats between the rows of the cache: without them rows of many shapes lie a multiple of 4096 bytes apart, and compete
+// for the same sets of the first cache level.
+constexpr int64_t kSlotPadding = 7 * 16;
+
 int64_t slots(const Pass& pass) { return (int64_t)pass.z.slots * pass.y.slots; }
 
-Workspace carve(const Plan& plan, const Pass& pass, int64_t away_channels, int64_t home_channels,
-                int64_t result_channels, Arena& arena) {
+Workspace carve(const Plan& plan, const Pass& pass, ptrdiff_t away_row, int64_t home_channels, int64_t result_channels,
+                Arena& arena) {
     Workspace w = {};
     w.leftover = (Leftover*)arena.take((int64_t)sizeof(Leftover));
-    w.away_channels = away_channels;
+    w.away_row = away_row + kSlotPadding;
     w.home_channels = home_channels;
-    // Reads may go past the last channel, into the next row's margin.
-    const int64_t cache = slots(pass) * away_channels * pass.max_away_pitch + pass.max_away_pitch;
+    // Reads may go past the last plane, into the next row's margin.
+    const int64_t cache = slots(pass) * w.away_row + pass.max_away_pitch;
     w.cache = arena.floats(cache);
     w.cache_bytes = (size_t)cache * sizeof(float);
     w.tags = (Tag*)arena.take(slots(pass) * (int64_t)sizeof(Tag));
@@ -83,6 +89,48 @@ Workspace carve(const Plan& plan, const Pass& pass, int64_t away_channels, int64
         w.terms[axis] = arena.floats((int64_t)plan.entries[axis] * kGroupRows * kLanes);
     w.zeros = arena.floats(plan.entries[2]);
     return w;
+}
+
+// ---- What packed rows hold ------------------------------------------------------------------------------------------
+
+// A part of a packed row, from so many floats behind its start on.
+struct Section {
+    ptrdiff_t at, lane, channel;  // as of Packed
+    Packed of(float* row) const { return {row + at, lane, channel}; }
+};
+
+// Lays one part behind the other.
+struct Sections {
+    ptrdiff_t pitch, lanes, size;
+    Section in_planes(int64_t channels) {
+        const ptrdiff_t at = size;
+        size += channels * pitch;
+        return {at, 1, pitch};
+    }
+    // As `mix` is fastest on it.
+    Section for_mix(int64_t channels) {
+        if (!fit_cells(channels)) return in_planes(channels);
+        const ptrdiff_t at = size;
+        size += channels * lanes;
+        return {at, channels, 1};
+    }
+};
+
+// A row that queries see. `dot` takes planes: of the keys, in a backward of the values as well.
+struct KeyRow {
+    Section key, value;
+    ptrdiff_t size;
+    KeyRow(const Plan& plan, ptrdiff_t pitch, ptrdiff_t lanes, bool backward) {
+        Sections row = {pitch, lanes, 0};
+        key = row.in_planes(plan.head_dim);
+        value = backward ? row.in_planes(plan.value_dim) : row.for_mix(plan.value_dim);
+        size = row.size;
+    }
+};
+
+// What a row of results holds for `channels` channels, in the order that `mix` leaves them in.
+Packed mixed(float* row, int64_t channels) {
+    return fit_cells(channels) ? cells(row, channels) : planes(row, kLanes);
 }
 
 // ---- Walking over a head's share of the work ------------------------------------------------------------------------
@@ -126,7 +174,7 @@ void start_item(const Plan& plan, const Pass& pass, const Item& item, Workspace&
 
 // The rows that a group sees, packed unless they still are.
 template <class Steps>
-int find_sources(const Pass& pass, const LaneTile& tile, const Group& z, const Group& y, Workspace& w, Steps& steps) {
+int find_sources(const Pass& pass, const Group& z, const Group& y, Workspace& w, Steps& steps) {
     int count = 0;
     for (int i = 0; i < z.visits; ++i) {
         const Visit& visit_z = pass.z.visits[z.first_visit + i];
@@ -134,14 +182,14 @@ int find_sources(const Pass& pass, const LaneTile& tile, const Group& z, const G
             const Visit& visit_y = pass.y.visits[y.first_visit + j];
             const int64_t slot = (int64_t)visit_z.slot * pass.y.slots + visit_y.slot;
             assert(slot >= 0 && slot < slots(pass));
-            float* row = w.cache + slot * w.away_channels * pass.max_away_pitch;
+            float* row = w.cache + slot * w.away_row;
             Tag& tag = w.tags[slot];
             if (tag.z != visit_z.cell || tag.y != visit_y.cell) {
                 tag.z = visit_z.cell;
                 tag.y = visit_y.cell;
-                steps.pack_away(visit_z.index, visit_y.index, Planar{row, tile.away_pitch});
+                steps.pack_away(visit_z.index, visit_y.index, row);
             }
-            w.sources[count++] = {row + tile.left, &visit_y, visit_z.entry[0], visit_z.order[0]};
+            w.sources[count++] = {row, &visit_y, visit_z.entry[0], visit_z.order[0]};
         }
     }
     return count;
@@ -154,13 +202,14 @@ struct Spot {
     const LaneVector* lanes;
     const int32_t* seen;     // each lane's range of entries, or NULL
     const Group *z, *y;
+    const KeyRow* row;       // queries at home: what they see
     const int32_t* own;      // mask of the lanes that belong to the tile, or NULL
     int64_t head;
     Tile tile;               // logits, then weights
     ptrdiff_t gradients;     // from a weight to the gradient of its logit
     const int32_t* orders;   // visits of each home row along y, as the tile counts them
     int source_count, entries;
-    ptrdiff_t away_lane, home_row, away_pitch, step;
+    ptrdiff_t away_lane, home_row, away_pitch, step;  // away_lane: that home lane 0 meets under entry 0
     float* scores_of(const Source& source, int r) const {
         return tile.at(r, source.order_z * orders[r] + source.visit->order[r]);
     }
@@ -178,25 +227,32 @@ Spot spot_of(const Plan& plan, const Pass& pass, const LaneTile& tile, int64_t h
     s.head = head;
     s.entries = s.lanes->entries;
     s.step = pass.step;
-    s.away_lane = (ptrdiff_t)vector * kLanes + pass.offset + (ptrdiff_t)s.lanes->first_entry * pass.step;
+    s.away_lane = tile.left + (ptrdiff_t)vector * kLanes + pass.offset + (ptrdiff_t)s.lanes->first_entry * pass.step;
     s.home_row = w.home_channels * kLanes;
     s.away_pitch = tile.away_pitch;
-    // The first entry's away lanes, and those of the last, lie in the row or the margin that follows it.
-    [[maybe_unused]] const ptrdiff_t first = tile.left + s.away_lane, last = first + (s.entries - 1) * s.step;
+    [[maybe_unused]] const ptrdiff_t first = s.away_lane, last = first + (s.entries - 1) * s.step;
     assert(first >= 0 && last >= 0);
-    assert(first + kLanes <= 2 * (ptrdiff_t)tile.away_pitch && last + kLanes <= 2 * (ptrdiff_t)tile.away_pitch);
+    assert(first + kLanes <= tile.away_lanes && last + kLanes <= tile.away_lanes);
     return s;
 }
 
-DotOperands dot_operands(const Spot& s, const Source& source, int64_t home_channel, int64_t away_channel,
-                         int64_t channels) {
-    const float* home = s.w->home + source.visit->first * s.home_row + home_channel * kLanes;
-    const float* away = source.away + away_channel * s.away_pitch + s.away_lane;
-    return {home, s.home_row, away, s.away_pitch, s.step, channels};
+// Home channels from `home_channel` on times `away`, in planes, of the spot's i-th source.
+DotOperands dot_operands(const Spot& s, int i, int64_t home_channel, const Section& away, int64_t channels) {
+    const Source& source = s.w->sources[i];
+    DotOperands o = {};
+    o.home = s.w->home + source.visit->first * s.home_row + home_channel * kLanes;
+    o.home_row = s.home_row;
+    o.away = source.away + away.at + s.away_lane;
+    o.away_pitch = away.channel;
+    o.step = s.step;
+    o.channels = channels;
+    o.ahead = i + 1 < s.source_count ? s.w->sources[i + 1].away - source.away : 0;
+    o.prefetches = s.w->prefetches;
+    return o;
 }
 
-// Weights, or what lies `weights` after them, times an away channel and those after it.
-MixOperands mix_operands(const Spot& s, int64_t away_channel, ptrdiff_t weights) {
+// Weights, or what lies `weights` after them, times `away`.
+MixOperands mix_operands(const Spot& s, const Section& away, ptrdiff_t weights) {
     MixOperands o = {};
     o.sources = s.w->sources;
     o.source_count = s.source_count;
@@ -206,19 +262,20 @@ MixOperands mix_operands(const Spot& s, int64_t away_channel, ptrdiff_t weights)
     o.entries = s.entries;
     // Unless it holds a cell, an away lane holds zeros: lanes that see nothing there cannot be spoilt.
     o.seen = s.lanes->hides_cells ? s.seen : nullptr;
-    o.away_lane = s.away_lane + away_channel * s.away_pitch;
-    o.away_pitch = s.away_pitch;
+    o.first = away.at + s.away_lane * away.lane;
+    o.lane = away.lane;
+    o.channel = away.channel;
     o.step = s.step;
     o.prefetches = s.w->prefetches;
     return o;
 }
 
 // What every pass knows about the item that it works on. Passes add
-//     pack_away(z, y, row)      for each row that a group sees and that is not in the cache; then, for each vector,
-//     pack_home(at, runs, row)  for each row of the group,
-//     place(spot, vector)       where the tile is,
+//     pack_away(z, y, row)          for each row that a group sees and that is not in the cache; then, for each vector,
+//     place(spot, vector)           where the tile is,
+//     pack_home(spot, r, at, runs)  for each row of the group,
 //     compute(spot),
-//     unpack(r, at, runs)       for each row of the group
+//     unpack(r, at, runs)           for each row of the group
 struct Walk {
     const Plan& plan;
     const Pass& pass;
@@ -226,7 +283,7 @@ struct Walk {
     const LaneTile& tile;
     Workspace& w;
     Stream home_streams[3] = {}, away_streams[2] = {}, result_streams[2] = {};
-    int calls = 1;  // of dot and mix for each source: prefetches are spread over them
+    int64_t calls = 0, steps = 0;  // of dot and mix for each source, and in these: prefetches are spread over them
     Walk(const Plan& plan, const Pass& pass, const Item& item, Workspace& w)
         : plan(plan), pass(pass), item(item), tile(pass.tiles[item.tile]), w(w) {}
 
@@ -248,20 +305,20 @@ struct Walk {
         return away_runs(tile.away_pitch * vector / tile.vectors, tile.away_pitch * (vector + 1) / tile.vectors);
     }
 
-    void list(const Stream* streams, int count, const RowAddress& at, Runs runs, bool write) const {
-        list_row(plan, streams, count, at, runs, write, *w.prefetches);
+    void list(const Stream* streams, int count, const RowAddress& at, Runs runs) const {
+        list_row(plan, streams, count, at, runs, *w.prefetches);
     }
 
     // Lists the results of this vector.
     void list_results(int64_t z, const Group& y, int vector) const {
         w.prefetches->clear();
-        for (int r = 0; r < y.rows; ++r) list(result_streams, 2, address(z, y.home[r]), own_runs(vector), true);
+        for (int r = 0; r < y.rows; ++r) list(result_streams, 2, address(z, y.home[r]), own_runs(vector));
     }
 
     // Lists this vector's share of what the next group will read.
     void list_next(const Group& z, const Group& y, int vector) const {
         for (int r = 0; r < y.rows; ++r)
-            list(home_streams, 3, address(z.home[0], y.home[r]), home_runs(vector), false);
+            list(home_streams, 3, address(z.home[0], y.home[r]), home_runs(vector));
         for (int i = 0; i < z.visits; ++i)
             for (int j = 0; j < y.visits; ++j) {
                 const Visit& visit_z = pass.z.visits[z.first_visit + i];
@@ -269,7 +326,7 @@ struct Walk {
                 const Tag& tag = w.tags[(int64_t)visit_z.slot * pass.y.slots + visit_y.slot];
                 if (tag.z == visit_z.cell && tag.y == visit_y.cell) continue;
                 if (visit_z.index >= 0 && visit_y.index >= 0)
-                    list(away_streams, 2, address(visit_z.index, visit_y.index), away_share(vector), false);
+                    list(away_streams, 2, address(visit_z.index, visit_y.index), away_share(vector));
             }
     }
 };
@@ -284,7 +341,7 @@ void walk_group(Steps& steps, const Group& z, const Group& y, const GroupPair* n
     const Plan& plan = steps.plan;
     const LaneTile& tile = steps.tile;
     Workspace& w = steps.w;
-    const int sources = find_sources(steps.pass, tile, z, y, w, steps);
+    const int sources = find_sources(steps.pass, z, y, w, steps);
     for (int v = 0; v < tile.vectors; ++v) {
         Spot spot = spot_of(plan, steps.pass, tile, steps.item.head, v, w);
         spot.z = &z;
@@ -294,12 +351,12 @@ void walk_group(Steps& steps, const Group& z, const Group& y, const GroupPair* n
         const Runs runs = steps.home_runs(v);
         steps.list_results(z.home[0], y, v);
         if (next) steps.list_next(*next->z, *next->y, v);
-        w.prefetches->spread_over(sources * steps.calls);
+        w.prefetches->spread_over(sources * steps.calls, sources * steps.steps);
         // Some rows or lanes may hold no cell.
         if (spot.lanes->gaps || y.rows < kGroupRows || !is_whole(plan, steps.item))
             memset(w.home, 0, w.home_bytes);
         for (int r = 0; r < y.rows; ++r)
-            steps.pack_home(steps.address(z.home[0], y.home[r]), runs, Planar{steps.home_row(r), kLanes});
+            steps.pack_home(spot, r, steps.address(z.home[0], y.home[r]), runs);
         steps.compute(spot);
         for (int r = 0; r < y.rows; ++r) steps.unpack(r, steps.address(z.home[0], y.home[r]), steps.own_runs(v));
     }
