@@ -8,7 +8,6 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <memory>
 #include <vector>
 
 #include "geometry.h"
@@ -58,29 +57,33 @@ bool lines_are_shared(const Plan& plan) {
 
 std::atomic<int64_t> calls{0};
 
-// Owns what a Plan points at.
+// Owns what a plan points at.
 struct Call {
     const Kernel* kernel;
     Geometry geometry;
-    Plan plan = {};
-    std::unique_ptr<PassLists> query_lists, key_lists;
+    Row row;
+    PassLists query_lists;
     std::vector<float> bias;
     std::vector<ChannelRange> nonzero[3];
 
-    Call(const nearsight_problem& p, const nearsight_inputs& inputs, const Kernel* kernel, bool backward);
+    Call(const nearsight_problem& p, const nearsight_inputs& inputs, const Kernel* kernel, bool backward)
+        : kernel(kernel),
+          geometry(p),
+          row(choose_row(geometry, p, inputs.key.strides[p.rank + 2] != 1, kernel->lanes, backward)),
+          query_lists(geometry, Home::queries, kernel->lanes, row, backward) {}
+
+    void describe(const nearsight_problem& p, const nearsight_inputs& inputs, Plan& plan);
+    void list_tables(const nearsight_problem& p, const nearsight_inputs& inputs, Plan& plan);
 };
 
-Call::Call(const nearsight_problem& p, const nearsight_inputs& inputs, const Kernel* kernel, bool backward)
-    : kernel(kernel), geometry(p) {
-    const int lanes = kernel->lanes;
+// All of a plan but its passes and where its results go.
+void Call::describe(const nearsight_problem& p, const nearsight_inputs& inputs, Plan& plan) {
     plan.call = ++calls;
     plan.bfloat16 = p.dtype == NEARSIGHT_BFLOAT16;
     plan.batch = p.batch;
     plan.heads = p.heads;
     plan.head_dim = p.head_dim;
     plan.value_dim = p.value_dim;
-    const bool planar = inputs.key.strides[p.rank + 2] != 1;
-    const Row row = choose_row(geometry, p, planar, lanes, backward);
     plan.batch_group = row.images;
     plan.scale = (float)p.scale;
     plan.query_multiplier = (float)(p.scale * kLog2E);
@@ -93,26 +96,10 @@ Call::Call(const nearsight_problem& p, const nearsight_inputs& inputs, const Ker
     plan.query = place(p, inputs.query);
     plan.key = place(p, inputs.key);
     plan.value = place(p, inputs.value);
+    list_tables(p, inputs, plan);
+}
 
-    plan.key_planes = geometry.axes[0].cells;
-    query_lists = std::make_unique<PassLists>(geometry, Home::queries, lanes, row, backward);
-    const RowAxis &z = query_lists->pass().z, &y = query_lists->pass().y;
-    int64_t table = inputs.bias ? plan.bias_entries : 0;
-    for (int i = 0; i < p.rank; ++i)
-        if (inputs.relative[i]) table += plan.entries[3 - p.rank + i] * p.head_dim;
-    if (backward) {
-        key_lists = std::make_unique<PassLists>(geometry, Home::keys, lanes, row);
-        PassLists::join(geometry, *query_lists, *key_lists);
-        plan.key_pass = key_lists->pass();
-        const int64_t rows = geometry.axes[1].cells * plan.out[0];
-        query_lists->deal(p.batch, p.heads, plan.key_pass.y.group_count, rows, table, kChunk);
-    } else {
-        const int64_t groups = (int64_t)z.group_count * y.group_count;
-        const PassLists::Chunk& chunk = lines_are_shared(plan) ? kSmallChunk : kChunk;
-        query_lists->deal(p.batch, p.heads, groups, groups * kGroupRows, 0, chunk);
-    }
-    plan.query_pass = query_lists->pass();
-
+void Call::list_tables(const nearsight_problem& p, const nearsight_inputs& inputs, Plan& plan) {
     if (inputs.bias) {
         bias.resize((size_t)(p.heads * plan.bias_entries));
         for (size_t i = 0; i < bias.size(); ++i) bias[i] = in_base_2(inputs.bias[i]);
@@ -130,6 +117,36 @@ Call::Call(const nearsight_problem& p, const nearsight_inputs& inputs, const Ker
     }
 }
 
+struct ForwardCall : Call {
+    Plan plan = {};
+    ForwardCall(const nearsight_problem& p, const nearsight_inputs& inputs, const Kernel* kernel)
+        : Call(p, inputs, kernel, false) {
+        describe(p, inputs, plan);
+        const int64_t groups = (int64_t)query_lists.pass().z.group_count * query_lists.pass().y.group_count;
+        const PassLists::Chunk& chunk = lines_are_shared(plan) ? kSmallChunk : kChunk;
+        query_lists.deal(p.batch, p.heads, groups, groups * kGroupRows, 0, chunk);
+        plan.query_pass = query_lists.pass();
+    }
+};
+
+struct BackwardCall : Call {
+    PassLists key_lists;
+    BackwardPlan plan = {};
+    BackwardCall(const nearsight_problem& p, const nearsight_inputs& inputs, const Kernel* kernel)
+        : Call(p, inputs, kernel, true), key_lists(geometry, Home::keys, kernel->lanes, row) {
+        describe(p, inputs, plan);
+        int64_t table = plan.bias ? plan.bias_entries : 0;
+        for (int axis = 0; axis < 3; ++axis)
+            if (plan.relative[axis]) table += plan.entries[axis] * p.head_dim;
+        PassLists::join(geometry, query_lists, key_lists);
+        const int64_t rows = geometry.axes[1].cells * plan.out[0];
+        query_lists.deal(p.batch, p.heads, key_lists.pass().y.group_count, rows, table, kChunk);
+        plan.query_pass = query_lists.pass();
+        plan.key_pass = key_lists.pass();
+        plan.key_planes = geometry.axes[0].cells;
+    }
+};
+
 int check_scratch(size_t bytes) { return bytes > (size_t)kMostScratch ? NEARSIGHT_ERROR_SCRATCH : NEARSIGHT_OK; }
 
 // Adds up the jobs' partial sums, in the order of the jobs.
@@ -145,8 +162,11 @@ void reduce(const std::vector<float>& parts, int64_t heads, int64_t jobs, int64_
 }  // namespace
 
 int check_scratch(const nearsight_problem& p, int isa, bool backward) {
-    Call call(p, {}, kernel_of(isa), backward);
-    if (!backward) return check_scratch(call.kernel->forward_bytes(&call.plan));
+    if (!backward) {
+        const ForwardCall call(p, {}, kernel_of(isa));
+        return check_scratch(call.kernel->forward_bytes(&call.plan));
+    }
+    BackwardCall call(p, {}, kernel_of(isa));
     float wanted = 0;  // of these, only whether they are NULL counts
     call.plan.bias_parts = &wanted;
     for (float*& parts : call.plan.relative_parts) parts = &wanted;
@@ -155,18 +175,21 @@ int check_scratch(const nearsight_problem& p, int isa, bool backward) {
 
 int forward(const nearsight_problem& p, const nearsight_inputs& inputs, const nearsight_tensor& out, float* lse,
             int isa) {
-    Call call(p, inputs, kernel_of(isa), false);
+    ForwardCall call(p, inputs, kernel_of(isa));
     call.plan.out_tensor = place(p, out);
     call.plan.lse = lse;
     const size_t bytes = call.kernel->forward_bytes(&call.plan);
     if (int error = check_scratch(bytes)) return error;
-    return run(call.plan, bytes, call.kernel->forward, p.num_threads);
+    const auto work = [&](int64_t head, int64_t job, char* workspace) {
+        call.kernel->forward(&call.plan, head, job, workspace);
+    };
+    return run(p.heads, call.plan.query_pass.jobs, bytes, work, p.num_threads);
 }
 
 int backward(const nearsight_problem& p, const nearsight_inputs& inputs, const nearsight_tensor& out, const float* lse,
              const nearsight_tensor& grad_out, const nearsight_gradients& gradients, int isa) {
-    Call call(p, inputs, kernel_of(isa), true);
-    Plan& plan = call.plan;
+    BackwardCall call(p, inputs, kernel_of(isa));
+    BackwardPlan& plan = call.plan;
     plan.out_tensor = place(p, out);
     plan.grad_out = place(p, grad_out);
     plan.lse = const_cast<float*>(lse);
@@ -192,7 +215,10 @@ int backward(const nearsight_problem& p, const nearsight_inputs& inputs, const n
 
     const size_t bytes = call.kernel->backward_bytes(&plan);
     if (int error = check_scratch(bytes)) return error;
-    if (int error = run(plan, bytes, call.kernel->backward, p.num_threads)) return error;
+    const auto work = [&](int64_t head, int64_t job, char* workspace) {
+        call.kernel->backward(&plan, head, job, workspace);
+    };
+    if (int error = run(p.heads, plan.query_pass.jobs, bytes, work, p.num_threads)) return error;
     if (gradients.bias) reduce(bias_parts, p.heads, plan.query_pass.jobs, plan.bias_entries, gradients.bias);
     for (int i = 0; i < p.rank; ++i) {
         const int axis = 3 - p.rank + i;

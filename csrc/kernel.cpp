@@ -399,8 +399,7 @@ void keep_own(const Spot& s, float* sums, int first, int last) {
         store(sums + i * kLanes, keep(load_mask(s.own), load(sums + i * kLanes)));
 }
 
-void relative_gradients(const Spot& s, float* result, ptrdiff_t result_row) {
-    const Plan& plan = *s.plan;
+void relative_gradients(const BackwardPlan& plan, const Spot& s, float* result, ptrdiff_t result_row) {
     sum_over_axes(s);
     for (int axis = 0; axis < 3; ++axis) {
         if (!plan.relative[axis]) continue;
@@ -416,13 +415,12 @@ void relative_gradients(const Spot& s, float* result, ptrdiff_t result_row) {
     }
 }
 
-void query_gradients(const Spot& s) {
-    const Plan& plan = *s.plan;
+void query_gradients(const BackwardPlan& plan, const Spot& s) {
     if (plan.bias_parts) add_bias_gradient(s);
     const ptrdiff_t result_row = plan.head_dim * kLanes;
     float* result = s.w->result;
     if (plan.want_query) mix_all(mix_operands(s, s.row->key, s.gradients), plan.head_dim, result, result_row);
-    if (plan.relative[0] || plan.relative[1] || plan.relative[2]) relative_gradients(s, result, result_row);
+    if (plan.relative[0] || plan.relative[1] || plan.relative[2]) relative_gradients(plan, s, result, result_row);
 }
 
 void weights_and_gradients(const Spot& s) {
@@ -435,13 +433,13 @@ void weights_and_gradients(const Spot& s) {
     }
 }
 
-bool wants_query_gradients(const Plan& plan) {
+bool wants_query_gradients(const BackwardPlan& plan) {
     return plan.want_query || plan.bias_parts || plan.relative_parts[0] || plan.relative_parts[1] ||
            plan.relative_parts[2];
 }
 
 // Packs a home row, and computes delta, the sum over channels of out * grad_out.
-void pack_query_home(const Plan& plan, const RowAddress& at, Runs runs, float* home, float* scratch) {
+void pack_query_home(const BackwardPlan& plan, const RowAddress& at, Runs runs, float* home, float* scratch) {
     const QueryHome channel(plan);
     const auto plane = [&](int64_t c) { return home + c * kLanes; };
     pack_row(plan, plan.query, plan.head_dim, at, runs, plan.query_multiplier, planes(home, kLanes));
@@ -458,13 +456,15 @@ void pack_query_home(const Plan& plan, const RowAddress& at, Runs runs, float* h
 }
 
 struct QueryWalk : Walk {
+    const BackwardPlan& plan;
     const KeyRow keys;
     const LaneTile& ring_tile;
     const RingRow ring;
     int32_t orders[kGroupRows];
     bool own = true;  // whether the gradients of the query and the tables are this item's business
-    QueryWalk(const Plan& plan, const Item& item, Workspace& w)
+    QueryWalk(const BackwardPlan& plan, const Item& item, Workspace& w)
         : Walk(plan, plan.query_pass, item, w),
+          plan(plan),
           keys(plan, tile.away_pitch, tile.away_lanes, true),
           ring_tile(plan.key_pass.tiles[item.tile]),
           ring(plan, ring_tile.away_pitch, ring_tile.away_lanes) {
@@ -518,7 +518,7 @@ struct QueryWalk : Walk {
     }
     void compute(const Spot& spot) const {
         weights_and_gradients(spot);
-        if (own && wants_query_gradients(plan)) query_gradients(spot);
+        if (own && wants_query_gradients(plan)) query_gradients(plan, spot);
     }
     void unpack(int r, const RowAddress& at, Runs runs) const {
         float* row = w.result + r * plan.head_dim * kLanes;
@@ -529,13 +529,14 @@ struct QueryWalk : Walk {
 
 // ---- Backward: keys at home -----------------------------------------------------------------------------------------
 
-bool wants_key_gradients(const Plan& plan) { return plan.want_key || plan.want_value; }
+bool wants_key_gradients(const BackwardPlan& plan) { return plan.want_key || plan.want_value; }
 
 // Gathers the gradients of key and value of groups of key rows from the rows of queries in the ring.
 struct KeyWalk : Walk {
+    const BackwardPlan& plan;
     const RingRow ring;
-    KeyWalk(const Plan& plan, const Item& item, Workspace& w)
-        : Walk(plan, plan.key_pass, item, w), ring(plan, tile.away_pitch, tile.away_lanes) {
+    KeyWalk(const BackwardPlan& plan, const Item& item, Workspace& w)
+        : Walk(plan, plan.key_pass, item, w), plan(plan), ring(plan, tile.away_pitch, tile.away_lanes) {
         if (plan.want_key) result_streams[0] = {&plan.grad_key, plan.head_dim};
         if (plan.want_value) result_streams[1] = {&plan.grad_value, plan.value_dim};
         if (plan.want_key) calls += mix_calls(plan.head_dim, ring.query.channel == 1);
@@ -621,7 +622,7 @@ struct KeyWalk : Walk {
 
 // ---- Backward -------------------------------------------------------------------------------------------------------
 
-Workspace backward_workspace(const Plan& plan, Arena& arena) {
+Workspace backward_workspace(const BackwardPlan& plan, Arena& arena) {
     const Pass &queries = plan.query_pass, &keys = plan.key_pass;
     const int64_t channels = plan.head_dim + plan.value_dim;
     const KeyRow key_row(plan, queries.max_away_pitch, queries.max_away_lanes, true);
@@ -648,7 +649,7 @@ Workspace backward_workspace(const Plan& plan, Arena& arena) {
 }
 
 // Makes the groups of queries that a group of keys needs and that are not in the ring, from `next` on.
-void make_queries(const Plan& plan, QueryWalk& queries, int64_t z, const Group& keys, int32_t& next, int32_t own_from,
+void make_queries(const BackwardPlan& plan, QueryWalk& queries, int64_t z, const Group& keys, int32_t& next, int32_t own_from,
                   int32_t last) {
     const Pass& pass = plan.query_pass;
     if (next < keys.first_away) next = keys.first_away;
@@ -660,7 +661,7 @@ void make_queries(const Plan& plan, QueryWalk& queries, int64_t z, const Group& 
     }
 }
 
-void backward_item(const Plan& plan, const Item& item, Workspace& w) {
+void backward_item(const BackwardPlan& plan, const Item& item, Workspace& w) {
     const Group* groups = plan.key_pass.y.groups;
     start_item(plan, plan.query_pass, item, w);
     if (w.planes) memset(w.planes, 0, w.planes_bytes);
@@ -717,7 +718,7 @@ void forward(const Plan* plan, int64_t head, int64_t job, char* workspace) {
     each_item(*plan, pass, groups, head, job, [&](const Item& item) { forward_item(*plan, item, w); });
 }
 
-void backward(const Plan* plan, int64_t head, int64_t job, char* workspace) {
+void backward(const BackwardPlan* plan, int64_t head, int64_t job, char* workspace) {
     Arena arena = {workspace, 0};
     Workspace w = backward_workspace(*plan, arena);
     const int64_t part = head * plan->query_pass.jobs + job;
@@ -745,7 +746,7 @@ size_t forward_bytes(const Plan* plan) {
     return arena.used;
 }
 
-size_t backward_bytes(const Plan* plan) {
+size_t backward_bytes(const BackwardPlan* plan) {
     Arena arena = {nullptr, 0};
     backward_workspace(*plan, arena);
     return arena.used;

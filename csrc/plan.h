@@ -104,25 +104,31 @@ struct ChannelRange {
     int32_t begin, end;  // all other channels of the table are zero
 };
 
+// Of a forward, and what a backward shares with it.
 struct Plan {
     int64_t call;  // from one on, another for every call
     int32_t bfloat16;
     int64_t batch, heads, head_dim, value_dim;
     int32_t batch_group;    // batches side by side in one row, for maps narrower than a vector
     int64_t out[3];         // queries along z, y, x
-    int64_t key_planes;     // keys along z
     int32_t entries[3];     // of the tables
     int64_t bias_entries;   // product of the above
     float query_multiplier; // scale * log2(e): logits are kept in base 2
     float scale;
-    Pass query_pass, key_pass;
+    Pass query_pass;
 
     const float* bias;             // (heads, entries), times log2(e), or NULL
     const float* relative[3];      // z, y, x
     const ChannelRange* nonzero[3];  // (heads)
-    Tensor query, key, value, out_tensor, grad_out, grad_query, grad_key, grad_value;
+    Tensor query, key, value, out_tensor;
     float* lse;
-    float* bias_parts;    // (heads, jobs, bias_entries) partial sums, or NULL
+};
+
+struct BackwardPlan : Plan {
+    Pass key_pass;
+    int64_t key_planes;  // keys along z
+    Tensor grad_out, grad_query, grad_key, grad_value;
+    float* bias_parts;  // (heads, jobs, bias_entries) partial sums, or NULL
     float* relative_parts[3];
     int32_t want_query, want_key, want_value;
 };
@@ -136,9 +142,9 @@ struct Leftover {
 struct Kernel {
     int lanes;
     size_t (*forward_bytes)(const Plan*);
-    size_t (*backward_bytes)(const Plan*);
+    size_t (*backward_bytes)(const BackwardPlan*);
     void (*forward)(const Plan*, int64_t head, int64_t job, char* workspace);
-    void (*backward)(const Plan*, int64_t head, int64_t job, char* workspace);
+    void (*backward)(const BackwardPlan*, int64_t head, int64_t job, char* workspace);
 };
 
 }  // namespace nearsight

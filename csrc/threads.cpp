@@ -9,6 +9,7 @@
 #include <atomic>
 
 #include "nearsight.h"
+#include "plan.h"
 
 namespace nearsight {
 
@@ -54,31 +55,31 @@ thread_local Scratch scratch;
 
 // Heads that a thread takes at a time: as many as leave work enough to share out evenly. In heads-last memory
 // neighbouring heads lie in the same lines, and threads that write to one line at once wait for each other.
-[[maybe_unused]] int heads_at_a_time(const Plan& plan, int num_threads) {
-    int64_t heads = plan.heads;
-    while (heads > 1 && plan.heads * plan.query_pass.jobs / heads < 8 * (int64_t)num_threads) heads = (heads + 1) / 2;
-    return (int)heads;
+[[maybe_unused]] int heads_at_a_time(int64_t heads, int64_t jobs, int num_threads) {
+    int64_t some = heads;
+    while (some > 1 && heads * jobs / some < 8 * (int64_t)num_threads) some = (some + 1) / 2;
+    return (int)some;
 }
 
 }  // namespace
 
-int run(const Plan& plan, size_t bytes, Work work, int num_threads) {
-    const int64_t count = plan.heads * plan.query_pass.jobs;
+int run(int64_t heads, int64_t jobs, size_t bytes, const Work& work, int num_threads) {
+    const int64_t count = heads * jobs;
     std::atomic<bool> failed{false};
     // Heads innermost: neighbouring heads share cache lines of heads-last memory.
     const auto one = [&](int64_t i) {
         char* workspace = scratch.reserve(bytes);
         if (workspace)
-            work(&plan, i % plan.heads, i / plan.heads, workspace);
+            work(i % heads, i / heads, workspace);
         else
             failed = true;
     };
 #if defined(_OPENMP)
     if (num_threads > 1 && count > 1 && !in_child_of_fork) {
-        const int heads = heads_at_a_time(plan, num_threads);
+        const int at_a_time = heads_at_a_time(heads, jobs, num_threads);
 #pragma omp parallel num_threads(num_threads)
         {
-#pragma omp for schedule(dynamic, heads)
+#pragma omp for schedule(dynamic, at_a_time)
             for (int64_t i = 0; i < count; ++i) one(i);
             scratch.give_back();
         }

@@ -5,14 +5,19 @@
 #ifndef NEARSIGHT_THREADS_H
 #define NEARSIGHT_THREADS_H
 
-#include "plan.h"
+#include <stddef.h>
+#include <stdint.h>
+
+#include <functional>
+
+#include "flags.h"
 
 namespace nearsight {
 
-typedef void (*Work)(const Plan*, int64_t head, int64_t job, char* workspace);
+typedef std::function<void(int64_t head, int64_t job, char* workspace)> Work;
 
 // Does every job of every head, each in `bytes` of scratch memory. NEARSIGHT_OK, or the error.
-int run(const Plan& plan, size_t bytes, Work work, int num_threads);
+int run(int64_t heads, int64_t jobs, size_t bytes, const Work& work, int num_threads);
 
 }  // namespace nearsight
 
