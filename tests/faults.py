@@ -221,8 +221,8 @@ ARITHMETIC = (
     Fault(
         "delta is added where it is subtracted",
         MAIN,
-        "plan.value_dim, at, runs, -1.0f, {scratch",
-        "plan.value_dim, at, runs, 1.0f, {scratch",
+        "plan.value_dim, at, runs, -1.0f, planes(scratch",
+        "plan.value_dim, at, runs, 1.0f, planes(scratch",
         KERNEL.format("covers"),
     ),
     Fault(
@@ -304,8 +304,8 @@ MEMORY = (
     Fault(
         "four bfloat16 round half up",
         SIMD,
-        "rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;",
-        "rounded = (bits + 0x8000) >> 16;",
+        "const WordQuad rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;",
+        "const WordQuad rounded = (bits + 0x8000) >> 16;",
         "tests/test_native.py::test_functions_of_a_vector",
     ),
     Fault(
@@ -624,4 +624,53 @@ DERIVATIVES = (
     ),
 )
 
-FAULTS = (*WINDOWS, *LISTS, *ARITHMETIC, *TABLES, *MEMORY, *SHARES, *CHECKS, *BACKENDS, *DERIVATIVES)
+# With AVX-512 and channels that fill vectors.
+CELLS = tuple(
+    Fault(name, file, old, new, "tests/test_native.py -k fill_vectors", "avx512")
+    for name, file, old, new in (
+        (
+            "a cell that is hidden from its query counts",
+            STEPS,
+            "const bool hidden = kMasked && (e < o.seen[lane + q] || e >= o.seen[kLanes + lane + q]);",
+            "const bool hidden = kMasked && e < o.seen[lane + q];",
+        ),
+        (
+            "planes do not add to results in cells",
+            STEPS,
+            "for (int v = 0; v < kVectors; ++v) sums[r][q][v] = load(target(r, q, v));",
+            "for (int v = 0; v < kVectors; ++v) sums[r][q][v] = Vector{};",
+        ),
+        (
+            "weights of all cells of a block are the first one's",
+            STEPS,
+            "w[r] = splat(weights[r][q]);",
+            "w[r] = splat(weights[r][0]);",
+        ),
+        (
+            "all lanes have the share of the first",
+            MAIN,
+            "const Vector factor = splat(factors[lane]);",
+            "const Vector factor = splat(factors[0]);",
+        ),
+        (
+            "the ring's queries are not scaled",
+            MAIN,
+            "pack_row(plan, tensor, channels, at, runs, multiplier, row);",
+            "pack_row(plan, tensor, channels, at, runs, 1.0f, row);",
+        ),
+        (
+            "planes are copied into cells without a transpose",
+            ROWS,
+            "store_quads(cells + (i + k) * pitch + c, 4 * pitch, v[k]);",
+            "store_quads(cells + i * pitch + c + k, 4 * pitch, v[k]);",
+        ),
+        (
+            "results in cells go to their planes in another order",
+            ROWS,
+            "store_vector(target + (c + k) * channel_stride + i, v[k]);",
+            "store_vector(target + (c + 3 - k) * channel_stride + i, v[k]);",
+        ),
+    )
+)
+
+FAULTS = (*WINDOWS, *LISTS, *ARITHMETIC, *TABLES, *MEMORY, *CELLS, *SHARES, *CHECKS, *BACKENDS, *DERIVATIVES)

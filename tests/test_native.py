@@ -26,7 +26,18 @@ from random import Random
 import pytest
 import torch
 from conftest import Contestant
-from test_contract import TABLES, Case, check_contract, tensors_of
+from test_contract import (
+    CONTAINED,
+    LAYOUTS,
+    NAMED,
+    POISON,
+    SPOTS,
+    TABLES,
+    Case,
+    check_containment,
+    check_contract,
+    tensors_of,
+)
 from torch import Tensor
 from torch.profiler import profile
 from torch.utils.data import DataLoader
@@ -88,6 +99,46 @@ def test_edges(name, isa):
     case = EDGES[name]
     assert case.dtype == torch.float64  # the oracle's; what is tested is float32
     check_contract(Contestant(native, isa).attend, Case(**{**vars(case), "dtype": torch.float32}))
+
+
+# Where channels fill the widest vectors, `mix` goes cell by cell: of every kind of geometry and memory one case.
+IN_CELLS = {
+    **{
+        name: replace(NAMED[name], batch=min(NAMED[name].batch, 5), heads=1, head_dim=head_dim, value_dim=value_dim)
+        for name, head_dim, value_dim in (
+            ("line", 48, 16),
+            ("volume", 16, 16),  # planes add to results that are there
+            ("zeros even dilated", 16, 32),
+            ("shift dilated strided", 32, 16),
+            ("wrap dilated causal", 16, 16),
+            ("causal rows", 64, 80),
+            ("shared halos", 16, 16),
+            ("shared causal dilated strided", 16, 16),
+            ("narrow images", 16, 64),
+            ("wide map", 16, 5),
+            ("low bias", 3, 16),
+        )
+    },
+    **{
+        f"memory {layout}": Case((3, 37), (3, 5), batch=1, head_dim=16, value_dim=16, layout=layout, relative=True)
+        for layout in LAYOUTS
+    },
+}
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", IN_CELLS)
+def test_channels_that_fill_vectors(name, dtype):
+    check_contract(Contestant(native, "auto").attend, replace(IN_CELLS[name], dtype=dtype))
+
+
+@needs_library
+@pytest.mark.parametrize("name", ["shift", "shared", "causal", "half"])
+def test_poison_stays_in_its_cell_where_channels_fill_vectors(name):
+    case = replace(CONTAINED[name], head_dim=16, value_dim=16)
+    for which, spot in product(range(3), SPOTS):
+        check_containment(Contestant(native, "auto").attend, case, which, spot, POISON["NaN"])
 
 
 @needs_library
@@ -241,7 +292,8 @@ def any_window(rng: Random) -> tuple[list[int], ns.Window]:
 def any_inputs(rng: Random, size: list[int], window: ns.Window) -> tuple[list[Tensor], dict]:
     """Query, key, value, bias and relative, and which of the two tables to take."""
     generator = torch.Generator().manual_seed(rng.getrandbits(32))
-    batch, heads, head_dim, value_dim = rng.randint(1, 3), rng.randint(1, 2), rng.randint(1, 9), rng.randint(1, 9)
+    batch, heads = rng.randint(1, 3), rng.randint(1, 2)
+    head_dim, value_dim = (rng.choice([rng.randint(1, 9), 16]) for _ in range(2))
     sizes = (window.output_size(size), size, size)
     channels = (head_dim, head_dim, value_dim)
     inputs = [torch.randn(batch, heads, *n, d, generator=generator) for n, d in zip(sizes, channels, strict=True)]
