@@ -271,7 +271,7 @@ MixOperands mix_operands(const Spot& s, const Section& away, ptrdiff_t weights) 
 }
 
 // What every pass knows about the item that it works on. Passes add
-//     pack_away(z, y, row)          for each row that a group sees and that is not in the cache; then, for each vector,
+//     pack_away(z, y, row)          for each row that a group sees and the cache lacks; then, for each vector,
 //     place(spot, vector)           where the tile is,
 //     pack_home(spot, r, at, runs)  for each row of the group,
 //     compute(spot),
