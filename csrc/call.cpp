@@ -47,8 +47,8 @@ ChannelRange nonzero_channels(const float* table, int64_t entries, int64_t chann
     return range;
 }
 
-// Small where neighbouring heads lie in the same pages, and those of few channels in the same lines: what one head reads
-// is still near when the next one comes.
+// Small where neighbouring heads lie in the same pages, and those of few channels in the same lines: what one head
+// reads is still near when the next one comes.
 constexpr PassLists::Chunk kChunk = {8, 8192}, kSmallChunk = {4, 1024};
 
 bool lines_are_shared(const Plan& plan) {

@@ -649,8 +649,8 @@ Workspace backward_workspace(const BackwardPlan& plan, Arena& arena) {
 }
 
 // Makes the groups of queries that a group of keys needs and that are not in the ring, from `next` on.
-void make_queries(const BackwardPlan& plan, QueryWalk& queries, int64_t z, const Group& keys, int32_t& next, int32_t own_from,
-                  int32_t last) {
+void make_queries(const BackwardPlan& plan, QueryWalk& queries, int64_t z, const Group& keys, int32_t& next,
+                  int32_t own_from, int32_t last) {
     const Pass& pass = plan.query_pass;
     if (next < keys.first_away) next = keys.first_away;
     for (; next < keys.last_away; ++next) {

@@ -285,8 +285,8 @@ void unpack_scalars(const Plan& plan, float* target, const RowAddress& at, const
 // ---- Asking for memory ahead of time --------------------------------------------------------------------------------
 
 // Memory to ask for while something else is computed: waiting for it would take as long as the work. One line at a
-// time: until it has come, from wherever it is, each occupies one of the few buffers through which lines reach the first
-// cache level, and a burst makes the loads of the work itself wait.
+// time: until it has come, from wherever it is, each occupies one of the few buffers through which lines reach the
+// first cache level, and a burst makes the loads of the work itself wait.
 struct Prefetches {
     static constexpr int kMostLines = 1024;
     uintptr_t lines[kMostLines + 1];

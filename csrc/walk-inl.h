@@ -63,7 +63,7 @@ struct Workspace {
     size_t planes_bytes;
 };
 
-// Floats between the rows of the cache: without them rows of many shapes lie a multiple of 4096 bytes apart, and compete
+// Floats between the rows of the cache: without them rows of many shapes lie a multiple of 4096 bytes apart and compete
 // for the same sets of the first cache level.
 constexpr int64_t kSlotPadding = 7 * 16;
 
