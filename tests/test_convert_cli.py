@@ -5,11 +5,14 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
+import nearsight as ns
 from nearsight import cli
 from nearsight.conversion import GatedPositionalSelfAttention
 from nearsight.models import create_model
@@ -98,6 +101,43 @@ def test_weights_from_a_file(tmp_path, capsys):
     x = torch.randn(1, 1, 64, 50)
     with torch.no_grad():
         assert torch.allclose(loaded.eval()(x), network.eval()(x), rtol=1e-5, atol=1e-6)
+
+
+def test_what_a_file_does_not_say_is_typed(tmp_path, capsys):
+    """Classes, size, mean and deviation; what is not typed is timm's, crop and interpolation too."""
+    torch.manual_seed(0)
+    network = timm.create_model("test_resnet", num_classes=2).eval()
+    torch.save({"epoch": 3, "model_state_dict": network.state_dict()}, tmp_path / "mine.pth")
+    arguments = ["convert", "test_resnet", "--init", "exact", "--stages", "4", "--checkpoint", tmp_path / "mine.pth"]
+    (tmp_path / "names.txt").write_text("cat\n\nblack dog\n")
+    colours = ["--mean", "0.1", "0.2", "0.3", "--std", "0.5", "0.6", "0.7"]
+    for way, names in {"typed": ["cat", "black dog"], "file": [tmp_path / "names.txt"]}.items():
+        output_of(capsys, *arguments, "--classes", *names, "--size", 96, *colours, "--output", tmp_path / way)
+        model = ns.load(tmp_path / way)
+        assert model.classes == ("cat", "black dog")
+        assert (model.view.size, model.view.mean, model.view.std) == (96, (0.1, 0.2, 0.3), (0.5, 0.6, 0.7))
+    config = timm.data.resolve_model_data_config(network)
+    assert (model.view.crop_pct, model.view.interpolation) == (config["crop_pct"], config["interpolation"])
+    assert model.view.crop_pct != 1
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (150, 120, 3), dtype=np.uint8))
+    config |= {"input_size": (3, 96, 96), "mean": (0.1, 0.2, 0.3), "std": (0.5, 0.6, 0.7)}
+    with torch.no_grad():
+        expected = network(timm.data.create_transform(**config)(picture)[None]).softmax(1)[0]
+    torch.testing.assert_close(model.predict(picture)[0].probabilities, expected, rtol=1e-4, atol=1e-5)
+    assert json.loads((tmp_path / "file" / "report.json").read_text())["weights"] == "mine.pth (model_state_dict)"
+    wrong = {
+        ("--classes", "a", "b", "c"): "--classes must name all 2 classes of the network; received 3",
+        ("--classes", "a", "a"): "each class has a name of its own; received 'a' twice",
+        ("--classes", "nowhere.txt"): "two names or more, or a file with one a line; nowhere.txt: No such file",
+        ("--mean", "0.5"): "--mean must have a number for each of 3 channels; received 1",
+        ("--std", "0.5", "0", "1"): "--std must be finite and above 0; received 0",
+        ("--mean", "nan", "0", "1"): "--mean must be finite; received nan",
+        ("--size", "0"): "--size must be at least 1; received 0",
+    }
+    for words, message in wrong.items():
+        assert message in fails(capsys, *arguments, *words, "--output", tmp_path / "x")
+    message = fails(capsys, "convert", tmp_path / "typed", "--init", "exact", "--size", 8, "--output", tmp_path / "x")
+    assert "has its weights already, and says how it sees pictures: leave out" in message
 
 
 def test_fresh_attention_with_its_options(tmp_path, capsys):

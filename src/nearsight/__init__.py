@@ -38,6 +38,7 @@ if _typing.TYPE_CHECKING:  # for those who read and do not run
         LocalSelfAttention3d,
     )
     from .models import create_model, list_models
+    from .saved import load
     from .window import Window
 
     __version__: str
@@ -65,6 +66,7 @@ __all__ = [
     "explore",
     "global_attention",
     "list_models",
+    "load",
     "local_attention",
     "merge_attentions",
 ]
@@ -99,6 +101,7 @@ _LATER = {
         "LocalSelfAttention3d",
     ),
     "models": ("create_model", "list_models"),
+    "saved": ("load",),
     "window": ("Window",),
 }
 _ROOMS = ("compat", "errors", "positions", *_LATER)

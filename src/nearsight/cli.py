@@ -25,6 +25,7 @@ from .pages.names import readable
 COMMANDS = {
     "train": "train a network on images and write a report",
     "eval": "measure a trained network on test images",
+    "predict": "what a trained network says of pictures",
     "compare": "train several networks with several seeds: a table, plots and a page",
     "convert": "put attention in the place of a network's convolutions",
     "export": "a trained network as an ONNX file, or a program of torch.export",

@@ -12,6 +12,7 @@ import os
 import re
 import secrets
 import stat
+from os import PathLike
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -23,10 +24,15 @@ LARGEST_YAML = 1 << 16  # characters of settings, which take a second to read
 MOST_LISTS = 500  # in settings: the time that PyYAML takes grows with the square of how deep they lie in each other
 
 
+def to_path(path: str | PathLike[str]) -> Path:
+    """What a public function is given as a file or folder; ``~`` is the user's home, as for a shell."""
+    return Path(path).expanduser()
+
+
 # ------------------------------------------------------------------------------------------------------------- reading
 
 
-def open_regular(path: str | Path) -> BinaryIO:
+def open_regular(path: str | PathLike[str]) -> BinaryIO:
     """Open a file to read; a link may lead to it.
 
     Raises:
@@ -43,7 +49,7 @@ def open_regular(path: str | Path) -> BinaryIO:
     return os.fdopen(handle, "rb")
 
 
-def read_text(path: str | Path, most: int = LARGEST_TEXT, errors: str = "strict") -> str:
+def read_text(path: str | PathLike[str], most: int = LARGEST_TEXT, errors: str = "strict") -> str:
     """A small text file, in UTF-8; ``errors`` as in ``bytes.decode``.
 
     Raises:
@@ -100,7 +106,7 @@ def _loader() -> Any:
     return Plain
 
 
-def _require_regular(found: os.stat_result, path: str | Path) -> None:
+def _require_regular(found: os.stat_result, path: str | PathLike[str]) -> None:
     if not stat.S_ISREG(found.st_mode):
         raise OSError(errno.EINVAL, "it is no regular file", str(path))
 
@@ -108,7 +114,7 @@ def _require_regular(found: os.stat_result, path: str | Path) -> None:
 # ------------------------------------------------------------------------------------------------------------- writing
 
 
-def write_whole(path: Path, content: bytes) -> None:
+def write_whole(path: str | PathLike[str], content: bytes) -> None:
     """Put ``content`` at ``path`` in one step: after a crash at any moment the old file or the new one is there.
 
     Who may read the file follows from the umask. The temporary file beside it has a name that cannot be guessed, and neither
@@ -117,6 +123,7 @@ def write_whole(path: Path, content: bytes) -> None:
     Raises:
         OSError: the folder cannot be written to, the disk is full, or a folder or device has the name.
     """
+    path = to_path(path)
     if path.exists() and not path.is_file() and not path.is_dir():  # of a folder the system says so itself
         raise OSError(errno.EINVAL, "what has this name is no regular file", str(path))
     temporary = path.with_name(f".nearsight-{secrets.token_hex(8)}{UNFINISHED}")
@@ -134,7 +141,7 @@ def write_whole(path: Path, content: bytes) -> None:
     _sync_folder(path.parent)
 
 
-def write_bytes(path: Path, content: bytes) -> None:
+def write_bytes(path: str | PathLike[str], content: bytes) -> None:
     """:func:`write_whole` with a message for the user.
 
     Raises:
@@ -146,29 +153,30 @@ def write_bytes(path: Path, content: bytes) -> None:
         raise TrainingError(f"cannot write {path}: {error.strerror or error}") from error
 
 
-def write_text(path: Path, content: str) -> None:
+def write_text(path: str | PathLike[str], content: str) -> None:
     """:func:`write_bytes` for text, in UTF-8; bytes of a file's name that are none are written ``\\udc80`` and so on."""
     write_bytes(path, content.encode(errors="backslashreplace"))
 
 
-def make_folder(path: Path) -> None:
+def make_folder(path: str | PathLike[str]) -> None:
     """Make a folder and those above it, where they are missing.
 
     Raises:
         TrainingError: it cannot be made.
     """
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        to_path(path).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise TrainingError(f"cannot make the folder {path}: {error.strerror}; name another --output") from error
 
 
-def make_inner_folder(path: Path) -> None:
+def make_inner_folder(path: str | PathLike[str]) -> None:
     """Make a folder inside a run's or a comparison's own, which may have come from elsewhere: no link leads out of it.
 
     Raises:
         TrainingError: it cannot be made, or it, or something in it, is a link.
     """
+    path = to_path(path)
     if os.path.islink(path):
         raise TrainingError(f"{path} must be a folder, and it is a link: remove it, or name another --output")
     make_folder(path)
@@ -177,9 +185,9 @@ def make_inner_folder(path: Path) -> None:
         raise TrainingError(f"{links[0]} is a link, where files are to be written: remove it, or name another --output")
 
 
-def remove_leftovers(folder: Path) -> None:
+def remove_leftovers(folder: str | PathLike[str]) -> None:
     """Delete the temporary files of a process that was killed in the midst of writing."""
-    for file in folder.glob(f".nearsight-*{UNFINISHED}"):
+    for file in to_path(folder).glob(f".nearsight-*{UNFINISHED}"):
         if not file.is_dir():
             file.unlink(missing_ok=True)
 

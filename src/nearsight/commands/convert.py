@@ -7,6 +7,8 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+from ..errors import OptionError
+from ..files import read_text
 from .arguments import parse, parser_of
 
 EXAMPLES = """\
@@ -14,6 +16,8 @@ examples:
   nearsight convert resnet18 --init exact --pretrained --output runs/exact
   nearsight convert resnet18 --init exact --checkpoint mine.pth --names "layer3.*" "layer4.*" --output runs/late
   nearsight convert runs/resnet --init exact --margin 1 --output runs/attends
+  nearsight convert resnet18 --init exact --checkpoint mine.pth --classes cat dog --size 64 --mean .5 .5 .5 --std .2 .2 .2 \
+      --output runs/pets
   nearsight convert resnet50 --init random --kernel-size 7 --output runs/sasa
 
 Without --pretrained and --checkpoint the weights are fresh. The output folder then holds model.safetensors, which
@@ -28,6 +32,14 @@ def run(arguments: list[str]) -> None:
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder for the converted network")
     parser.add_argument("--pretrained", action="store_true", help="take the weights that timm offers for MODEL")
     parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="take weights from a .safetensors or .pth file")
+    parser.add_argument(
+        "--classes", nargs="+", metavar="NAME", help="names of its outputs in their order, or a file with one a line"
+    )
+    parser.add_argument("--size", type=int, metavar="N", help="pixels per side of the images that it was trained on")
+    parser.add_argument(
+        "--mean", nargs="+", type=float, metavar="X", help="its images' mean, per channel, between 0 and 1"
+    )
+    parser.add_argument("--std", nargs="+", type=float, metavar="X", help="and their standard deviation")
     parser.add_argument("--names", nargs="+", metavar="PATTERN", help="only layers whose name matches, as 'layer4.*'")
     parser.add_argument("--stages", nargs="+", type=int, metavar="N", help="only these stages, as timm's out_indices")
     parser.add_argument("--kernels", nargs="+", type=int, metavar="K", help="only kernels of these sizes")
@@ -48,9 +60,11 @@ def run(arguments: list[str]) -> None:
         options["kernel_size"] = options["kernel_size"][0]
 
     from ..pages.csv_json import to_json
-    from ..saved.converted import convert_to_folder, has_random_weights
+    from ..saved.converted import Known, convert_to_folder, has_random_weights
 
     as_json, output = options.pop("json"), options["output"]
+    known = {name: options.pop(name) for name in ("classes", "size", "mean", "std")}
+    options["known"] = Known(**{**known, "classes": _class_names(known["classes"])})
     report = convert_to_folder(**options)
     if has_random_weights(options["model"], options["pretrained"], options["checkpoint"]):
         print(
@@ -67,3 +81,16 @@ def run(arguments: list[str]) -> None:
         show = print
     show(report)
     print(f"wrote {output}")
+
+
+def _class_names(given: list[str] | None) -> list[str] | None:
+    """What was typed, or the lines of the file that was."""
+    if given is None or len(given) > 1:
+        return given
+    try:
+        return [line for line in map(str.strip, read_text(given[0]).splitlines()) if line]
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise OptionError(
+            f"--classes takes two names or more, or a file with one a line; {given[0]}: {reason}"
+        ) from error

@@ -38,16 +38,16 @@ def run(arguments: list[str]) -> None:
         raise OptionError(f"--size must be at least 1; received {options.size}")
 
     need(("jinja2",), "`nearsight explore`", "explore")
-    from ..inspect.explore import explore, read_picture
-    from ..models.data_config import data_config, seen
+    from ..inspect.explore import explore
+    from ..models.data_config import seen
+    from ..picture import read_picture
     from ..saved.opened import open_model
 
     model = open_model(options.model, options.size)
     view = replace(model.view, background=options.background or model.view.background)
     subtitle = model.origin
     if Path(options.image).exists() or not re.fullmatch(r".+:\d+", options.image):
-        config = {**data_config(model.network), "input_size": (view.channels, view.size, view.size)}
-        image, picture = seen(read_picture(options.image, view.channels, view.background), config)
+        image, picture = seen(read_picture(options.image, view.channels, view.background), view.data_config())
     else:
         from ..training.data import numbered_picture
 

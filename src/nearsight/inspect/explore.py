@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,12 +20,14 @@ from torch import Tensor, nn
 from ..errors import DataError, OptionError, ShapeError
 from ..files import write_whole
 from ..finite import why_not_finite
-from ..models.data_config import class_names, data_config, seen
+from ..models.data_config import as_source, class_names, seen
 from ..pages.brief import Brief, brief
 from ..pages.csv_json import finite
 from ..pages.html import frame, render
 from ..pages.names import readable
-from ..picture import BACKGROUND, open_picture
+from ..picture import read_picture
+from ..saved.opened import open_model
+from ..saved.view import View
 from .equivariance import decisive, equivariance_by_layer
 from .maps import AttentionMap, attention_layers, attention_maps
 from .rollout import attention_rollout
@@ -32,7 +35,7 @@ from .statistics import attention_statistics
 from .transforms import Transform, Translation
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
+    from ..picture import Source
 
 # What base64 makes a third longer: weights, rollouts and position tables, for a page under 5 MB.
 WEIGHT_BYTES, ROLLOUT_BYTES, TABLE_BYTES = 2_100_000, 800_000, 300_000
@@ -71,13 +74,13 @@ class Exploration(Brief):
 
 
 def explore(
-    model: nn.Module,
-    image: Tensor | str | Path,
+    model: nn.Module | str | PathLike[str],
+    image: Source | Tensor,
     *,
     picture: Tensor | None = None,
     classes: Sequence[str] | None = None,
     title: str | None = None,
-    subtitle: str = "",
+    subtitle: str | None = None,
     transform: Transform | None = ONE_CELL,
 ) -> Exploration:
     """A page that shows, from every pixel of an image, what each layer and head of a model attends to.
@@ -87,12 +90,14 @@ def explore(
     256 steps of each query's largest, and where that is not enough queries are left out; the page says so.
 
     Args:
-        model: any module that holds nearsight's attention layers on maps of two axes; it is run once and left as it was.
-        image: (C, H, W) or (1, C, H, W) as the model sees it; or the file of a picture, which is brought to what the
-            model was made for (``timm.data.create_transform`` of its ``pretrained_cfg``: size, crop, mean and deviation).
+        model: any module that holds nearsight's attention layers on maps of two axes; it is run once and left as it was. Or
+            a run's folder, a file of weights, or a name, as ``nearsight explore`` takes them.
+        image: (C, H, W) or (1, C, H, W) as the model sees it, floating point; or a picture, which is brought to what the
+            model was made for (:meth:`nearsight.saved.view.View.of`: size, crop, mean and deviation): a file, its bytes, a
+            picture of Pillow's, an array (H, W) or (H, W, channels), a uint8 tensor (channels, H, W).
         picture: what is shown, (1 or 3, H, W) between 0 and 1; None stretches ``image`` to that range.
         classes: names of the model's outputs; None takes those that it knows (``label_names`` of its ``pretrained_cfg``).
-        title, subtitle: of the page.
+        title, subtitle: of the page; None says what is known of the model.
         transform: of the image, for the section on equivariance: which layers do not follow it, as
             :func:`nearsight.inspect.equivariance_by_layer` tells. None leaves the section out.
 
@@ -105,9 +110,13 @@ def explore(
         >>> explore(create_model("sasa_nano"), torch.randn(3, 32, 32)).save("page.html")
         PosixPath('page.html')
     """
-    if not isinstance(image, Tensor):
-        config = data_config(model)
-        image, picture = seen(read_picture(image, config["input_size"][0]), config)
+    if isinstance(model, (str, PathLike)):
+        opened = open_model(model)
+        title, subtitle = title or opened.title, opened.origin if subtitle is None else subtitle
+        model, classes = opened.network, opened.classes if classes is None else classes
+    if not (isinstance(image, Tensor) and image.is_floating_point()):
+        view = View.of(model)
+        image, picture = seen(read_picture(as_source(image), view.channels, view.background), view.data_config())
     batch = image if image.ndim == 4 else image[None]
     ranks = sorted({layer.rank for layer in attention_layers(model).values()})
     if batch.ndim != 4 or len(batch) != 1 or ranks != [2]:
@@ -115,30 +124,11 @@ def explore(
             "explore shows one image, (C, H, W) or (1, C, H, W), to a model whose attention has maps of two axes; "
             f"received {tuple(image.shape)}, axes of the attention: {ranks}"
         )
-    batch = batch.to(next((parameter.device for parameter in model.parameters()), batch.device))
+    batch = batch.to(next((one for one in model.parameters() if one.is_floating_point()), batch))
     page = _Page(model, batch, batch[0].cpu() if picture is None else picture, stretched=picture is None)
     classes = class_names(model) if classes is None else classes
     title = title or type(model).__name__
-    return Exploration(page.render(classes, title, subtitle, transform), title)
-
-
-# ---------------------------------------------------------------------------------------------------------- pictures
-
-
-def read_picture(path: str | Path, channels: int = 3, background: str = BACKGROUND) -> Image:
-    """The picture in a file as a person sees it; see :func:`nearsight.picture.open_picture`.
-
-    Raises:
-        DataError: there is no such file, or it holds no picture that can be read or shown.
-        OptionError: no such colour.
-    """
-    try:
-        return open_picture(path, channels, background)
-    except FileNotFoundError as error:
-        raise DataError(f"there is no image {path}") from error
-    except (OSError, DataError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise DataError(f"cannot read the image {path}: {reason}") from error
+    return Exploration(page.render(classes, title, subtitle or "", transform), title)
 
 
 # -------------------------------------------------------------------------------------------------------------- page

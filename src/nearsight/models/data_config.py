@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from timm.data.config import resolve_model_data_config
 from torch import Tensor, nn
@@ -41,8 +43,16 @@ def class_names(model: nn.Module) -> tuple[str, ...] | None:
     return None if names is None else tuple(names)
 
 
-def seen(picture: Image, config: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """A picture as a model takes it, and the same between 0 and 1 as a person sees it: both (C, H, W).
+def as_source(image: Any) -> Any:
+    """What :func:`nearsight.picture.read_picture` takes: a tensor (H, W) or (C, H, W) as an array, all else as it is."""
+    if not isinstance(image, Tensor):
+        return image
+    cells = image.cpu().numpy()
+    return np.moveaxis(cells, 0, -1) if image.ndim == 3 else cells
+
+
+def fitting(config: dict[str, Any]) -> Callable[[Image], Tensor]:
+    """What makes of a picture what a model with that configuration takes, (C, H, W): timm's transform for evaluation.
 
     Raises:
         OptionError: a model that takes neither one channel nor three.
@@ -52,7 +62,15 @@ def seen(picture: Image, config: dict[str, Any]) -> tuple[Tensor, Tensor]:
     channels = config["input_size"][0]
     if channels not in (1, 3):
         raise OptionError(f"a picture has 1 channel or 3, and the model takes {channels}: give it a tensor")
-    transform: Any = create_transform(**config)
-    image = transform(picture)
+    return create_transform(**config)  # pyright: ignore[reportReturnType]
+
+
+def seen(picture: Image, config: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """A picture as a model takes it, and the same between 0 and 1 as a person sees it: both (C, H, W).
+
+    Raises:
+        OptionError: a model that takes neither one channel nor three.
+    """
+    image = fitting(config)(picture)
     mean, std = (torch.tensor(config[name]).view(-1, 1, 1) for name in ("mean", "std"))
     return image, (image * std + mean).clamp(0, 1)

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..files import write_bytes, write_text
+from ..files import to_path, write_bytes, write_text
 from .brief import Brief
 from .csv_json import write_csv
 from .style import BLUE, GREEN, INK, ORANGE, PINK, RED, SKY, in_style, new_figure, to_png, to_svg_file
@@ -107,8 +107,11 @@ def draw_charts(charts: Sequence[Chart], columns: int = 3, legend_below: bool = 
     return figure
 
 
-def write_plot(path: Path, figure: Figure, numbers: str, formats: Sequence[str] = ("svg", "png")) -> None:
+def write_plot(
+    path: str | PathLike[str], figure: Figure, numbers: str, formats: Sequence[str] = ("svg", "png")
+) -> None:
     """A picture in every format, and beside it the numbers that it shows: ``path`` with .csv, .svg, .png."""
+    path = to_path(path)
     write_text(path.with_name(f"{path.name}.csv"), numbers)
     for name, draw in (("svg", to_svg_file), ("png", to_png)):
         if name in formats:

@@ -37,10 +37,13 @@ def write_csv(header: Sequence[str], lines: Iterable[Sequence[Any]]) -> str:
     A text that a spreadsheet would run as a formula, be it the name of a class, has an apostrophe before it; tabs and line
     breaks in it are written out.
     """
+    return csv_lines([header, *lines])
+
+
+def csv_lines(lines: Iterable[Sequence[Any]]) -> str:
+    """Lines as :func:`write_csv` writes them, for a table that grows."""
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(map(_written, header))
-    writer.writerows([_written(one) for one in line] for line in lines)
+    csv.writer(text, lineterminator="\n").writerows([_written(one) for one in line] for line in lines)
     return text.getvalue()
 
 

@@ -11,6 +11,7 @@ import io
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from ..errors import DataError, OptionError, TrainingError
 from ..extras import need
-from ..files import write_bytes
+from ..files import to_path, write_bytes
 from ..finite import why_not_finite
 from ..pages.brief import Brief
 from ..private import open_sizes_of_one
@@ -45,7 +46,9 @@ class Exported(Brief):
     fixed: str | None = None  # why height and width are not open, where they were asked to be
 
 
-def export_to_file(run: Path, form: str, output: Path | None = None, size: int | str | None = None) -> Exported:
+def export_to_file(
+    run: str | PathLike[str], form: str, output: str | PathLike[str] | None = None, size: int | str | None = None
+) -> Exported:
     """Write the network of a run's folder, or of a file of weights, as ONNX or as a program of torch.export.
 
     Batch, height and width stay open. Where the network cannot leave its size open, as with learned absolute positions or
@@ -70,7 +73,9 @@ def export_to_file(run: Path, form: str, output: Path | None = None, size: int |
     sides = None if size is None else _sides(size)
     if form == "onnx":
         need(ONNX_PACKAGES, "`nearsight export` to ONNX", "export")
-    file = (run if run.is_dir() else run.parent) / f"model{FORMATS[form]}" if output is None else output
+    run = to_path(run)
+    beside = run if run.is_dir() else run.parent
+    file = beside / f"model{FORMATS[form]}" if output is None else to_path(output)
     if file.suffix != FORMATS[form]:
         raise OptionError(f"--output must end in {FORMATS[form]} for this format; received {file}")
     if not file.parent.is_dir():

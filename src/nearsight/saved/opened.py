@@ -7,11 +7,12 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
+from os import PathLike
 
 from torch import nn
 
 from ..errors import NearsightError, OptionError
+from ..files import to_path
 from ..models import create_model, input_size, parse_spec
 from ..models.data_config import class_names
 from ..pages.brief import Brief
@@ -52,7 +53,7 @@ class OpenedModel(Brief):
             raise OptionError(f"{self.given} cannot take {size}x{size} images: {reason}") from error
 
 
-def open_model(given: str, size: int | None = None) -> OpenedModel:
+def open_model(given: str | PathLike[str], size: int | None = None) -> OpenedModel:
     """A trained network, or one by its name with the weights that it starts with.
 
     Args:
@@ -67,7 +68,8 @@ def open_model(given: str, size: int | None = None) -> OpenedModel:
         >>> open_model("sasa_nano").view.size
         32
     """
-    path = Path(given).expanduser()
+    given = os.fspath(given)
+    path = to_path(given)
     if path.exists() or path.suffix in (".safetensors", ".ckpt") or (os.sep in given and ":" not in given):
         network, blueprint = load_model(path)
         view, classes, title = blueprint.view, blueprint.classes, blueprint.model

@@ -8,27 +8,27 @@ put into another class's folder, a shard or a table, or saved anew without loss.
 from __future__ import annotations
 
 import io
-from pathlib import Path
+from os import PathLike
 
 import numpy as np
 
 from ..errors import DataError
-from ..files import open_regular, write_bytes
+from ..files import open_regular, to_path, write_bytes
 
 LARGEST = 1 << 30  # bytes that are read of it, eight for each picture
 TRAINED_FILE = "trained.npz"
 
 
-def write_trained(folder: Path, digests: np.ndarray) -> None:
+def write_trained(folder: str | PathLike[str], digests: np.ndarray) -> None:
     """Note pictures by their digests, added to those that are noted already: a run may go on with other ones."""
     noted = read_trained(folder)
     everything = digests if noted is None else np.concatenate([noted, digests])
     content = io.BytesIO()
     np.savez(content, pictures=np.unique(everything[everything != 0]))
-    write_bytes(folder / TRAINED_FILE, content.getvalue())
+    write_bytes(to_path(folder) / TRAINED_FILE, content.getvalue())
 
 
-def read_trained(path: Path) -> np.ndarray | None:
+def read_trained(path: str | PathLike[str]) -> np.ndarray | None:
     """The digests, int64 and in their order, beside the weights of a run; None where nothing is noted.
 
     Args:
@@ -37,6 +37,7 @@ def read_trained(path: Path) -> np.ndarray | None:
     Raises:
         DataError: the file is damaged.
     """
+    path = to_path(path)
     file = (path if path.is_dir() else path.parent) / TRAINED_FILE
     try:
         with open_regular(file) as content, np.load(content, allow_pickle=False) as stored:
@@ -52,7 +53,7 @@ def read_trained(path: Path) -> np.ndarray | None:
         ) from error
 
 
-def told_overlap(path: Path, digests: np.ndarray) -> str:
+def told_overlap(path: str | PathLike[str], digests: np.ndarray) -> str:
     """A line for a test whose pictures a run was trained on in part, as where a data set holds some twice; or nothing."""
     noted = read_trained(path)
     count = 0 if noted is None else int(np.isin(digests, noted).sum())

@@ -13,6 +13,7 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 
 from ..conversion import convert
 from ..errors import DataError, NearsightError, OptionError
-from ..files import write_bytes
+from ..files import to_path, write_bytes
 from ..models import create_model, made_for_size, parse_spec, pretrained_value
 from ..modes import evaluating
 from ..pages.brief import Brief
@@ -31,7 +32,7 @@ from ..pages.names import readable
 from ..picture import opaque
 from ..positions import UNNAMED_POSITION
 from .spec import check_saved_spec, is_plain, saved_spec
-from .view import View
+from .view import CROP_MODES, INTERPOLATIONS, View
 
 WEIGHTS_FILE = "model.safetensors"
 CHECKPOINT_FILE = "last.ckpt"
@@ -135,21 +136,24 @@ class Blueprint(Brief):
         opaque(self.view.background)
         if not all(type(size) is int and size > 0 for size in sizes) or not all(map(_is_number, numbers)):
             raise ValueError(f"its view must be of numbers; received {self.view}")
+        fits = self.view.interpolation in INTERPOLATIONS and self.view.crop_mode in CROP_MODES
+        if not fits or not (_is_number(self.view.crop_pct) and 0 < self.view.crop_pct <= 2):
+            raise ValueError(f"its view must fit pictures in one of timm's ways; received {self.view}")
         options = {} if self.converted is None else {**self.converted}
         names = options.pop("names", [])  # of layers, with dots in them
         if not options.keys() <= CONVERTED or not is_plain(options) or not _are_texts(names):
             raise ValueError(f"it may be converted with {', '.join(sorted(CONVERTED))}; received {self.converted}")
 
 
-def save_model(path: Path, model: nn.Module, blueprint: Blueprint) -> None:
+def save_model(path: str | PathLike[str], model: nn.Module, blueprint: Blueprint) -> None:
     """Write weights and blueprint as safetensors, whole or not at all; the same model gives the same bytes."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     values = json.loads(blueprint.kept(model).to_json())
     # One entry, since safetensors writes several in any order.
-    write_bytes(path, save(tensors, metadata={KEY: json.dumps({**values, DIGEST: _digest(values, tensors)})}))
+    write_bytes(to_path(path), save(tensors, metadata={KEY: json.dumps({**values, DIGEST: _digest(values, tensors)})}))
 
 
-def load_model(path: Path) -> tuple[nn.Module, Blueprint]:
+def load_model(path: str | PathLike[str]) -> tuple[nn.Module, Blueprint]:
     """Rebuild a trained model from a run's folder, a ``.safetensors`` or a ``.ckpt`` file.
 
     Whoever wrote the file, no code of it runs, and nothing is fetched, written or read from elsewhere: docs/security.md.
@@ -157,7 +161,7 @@ def load_model(path: Path) -> tuple[nn.Module, Blueprint]:
     Raises:
         DataError: nothing there, an unreadable or damaged file, or one that nearsight did not write.
     """
-    file = _weights_file(path)
+    file = _weights_file(to_path(path))
     text, weights = _read_checkpoint_weights(file) if file.suffix == ".ckpt" else _read_safetensors(file)
     try:
         blueprint = Blueprint.from_json(text)
@@ -170,12 +174,13 @@ def load_model(path: Path) -> tuple[nn.Module, Blueprint]:
     return model.eval(), blueprint
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
+def read_checkpoint(path: str | PathLike[str]) -> dict[str, Any]:
     """A checkpoint of ``nearsight train``; only plain data is unpickled, so a foreign file cannot run code.
 
     Raises:
         DataError: missing, truncated, damaged, not a checkpoint, or one that would run code.
     """
+    path = to_path(path)
     try:
         check_sums(path)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -191,7 +196,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return checkpoint
 
 
-def check_sums(archive: Path) -> None:
+def check_sums(archive: str | PathLike[str]) -> None:
     """Read what ``torch.save`` wrote, a zip archive, against the checksums in it, which ``torch.load`` does not.
 
     Raises:
@@ -213,7 +218,7 @@ def _digest(blueprint: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
     return found.hexdigest()
 
 
-def read_blueprint(checkpoint: Mapping[str, Any], path: Path) -> Blueprint:
+def read_blueprint(checkpoint: Mapping[str, Any], path: str | PathLike[str]) -> Blueprint:
     """That of the network in what :func:`read_checkpoint` has read.
 
     Raises:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from os import PathLike
 
 import torch
 from torch import nn
@@ -20,7 +20,7 @@ from .evaluate import Evaluation
 from .recipe import Recipe
 
 
-def announcement(recipe: Recipe, pictures: Pictures, view: View, model: nn.Module, output: Path) -> str:
+def announcement(recipe: Recipe, pictures: Pictures, view: View, model: nn.Module, output: str | PathLike[str]) -> str:
     """Model, data, recipe, device, and where the results will be."""
     assert recipe.batch_size is not None
     assert recipe.epochs is not None

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from os import PathLike
 from typing import Any
 
 import numpy as np
@@ -94,7 +94,7 @@ class Assessment(Brief):
 
 
 def assess(
-    run: Path,
+    run: str | PathLike[str],
     data: str,
     root: str | None = None,
     *,

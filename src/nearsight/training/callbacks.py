@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 import time
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.plugins.io import CheckpointIO
 
-from ..files import write_bytes, write_text
+from ..files import to_path, write_bytes, write_text
 from ..pages.csv_json import write_csv
 from ..saved.trained_on import write_trained
 from ..saved.weights import CHECKPOINT_FILE, read_checkpoint
@@ -38,8 +39,8 @@ class Journal(L.Callback):
     second, and the largest memory of the process so far in bytes (on a GPU: the largest allocated there).
     """
 
-    def __init__(self, output: Path) -> None:
-        self.output = output
+    def __init__(self, output: str | PathLike[str]) -> None:
+        self.output = to_path(output)
         self.rows: list[dict[str, float]] = []
         self.timing: list[dict[str, float]] = []
         self.broken: set[str] = set()

@@ -22,10 +22,11 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
+from os import PathLike
 from pathlib import Path
 
 from ..errors import OptionError, TrainingError
-from ..files import make_folder, make_inner_folder, write_text
+from ..files import make_folder, make_inner_folder, to_path, write_text
 from ..models import input_size
 from ..saved.weights import CHECKPOINT_FILE, Blueprint
 from .compare_report import Comparison, write_comparison
@@ -47,7 +48,7 @@ def compare(
     groups: Mapping[str, Sequence[str]],
     recipe: Recipe,
     seeds: int,
-    output: Path,
+    output: str | PathLike[str],
     *,
     target: float | None = None,
     download: bool = False,
@@ -76,6 +77,7 @@ def compare(
         ['sasa_nano', 'conv_nano']
     """
     _check(groups, seeds, target)
+    output = to_path(output)
     pictures = load_pictures(recipe.data, recipe.data_root, download)
     check_trainable(pictures)
     recipe = recipe.filled(pictures.defaults)

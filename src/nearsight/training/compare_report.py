@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from itertools import accumulate
+from os import PathLike
 from pathlib import Path
 from statistics import fmean, median, stdev
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ import numpy as np
 
 from ..bench.timing import setting
 from ..errors import DataError
-from ..files import make_inner_folder, write_text
+from ..files import make_inner_folder, to_path, write_text
 from ..pages.brief import html_table, short_table
 from ..pages.charts import Chart, Series, draw_charts, write_plot
 from ..pages.csv_json import write_csv
@@ -250,8 +251,9 @@ def _difference(measures: Mapping[Key, Measures], model: str, other: str, seed: 
 # --------------------------------------------------------------------------------------------------------- the output
 
 
-def write_comparison(output: Path, table: Comparison, recipe: Recipe, pictures: Pictures) -> None:
+def write_comparison(output: str | PathLike[str], table: Comparison, recipe: Recipe, pictures: Pictures) -> None:
     """Write and show the table, then the plots and the page; a line tells if these cannot be drawn."""
+    output = to_path(output)
     write_text(output / TABLE_FILE, table.to_csv())
     write_text(output / RUNS_FILE, table.runs_to_csv())
     _show(table)

@@ -29,6 +29,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import sha256
+from os import PathLike
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -38,7 +39,7 @@ from torch import Tensor, nn
 
 from ..bench.timing import race
 from ..errors import DataError, TrainingError
-from ..files import open_regular, read_text, write_text
+from ..files import open_regular, read_text, to_path, write_text
 from ..flops import count_flops
 from ..inspect import equivariance_error
 from ..pages.brief import Brief
@@ -87,7 +88,7 @@ class Measures(Brief):
 
 
 def measure(
-    run: Path, model: str, seed: int, pictures: Pictures, batch_size: int, max_broken: int = MAX_BROKEN
+    run: str | PathLike[str], model: str, seed: int, pictures: Pictures, batch_size: int, max_broken: int = MAX_BROKEN
 ) -> Measures:
     """Measure a finished run, and leave the numbers in its folder as ``measures.json``.
 
@@ -98,6 +99,7 @@ def measure(
         DataError: the run's files cannot be read.
         OptionError: the data has other classes than when the run was trained.
     """
+    run = to_path(run)
     network, blueprint = load_model(run)
     view = blueprint.view
     flops = count_flops(network, (view.channels, view.size, view.size))
@@ -133,12 +135,13 @@ def _write(found: Measures, run: Path) -> None:
     write_text(run / MEASURES_FILE, to_json({**values, DIGEST: _digest(values)}) + "\n")
 
 
-def read_measures(run: Path) -> Measures:
+def read_measures(run: str | PathLike[str]) -> Measures:
     """The numbers in a run's ``measures.json``.
 
     Raises:
         DataError: the file is not there or does not hold them; it, or a table that it was made from, has changed since.
     """
+    run = to_path(run)
     file = run / MEASURES_FILE
     try:
         values = json.loads(read_text(file))
@@ -158,13 +161,13 @@ def read_measures(run: Path) -> Measures:
     return found
 
 
-def read_rows(run: Path) -> list[dict[str, float]]:
+def read_rows(run: str | PathLike[str]) -> list[dict[str, float]]:
     """The epochs of a run, from its ``metrics.csv``.
 
     Raises:
         DataError: the file is not there, or does not hold the numbers of every epoch.
     """
-    return _read_csv(run / METRICS_FILE, METRICS)
+    return _read_csv(to_path(run) / METRICS_FILE, METRICS)
 
 
 def moved_by_a_pixel(network: nn.Module, images: Tensor) -> float:

@@ -15,11 +15,11 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from difflib import get_close_matches
 from functools import cache
 from inspect import signature
-from pathlib import Path
+from os import PathLike
 from typing import Any
 
 from ..errors import DataError, NearsightError, OptionError
-from ..files import read_text, read_yaml
+from ..files import read_text, read_yaml, to_path
 from ..pages.brief import Brief, brief
 from ..picture import BACKGROUND, opaque
 
@@ -221,7 +221,7 @@ def _check_own(model: str, own: Mapping[str, Any]) -> None:
             )
 
 
-def read_recipe(path: Path, given: Container[str] = ()) -> Recipe:
+def read_recipe(path: str | PathLike[str], given: Container[str] = ()) -> Recipe:
     """The recipe in a run's ``config.yaml``.
 
     Args:
@@ -238,7 +238,7 @@ def read_recipe(path: Path, given: Container[str] = ()) -> Recipe:
     return Recipe(**values)
 
 
-def read_settings(path: Path, given: Container[str] = ()) -> dict[str, Any]:
+def read_settings(path: str | PathLike[str], given: Container[str] = ()) -> dict[str, Any]:
     """The values in a recipe's file, whoever wrote it: nothing in it makes a run fetch what its user did not name.
 
     Args:
@@ -248,7 +248,7 @@ def read_settings(path: Path, given: Container[str] = ()) -> dict[str, Any]:
         DataError: the file cannot be read, is no YAML, holds something else, or names what is to be fetched.
     """
     try:
-        values = read_yaml(read_text(path))
+        values = read_yaml(read_text(to_path(path)))
     except (OSError, ValueError) as error:
         raise DataError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
     if not isinstance(values, dict) or not set(values) <= _KINDS.keys():

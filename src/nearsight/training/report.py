@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
+from os import PathLike
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from ..errors import NearsightError
-from ..files import write_text
+from ..files import to_path, write_text
 from ..inspect.maps import AttentionMap, attention_maps
 from ..layers import AttentionLayer
 from ..modes import evaluating
@@ -47,13 +47,18 @@ class Drawing(Brief):
     numbers: str
 
 
-def write_result(path: Path, recipe: Recipe, evaluation: Evaluation) -> None:
+def write_result(path: str | PathLike[str], recipe: Recipe, evaluation: Evaluation) -> None:
     """The accuracy alone as a page, which stands where the report will: nothing that fails in drawing it takes that away."""
-    values = {"version": version("nearsight"), "recipe": recipe, "evaluation": evaluation, "folder": path.parent}
+    values = {
+        "version": version("nearsight"),
+        "recipe": recipe,
+        "evaluation": evaluation,
+        "folder": to_path(path).parent,
+    }
     write_text(path, render("result.html.jinja", **values))
 
 
-def is_drawn(path: Path, draw: Callable[[], None]) -> bool:
+def is_drawn(path: str | PathLike[str], draw: Callable[[], None]) -> bool:
     """Draw a page. One that cannot be drawn is a line on standard error: what was trained and measured is kept."""
     try:
         draw()
@@ -68,7 +73,7 @@ def is_drawn(path: Path, draw: Callable[[], None]) -> bool:
 
 
 def write_report(
-    path: Path,
+    path: str | PathLike[str],
     recipe: Recipe,
     blueprint: Blueprint,
     model: nn.Module,

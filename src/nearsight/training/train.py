@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 from html import escape
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,12 @@ from torch import nn
 
 from ..errors import DataError, OptionError, TrainingError
 from ..extras import need
-from ..files import make_folder, make_inner_folder, read_text, remove_leftovers, write_text
+from ..files import make_folder, make_inner_folder, read_text, remove_leftovers, to_path, write_text
 from ..models import ELSEWHERE, input_size, parse_spec
 from ..pages.brief import Brief
 from ..pages.html import frame
 from ..saved.spec import saved_spec
+from ..saved.timm_folder import write_timm_config
 from ..saved.trained_on import TRAINED_FILE, told_overlap
 from ..saved.weights import (
     CHECKPOINT_FILE,
@@ -75,7 +77,7 @@ class Interrupted(TrainingError):
     """The user stopped the run; the message says how to go on."""
 
 
-def train(recipe: Recipe, output: Path | None = None, *, download: bool = False) -> TrainedRun:
+def train(recipe: Recipe, output: str | PathLike[str] | None = None, *, download: bool = False) -> TrainedRun:
     """Train as the recipe says; leave config, checkpoint, weights, metrics, timing and report in a folder.
 
     Every file is written whole or not at all. The same recipe gives the same metrics on the same CPU.
@@ -94,7 +96,7 @@ def train(recipe: Recipe, output: Path | None = None, *, download: bool = False)
         >>> run.evaluation.count
         360
     """
-    output = output or default_output(recipe)
+    output = default_output(recipe) if output is None else to_path(output)
     if recipe.tensorboard:
         need(("tensorboard",), "--tensorboard", "tensorboard")
     if _is_main_process() and any((output / file).exists() for file in (CHECKPOINT_FILE, WEIGHTS_FILE)):
@@ -102,7 +104,7 @@ def train(recipe: Recipe, output: Path | None = None, *, download: bool = False)
     return _run(recipe.settled(), output, download=download)
 
 
-def resume(output: Path, given: Mapping[str, Any] | None = None) -> TrainedRun:
+def resume(output: str | PathLike[str], given: Mapping[str, Any] | None = None) -> TrainedRun:
     """Go on from the last checkpoint of a run that was stopped, to the end that it would have had.
 
     Args:
@@ -114,6 +116,7 @@ def resume(output: Path, given: Mapping[str, Any] | None = None) -> TrainedRun:
         DataError: a checkpoint or config that cannot be read.
         TrainingError: no checkpoint in the folder, or what :func:`train` raises it for.
     """
+    output = to_path(output)
     checkpoint = output / CHECKPOINT_FILE
     if not checkpoint.is_file():
         raise TrainingError(f"there is no checkpoint {checkpoint} to resume from; start the run without --resume")
@@ -224,6 +227,7 @@ def _run(
     evaluation = evaluate(best, loader(test, recipe.batch_size, pictures.test.workers))
     if _is_main_process():
         save_model(output / WEIGHTS_FILE, best, blueprint)
+        write_timm_config(output, best, blueprint)
         print(conclusion(evaluation, seconds), flush=True)
         report = output / REPORT_FILE
         if is_drawn(report, lambda: write_result(report, recipe, evaluation)):

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from functools import lru_cache
 from importlib import metadata
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +113,7 @@ PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {  # what it returns, what 
 # ------------------------------------------------------------------------------------------------- finding and loading
 
 
-def load(path: Path) -> ctypes.CDLL:
+def load(path: str | PathLike[str]) -> ctypes.CDLL:
     """Load a library and make sure that it is the one of this file.
 
     Raises:

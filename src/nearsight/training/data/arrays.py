@@ -97,14 +97,16 @@ class _ArrayDataset(PictureDataset):
 
 
 def _fit(images: Tensor, view: View) -> Tensor:
-    """Bring pictures of another data set to the channels and the size that the model knows."""
-    from torchvision.transforms.functional import rgb_to_grayscale
+    """Bring pictures of another data set to the channels and the size that the model knows, in its way."""
+    from torchvision.transforms.functional import center_crop, rgb_to_grayscale
 
     if images.shape[1] != view.channels:
         images = rgb_to_grayscale(images) if view.channels == 1 else images.expand(-1, view.channels, -1, -1)
-    if images.shape[-2:] != (view.size, view.size):
-        images = F.interpolate(images, size=(view.size, view.size), mode="bilinear", antialias=True)
-    return images
+    side = math.floor(view.size / view.crop_pct)
+    if images.shape[-2:] != (side, side):
+        mode = "bicubic" if view.interpolation == "bicubic" else "bilinear"  # no others are smooth for tensors
+        images = F.interpolate(images, size=(side, side), mode=mode, antialias=True).clamp(0, 1)
+    return images if side == view.size else center_crop(images, [view.size, view.size])
 
 
 class RandomAffine(nn.Module):

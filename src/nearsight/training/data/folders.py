@@ -13,13 +13,22 @@ import sys
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from os import PathLike
 
 from ...errors import DataError
+from ...files import to_path
 from ...pages.brief import Brief
-from ...picture import ENDINGS, is_hidden, is_picture
-
-Identity = tuple[int, int]  # device and inode
+from ...picture import (
+    ENDINGS,
+    Identity,
+    folders_above,
+    is_folder,
+    is_hidden,
+    is_picture,
+    pictures_in,
+    target_of,
+    tell_left_out,
+)
 
 
 @dataclass(frozen=True, repr=False)
@@ -31,7 +40,7 @@ class ClassFolders(Brief):
     identities: list[Identity]
 
 
-def class_folders(folder: Path) -> ClassFolders:
+def class_folders(folder: str | PathLike[str]) -> ClassFolders:
     """Every picture below ``folder``, by the folder in it that it lies in, at any depth; in the order of their names.
 
     What is no regular file but has a picture's name is among them: whoever opens it says so. What is left out is told.
@@ -39,17 +48,18 @@ def class_folders(folder: Path) -> ClassFolders:
     Raises:
         DataError: no class, a class without a picture, a picture in two classes, or a folder that cannot be read.
     """
+    folder = to_path(folder)
     found = ClassFolders([], [], [])
     known: dict[Identity, tuple[str, int]] = {}
     left_out: Counter[str] = Counter()
     try:
-        above = _above(folder)
+        above = folders_above(folder)
         with os.scandir(folder) as listed:
             entries = sorted((one for one in listed if not is_hidden(one.name)), key=lambda one: one.name)
-        folders = {entry.name for entry in entries if _is_folder(entry)}
-        found.classes.extend(one.name for one in entries if one.name in folders and _target(one) not in above)
+        folders = {entry.name for entry in entries if is_folder(entry)}
+        found.classes.extend(one.name for one in entries if one.name in folders and target_of(one) not in above)
         for label, name in enumerate(found.classes):
-            for path, identity in _pictures(folder / name, above, left_out):
+            for path, identity in pictures_in(folder / name, above, left_out):
                 if identity not in known:
                     known[identity] = path, label
                     found.samples.append((path, label))
@@ -70,26 +80,6 @@ def class_folders(folder: Path) -> ClassFolders:
     return found
 
 
-def ending(name: str) -> str:
-    """What a file's name ends with, as it is counted and told."""
-    return PurePosixPath(name).suffix.lower() or "without an ending"
-
-
-def tell_left_out(source: object, counts: Counter[str]) -> None:
-    """Tell on standard error how many files are no pictures by their endings, which :mod:`nearsight.picture` lists.
-
-    Args:
-        counts: of each :func:`ending`.
-    """
-    if counts:
-        kinds = ", ".join(f"{count} {ending}" for ending, count in counts.most_common())
-        print(
-            f"left out {counts.total()} files of {source} that are not read as pictures: {kinds}",
-            file=sys.stderr,
-            flush=True,
-        )
-
-
 def refuse_shared(parts: Mapping[str, ClassFolders]) -> None:
     """
     Raises:
@@ -101,52 +91,3 @@ def refuse_shared(parts: Mapping[str, ClassFolders]) -> None:
             other = known.setdefault(identity, path)
             if other != path:
                 raise DataError(f"no picture may be in two parts of the data; {other} and {path} are one file")
-
-
-def _pictures(folder: Path, above: set[Identity], left_out: Counter[str]) -> list[tuple[str, Identity]]:
-    """The pictures in a class's folder and those in it, by path; a folder is entered once, whatever leads to it."""
-    seen = {*above}
-    waiting, found = [str(folder)], []
-    while waiting:
-        place = waiting.pop()
-        status = os.stat(place)
-        if _identity(status) in seen:
-            continue
-        seen |= _above(Path(place))
-        with os.scandir(place) as entries:
-            for entry in sorted(entries, key=lambda entry: entry.name):
-                if is_hidden(entry.name):
-                    continue
-                if _is_folder(entry):
-                    waiting.append(entry.path)
-                elif not is_picture(entry.name):
-                    left_out[ending(entry.name)] += 1
-                else:
-                    # Only a link is looked at: asking for each of a million files takes minutes on a network.
-                    identity = _target(entry) if entry.is_symlink() else (status.st_dev, entry.inode())
-                    found.append((place, entry.name, entry.path, identity))
-    return [(path, identity) for *_, path, identity in sorted(found)]
-
-
-def _above(folder: Path) -> set[Identity]:
-    """A folder and those that it lies in: a link to one of them leads in a circle."""
-    real = folder.resolve()
-    return {_identity(os.stat(place)) for place in (real, *real.parents)}
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a circle of links
-        return False
-
-
-def _target(entry: os.DirEntry[str]) -> Identity:
-    try:
-        return _identity(entry.stat())
-    except OSError:  # it leads nowhere; whoever opens it says so
-        return _identity(entry.stat(follow_symlinks=False))
-
-
-def _identity(status: os.stat_result) -> Identity:
-    return status.st_dev, status.st_ino

@@ -12,9 +12,8 @@ import numpy as np
 
 from ...errors import DataError
 from ...extras import need
-from ...picture import is_hidden, is_picture
+from ...picture import ending, is_hidden, is_picture, tell_left_out
 from .decoded import Gather, divided
-from .folders import ending, tell_left_out
 from .splits import parts_among, tell_unread
 
 

@@ -19,6 +19,7 @@ from glob import glob
 from io import BytesIO
 from itertools import takewhile
 from math import prod
+from os import PathLike
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, NoReturn
 
@@ -26,10 +27,9 @@ import numpy as np
 
 from ...errors import DataError, TrainingError
 from ...extras import need
-from ...files import open_regular, read_text, write_bytes
-from ...picture import ENDINGS, is_hidden, is_picture
+from ...files import open_regular, read_text, to_path, write_bytes
+from ...picture import ENDINGS, ending, is_hidden, is_picture, tell_left_out
 from .decoded import Gather, divided
-from .folders import ending, tell_left_out
 from .splits import PARTS, part_of, parts_among, tell_unread
 
 INDEX_FILE = "nearsight-index.npz"
@@ -44,8 +44,8 @@ COLUMNS = ("shard", "offset", "size", "label")
 class Shards:
     """Pictures in tar files, found by an index with one row per picture: shard, offset and size in bytes, label."""
 
-    def __init__(self, files: Sequence[Path], index: dict[str, np.ndarray]) -> None:
-        self.files, self.index = files, index
+    def __init__(self, files: Sequence[str | PathLike[str]], index: dict[str, np.ndarray]) -> None:
+        self.files, self.index = [to_path(file) for file in files], index
         self.labels, self.blocks = index["label"], index["shard"]
 
     def name(self, index: int) -> str:
