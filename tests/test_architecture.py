@@ -17,7 +17,7 @@ SOURCE = Path(ns.__file__).parent
 # From the top down. A file may import from every line above its own, and from its own where it is a folder or a group that
 # says so: the files of "models/" share blocks, but two backends never know each other, and neither do commands and compat.
 ROOMS = [
-    ("errors", "when_imported"),
+    ("errors", "when_imported", "telling"),
     ("private", "extras"),
     ("files",),
     ("pages",),

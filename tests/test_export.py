@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from math import prod
 
@@ -139,6 +140,13 @@ def test_command_writes_onnx(trained, capsys):
     onnx.checker.check_model(model, full_check=True)
     notes = {note.key: note.value for note in model.metadata_props}
     assert Blueprint.from_json(notes["nearsight"]) == blueprint
+    sizes = {
+        value.name: [size.dim_param or size.dim_value for size in value.type.tensor_type.shape.dim]
+        for value in (*model.graph.input, *model.graph.output)
+    }
+    assert sizes == {"pictures": ["batch", 1, "height", "width"], "logits": ["batch", 3]}
+    inner = {size.dim_param for value in model.graph.value_info for size in value.type.tensor_type.shape.dim}
+    assert not [name for name in inner if re.search(r"\bs\d+\b", name)], "letters of the tracing are left"
     pictures = torch.randn(5, 1, 13, 21)
     found = onnxruntime.InferenceSession(folder / "model.onnx").run(["logits"], {"pictures": pictures.numpy()})[0]
     expected = network(pictures).detach()

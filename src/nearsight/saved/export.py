@@ -24,11 +24,13 @@ from ..files import to_path, write_bytes
 from ..finite import why_not_finite
 from ..pages.brief import Brief
 from ..private import open_sizes_of_one
+from ..telling import telling
 from .weights import KEY, Blueprint, load_model
 
 FORMATS = {"onnx": ".onnx", "pt2": ".pt2"}
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-AXES = ("batch", "height", "width")
+AXES_OF_PICTURES = {"batch": 0, "height": 2, "width": 3}
+AXES = tuple(AXES_OF_PICTURES)
 TOLERANCE = 1e-4  # of the largest output, or of one
 BATCH = 2  # of the example that is traced
 
@@ -126,8 +128,12 @@ def _made(
     reasons = []
     for names, example, tried in [fixed] if sides else [free, fixed]:
         try:
-            content, run = form(trace(model, torch.zeros(example), names), blueprint)
-            differences = [_difference(model, run, shape) for shape in tried]
+            with telling(f"tracing {blueprint.model} with {' and '.join(names)} open"):
+                program = trace(model, torch.zeros(example), names)
+            with telling(f"writing {blueprint.model} in the operators of the format"):
+                content, run = form(program, blueprint)
+            with telling(f"running what was written on {len(tried)} sizes, beside the network"):
+                differences = [_difference(model, run, shape) for shape in tried]
         except Exception as error:  # whatever a network's own code raises when sizes are symbols
             reasons.append(error)
             continue
@@ -158,8 +164,7 @@ def trace(model: nn.Module, example: Tensor, names: tuple[str, ...] = AXES) -> A
         >>> program.module()(torch.zeros(1, 3, 40, 24)).shape
         torch.Size([1, 1000])
     """
-    axes = {name: axis for name, axis in zip(AXES, (0, 2, 3), strict=True) if name in names}
-    sizes = dict.fromkeys(axes.values(), torch.export.Dim.DYNAMIC)
+    sizes = {axis: torch.export.Dim.DYNAMIC for name, axis in AXES_OF_PICTURES.items() if name in names}
     with torch.no_grad(), open_sizes_of_one():
         return torch.export.export(model, (example,), dynamic_shapes=(sizes,), strict=False)
 
@@ -184,9 +189,20 @@ def to_onnx(program: Any, notes: dict[str, str]) -> Any:
     model = torch.onnx.export(program, input_names=["pictures"], output_names=["logits"], dynamo=True, verbose=False)
     assert model is not None
     proto = model.model_proto
+    _name_axes(proto.graph)
     for name, text in notes.items():
         proto.metadata_props.add(key=name, value=text)
     return proto
+
+
+def _name_axes(graph: Any) -> None:
+    """Call the open sizes batch, height and width, in place of the letters that they were traced by."""
+    sizes = graph.input[0].type.tensor_type.shape.dim
+    letters = {sizes[axis].dim_param: name for name, axis in AXES_OF_PICTURES.items() if sizes[axis].dim_param}
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        for size in value.type.tensor_type.shape.dim:
+            if size.dim_param:  # one letter, or a sum of several
+                size.dim_param = re.sub(r"\w+", lambda found: letters.get(found[0], found[0]), size.dim_param)
 
 
 def onnx_session(content: bytes) -> Program:
