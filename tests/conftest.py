@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 from zlib import crc32
@@ -32,6 +34,13 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 # The c in c * eps * max(1, |ref|): how many roundings a result may be away from the oracle. Half precision is held in
 # float32 inside, so that only the rounding of the result is left; see `bound`.
 TOL = {torch.float64: 24, torch.float32: 24, torch.float16: 1, torch.bfloat16: 1}
+
+
+def lines_of(page: str, heading: str) -> str:
+    """The Python lines of a page of docs/ under a heading, which need more than an empty folder to run."""
+    text = (Path(__file__).parents[1] / "docs" / page).read_text(encoding="utf-8")
+    section = text.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    return "\n".join(re.findall(r"^```py\n(.*?)^```$", section, re.MULTILINE | re.DOTALL))
 
 
 def projections(layer: nn.Module) -> list[nn.Module]:

@@ -7,10 +7,13 @@ import re
 import sys
 from math import prod
 
+import numpy as np
 import onnx
 import onnxruntime
 import pytest
 import torch
+from conftest import lines_of
+from PIL import Image
 from timm.models import register_model
 from torch import Tensor, nn
 
@@ -128,7 +131,7 @@ def fails(capsys, *arguments) -> str:
 
 
 @pytest.mark.slow
-def test_command_writes_onnx(trained, capsys):
+def test_command_writes_onnx(trained, capsys, tmp_path, monkeypatch):
     folder, network, blueprint = trained("sasa_for_export")
     assert main(["export", str(folder), "--format", "onnx"]) == 0
     out = capsys.readouterr().out
@@ -152,6 +155,16 @@ def test_command_writes_onnx(trained, capsys):
     expected = network(pictures).detach()
     assert expected.std() > 1e-2  # it depends on the picture
     torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-4, atol=1e-4)
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "digits").symlink_to(folder)
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)).save("seven.png")
+    page: dict = {}
+    exec(lines_of("use.md", "Without nearsight: ONNX"), page)
+    model = ns.load(folder)
+    torch.testing.assert_close(torch.from_numpy(page["pictures"]), model.preprocess("seven.png"))
+    assert capsys.readouterr().out.strip() == model.predict("seven.png")[0].name
 
 
 @pytest.mark.slow

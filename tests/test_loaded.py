@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from conftest import lines_of
 from PIL import Image
 from torch import nn
 
@@ -29,6 +30,7 @@ from nearsight.saved.view import View
 from nearsight.saved.weights import Blueprint, save_model
 from nearsight.training.data.decoded import _transform
 from nearsight.training.data.pictures import Changes
+from nearsight.training.recipe import Recipe
 from nearsight.training.train import train
 
 CLASSES = ("ant", "bee", "cat", "dog")
@@ -333,6 +335,21 @@ def test_the_explorer_takes_folders_pictures_and_arrays_as_the_command_does(run,
     assert loaded.html == expected
 
 
+def test_the_page_keeps_its_word(run, cells, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "digits").symlink_to(run())
+    for name in ("seven.png", "eight.png"):
+        Image.fromarray(cells).save(name)
+    exec(lines_of("use.md", "In Python"))
+    said, _ = ns.load("runs/digits").predict(["seven.png", "eight.png"])
+    assert capsys.readouterr().out == f"{said.name} {said.probability} {said.top(3)}\n" * 2
+    page: dict = {}
+    exec(lines_of("use.md", "With timm"), page)
+    seen = page["transform"](Image.open("seven.png").convert("L"))[None]
+    assert page["names"][page["model"](seen).argmax()] == said.name
+
+
 def names_of_paths(text: str) -> list[str]:
     """Arguments of public functions that take a path and no text."""
     found = []
@@ -352,4 +369,4 @@ def test_a_text_does_wherever_a_path_does(run, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", os.fspath(run().parent))
     assert ns.load("~/1").classes == CLASSES
     with pytest.raises(Exception, match="holds a run already"):
-        train(None, str(run()))
+        train(Recipe(), str(run()))
