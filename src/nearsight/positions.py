@@ -156,7 +156,7 @@ class LearnedPosition(Position):
 
     def embed(self, x: Tensor) -> Tensor:
         embedding = self.embedding[None]
-        if embedding.shape[2:] != x.shape[2:]:
+        if torch.jit.is_tracing() or embedding.shape[2:] != x.shape[2:]:  # a trace serves maps of other sizes
             mode = ("linear", "bilinear", "trilinear")[x.ndim - 3]
             embedding = F.interpolate(embedding, size=x.shape[2:], mode=mode, align_corners=False)
         return x + embedding.to(x.dtype)
@@ -267,14 +267,16 @@ class ContinuousBias(Position):
         )
 
     def tables(self, window: Window, size: Sequence[int]) -> Tables:
-        like = next(self.mlp.parameters())
+        like = next(
+            self.mlp.parameters(), torch.empty(0, device="cpu")
+        )  # quantised modules have none, and are on the CPU
         spread = [
             delta.sign() * (1 + 8 * delta.abs() / reach).log2() / 3
             for delta, reach in zip(_offsets(window, size, like), self.reach, strict=True)
         ]
         features = torch.stack(torch.meshgrid(*spread, indexing="ij"), -1)
         with without_autocast(like.device.type):
-            return 16 * _called_wide(self.mlp, features).sigmoid().movedim(-1, 0), None
+            return 16 * _called_wide(self.mlp, features).sigmoid().movedim(len(size), 0), None
 
 
 class QuadraticPosition(Position):
@@ -555,6 +557,8 @@ def _add_to_share(x: Tensor, waves: Tensor, axis: int, rank: int) -> Tensor:
 def _fit(table: Tensor, dim: int, axis: Axis) -> Tensor:
     """The middle of a table made for a map at least as large: offset 0 stays in the centre."""
     spare = table.shape[dim] - axis.table_size
+    if isinstance(spare, Tensor):  # a trace finds the middle on maps of other sizes too, and fails on larger ones
+        return table.narrow(dim, spare // 2, axis.table_size)  # pyright: ignore[reportArgumentType]
     if spare == 0:
         return table
     if spare < 0 or spare % 2:
@@ -567,8 +571,9 @@ def _fit(table: Tensor, dim: int, axis: Axis) -> Tensor:
 
 
 def _offsets(window: Window, size: Sequence[int], like: Tensor) -> list[Tensor]:
-    offsets = [axis.offsets for axis in window.axes(len(size))]
-    return [torch.arange(o.start, o.stop, o.step, **_wide(like)) for o in offsets]
+    return [
+        (torch.arange(axis.table_size, **_wide(like)) - axis.zero) * axis.dilation for axis in window.axes(len(size))
+    ]
 
 
 def _rotate(query: Tensor, key: Tensor, frequencies: Tensor, window: Window) -> tuple[Tensor, Tensor]:
@@ -577,14 +582,15 @@ def _rotate(query: Tensor, key: Tensor, frequencies: Tensor, window: Window) -> 
     frequencies = frequencies.to(_wide(frequencies)["dtype"])
     around = [axis.border == "wrap" for axis in axes]
     if any(around):
-        whole = torch.tensor(around, device=frequencies.device)[:, None]
-        frequencies = torch.where(whole, _whole_turns(frequencies, size), frequencies)
+        whole = _whole_turns(frequencies, size)
+        parts = [(whole if turns else frequencies)[:, axis] for axis, turns in enumerate(around)]
+        frequencies = torch.stack(parts, 1)
     return _turn(query, frequencies, [axis.stride for axis in axes]), _turn(key, frequencies, [1] * len(axes))
 
 
 def _whole_turns(frequencies: Tensor, size: Sequence[int]) -> Tensor:
     """Round to multiples of 2 pi / n per axis, in value but not in gradient."""
-    unit = 2 * math.pi / torch.tensor(size, dtype=frequencies.dtype, device=frequencies.device)[:, None]
+    unit = torch.stack([2 * math.pi / frequencies.new_full((1,), cells) for cells in size])
     whole = (frequencies / unit).round() * unit
     return frequencies + (whole - frequencies).detach()
 

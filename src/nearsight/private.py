@@ -29,6 +29,20 @@ def transforms_are_active() -> bool:
     return _transforms_are_active()
 
 
+def derivatives_in_progress() -> tuple[int, int]:
+    """How many of torch.func's derivatives what is called is part of: forward-mode ones, and reverse-mode ones.
+
+    Not public: a tensor tells of the innermost one alone. Without it none: then PyTorch says itself what it cannot do.
+    """
+    kinds = [_kind_of(interpreter) for interpreter in _interpreters() or ()]
+    return kinds.count("Jvp"), kinds.count("Grad")
+
+
+def _kind_of(interpreter: Any) -> str:
+    return getattr(interpreter.key(), "name", "")
+
+
+_interpreters: Callable[[], Any] = getattr(getattr(torch._C, "_functorch", None), "get_interpreter_stack", lambda: None)
 _transforms_are_active: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
 
 
@@ -99,6 +113,17 @@ def untraced() -> Iterator[None]:
         yield
     finally:
         interface._set_tracing_state(state)
+
+
+def unwatched() -> AbstractContextManager:
+    """Within, a ``torch.jit.trace`` does not look on: sizes are plain numbers, of which checks may ask what they like."""
+    return untraced() if torch.jit.is_tracing() else nullcontext()
+
+
+def known_shape(tensor: torch.Tensor) -> tuple[int, ...]:
+    """The shape as plain numbers, in a ``torch.jit.trace`` too, where sizes are tensors that it follows."""
+    with unwatched():
+        return tuple(tensor.shape)
 
 
 def constant_to_compilers(function: Callable[[], Any]) -> Callable[[], Any]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .errors import DtypeError, OptionError, ShapeError
+from .private import unwatched
 
 BORDERS = ("mask", "zeros", "shift", "wrap")
 MAX_RANK = 3
@@ -85,10 +86,14 @@ class Axis:
         return 2 * self.kernel_size - 1 if self.by_offset else self.kernel_size
 
     @property
+    def zero(self) -> int:
+        """The entry of a position table for the query's own cell."""
+        return self.kernel_size - 1 if self.by_offset else self.left
+
+    @property
     def offsets(self) -> range:
         """Key cell minus query cell, for every entry of a position table."""
-        zero = self.kernel_size - 1 if self.by_offset else self.left
-        return range(-zero * self.dilation, (self.table_size - zero) * self.dilation, self.dilation)
+        return range(-self.zero * self.dilation, (self.table_size - self.zero) * self.dilation, self.dilation)
 
     def output_size(self, cells: Any) -> Any:
         return (cells + self.stride - 1) // self.stride
@@ -225,7 +230,9 @@ class Window:
     @classmethod
     def everywhere(cls, in_size: Sequence[int]) -> Window:
         """The block as large as the image, from every query: global attention, with tables of ``2n-1`` entries."""
-        return cls(tuple(larger(2 * cells - 1, 1) for cells in in_size))
+        kernel_size = tuple(larger(2 * cells - 1, 1) for cells in in_size)
+        with unwatched():
+            return cls(kernel_size)
 
     @property
     def rank(self) -> int | None:

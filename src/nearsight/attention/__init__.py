@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..errors import DtypeError, OptionError, ShapeError
 from ..precision import without_autocast
+from ..private import unwatched
 from ..window import Window, plain
 from . import reference
 from .backend import attend, backends, choose
@@ -117,7 +118,8 @@ def local_attention(
     """
     problem = describe(query, key, value, window, bias, relative, lse=return_lse)
     call = Call(query, key, value, bias, relative, _scale(scale, problem))
-    run = choose(problem, backend)
+    with unwatched():
+        run = choose(problem, backend)
     if problem.empty:
         out, lse = _nothing(call)
     else:

@@ -12,6 +12,7 @@ with undilated windows. Every operator used has forward- and reverse-mode deriva
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 from math import gcd, isqrt, lcm, prod
 from typing import Any, NamedTuple
@@ -47,7 +48,9 @@ def why_not(problem: Problem) -> str | None:
 def attend(call: Call, problem: Problem) -> tuple[Tensor, Tensor | None]:
     query, key, value, bias, _, scale = call
     dtype = problem.compute_dtype
-    block = BLOCK[problem.rank] if problem.compiling else _block_size(problem)
+    if problem.exporting:  # as a trace follows them
+        problem = replace(problem, in_size=key.shape[2:-1], out_size=query.shape[2:-1])
+    block = BLOCK[problem.rank] if problem.compiling or problem.exporting else _block_size(problem)
     cut = _cut_any_size if problem.exporting else _cut
     axes = [cut(axis, n, query.device, block) for axis, n in zip(problem.axes, problem.in_size, strict=True)]
     relative = [table.to(dtype) for table in call.relative or ()]
@@ -299,7 +302,7 @@ def _attend_blocks(
     key, value = (_gather(tensor, places.cells) for tensor in (key, value))
     if places.zero is not None:
         key, value = (tensor.masked_fill(places.zero, 0) for tensor in (key, value))
-    logits = query @ key.mT  # B, N, *blocks, queries of the block, cells of the span
+    logits = query @ key.transpose(-1, -2)  # B, N, *blocks, queries of the block, cells of the span
     for axis, table in enumerate(relative):
         logits = logits + _relative_logits(query, table, axes, axis)
     if bias is not None:
@@ -323,7 +326,7 @@ def _gather(tensor: Tensor, index: Tensor) -> Tensor:
 def _relative_logits(query: Tensor, table: Tensor, axes: list[AxisBlocks], axis: int) -> Tensor:
     """q.r of one axis for every pair of a block and its span."""
     rank = len(axes)
-    scores = query @ table.mT[(slice(None), *[None] * rank)]  # B, N, *G, queries, entries of the table
+    scores = query @ table.transpose(-1, -2)[(slice(None), *[None] * rank)]  # B, N, *G, queries, entries of the table
     groups = [cut.entries.shape[0] for cut in axes]
     queries = [cut.entries.shape[1] for cut in axes]
     spans = [cut.entries.shape[2] for cut in axes]
@@ -340,7 +343,7 @@ def _block_bias(bias: Tensor, axes: list[AxisBlocks]) -> Tensor:
     rank = len(axes)
     for axis, cut in enumerate(axes, start=1):
         bias = bias.index_select(axis, cut.entries.flatten()).unflatten(axis, cut.entries.shape)
-        bias = bias.movedim((axis + 1, axis + 2), (-2, -1))
+        bias = bias.movedim((axis + 1, axis + 2), (bias.ndim - 2, bias.ndim - 1))
     # N, *G, then (b, S) for every axis: bring the b together.
     order = [*range(1 + rank), *range(1 + rank, 1 + 3 * rank, 2), *range(2 + rank, 1 + 3 * rank, 2)]
     return bias.permute(order).flatten(1 + rank, 2 * rank).flatten(2 + rank)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ..errors import DtypeError, ShapeError
-from ..private import transforms_are_active
+from ..private import derivatives_in_progress, transforms_are_active, unwatched
 from ..window import MAX_RANK, Axis, Window
 
 
@@ -32,10 +32,11 @@ class Problem:
     bias: bool = False
     relative: bool = False
     needs_grad: bool = False
-    forward_ad: bool = False
+    forward_ad: bool = False  # within a forward-mode derivative
+    higher: bool = False  # within a derivative of a derivative, as far as torch.func tells
     transformed: bool = False  # inside torch.func's grad, vmap or jvp
     compiling: bool = False  # inside torch.compile or torch.export, which trace the call
-    exporting: bool = False  # inside torch.export: sizes are symbols, and the program has to run without nearsight
+    exporting: bool = False  # inside torch.export or torch.jit.trace: what is written down runs on other sizes, alone
     groups: int = 1  # query heads for each of those of key and value
     lse: bool = False  # whether the log-sum-exp of the logits is asked for
 
@@ -97,10 +98,28 @@ def describe(
 ) -> Problem:
     """Check every argument of an attention call once, and describe the problem.
 
+    In a ``torch.jit.trace`` the sizes are numbers, those of the example. Only a window that was made for a map, as that of
+    global attention, is of tensors there, which the trace follows.
+
     Raises:
         ShapeError: ranks, sizes or tables that do not fit together.
         DtypeError: arguments of the wrong type, dtype or device.
     """
+    exporting = is_exporting()
+    with unwatched():
+        return _describe(query, key, value, window, bias, relative, lse, exporting)
+
+
+def _describe(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    window: Window,
+    bias: Tensor | None,
+    relative: Sequence[Tensor] | None,
+    lse: bool,
+    exporting: bool,
+) -> Problem:
     _check_tensors(query, key, value, window)
     rank = query.ndim - 3
     axes = window.axes(rank)
@@ -110,6 +129,7 @@ def describe(
     _check_bias(bias, query, table_size)
     _check_relative(relative, query, table_size)
     tensors = [query, key, value, *([] if bias is None else [bias]), *(relative or [])]
+    forward, reverse = (0, 0) if torch.compiler.is_compiling() else derivatives_in_progress()
     return Problem(
         axes=axes,
         in_size=in_size,
@@ -123,10 +143,11 @@ def describe(
         bias=bias is not None,
         relative=relative is not None,
         needs_grad=torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors),
-        forward_ad=_in_forward_ad(tensors),
+        forward_ad=forward > 0 or _in_forward_ad(tensors),
+        higher=forward + reverse > 1,
         transformed=not torch.compiler.is_compiling() and transforms_are_active(),
         compiling=torch.compiler.is_compiling(),
-        exporting=is_exporting(),
+        exporting=exporting,
         groups=query.shape[1] // key.shape[1] if key.shape[1] else 1,
         lse=lse,
     )
@@ -161,8 +182,11 @@ def laid_out(name: str, tensor: object) -> None:
 
 
 def is_exporting() -> bool:
-    # torch.compiler.is_exporting came with PyTorch 2.7.
-    return torch.compiler.is_compiling() and getattr(torch.compiler, "is_exporting", lambda: False)()
+    """Whether what is called is written down, to run without nearsight: by ``torch.export`` or ``torch.jit.trace``."""
+    if torch.compiler.is_compiling():
+        # torch.compiler.is_exporting came with PyTorch 2.7.
+        return getattr(torch.compiler, "is_exporting", lambda: False)()
+    return torch.jit.is_tracing()
 
 
 def _in_forward_ad(tensors: list[Tensor]) -> bool:

@@ -15,6 +15,7 @@ from torch.autograd import forward_ad
 
 from ..errors import OptionError, ShapeError
 from ..private import has_forward_hooks, transforms_are_active
+from .whole import one_node
 
 MANY = 16  # cells for each output channel: measured at 261, 33, 4 and 0.5, of which the first two gain
 
@@ -67,11 +68,12 @@ class PatchProjection2d(nn.Conv2d):
         stride = patch_size if stride is None else stride
         super().__init__(in_channels, out_channels, patch_size, stride, dilation=dilation, bias=False)
 
+    @one_node
     def forward(self, input: Tensor) -> Tensor:
         size, stride, dilation = self.kernel_size[0], self.stride[0], self.dilation[0]
         behind = dilation * (size - 1) + 1 - stride  # cells of a patch that reach past where the next one begins
         missing = (0, -input.shape[3] % stride + behind, 0, -input.shape[2] % stride + behind)
-        x = F.pad(input, missing) if any(missing) else input
+        x = F.pad(input, missing) if torch.jit.is_tracing() or any(missing) else input  # a trace serves odd maps too
         apart = (stride, dilation) == (size, 1)
         if not (apart and _is_ours(x, self.weight) and x.movedim(1, -1).is_contiguous()):
             return super().forward(x)
@@ -305,11 +307,11 @@ def _whole(parts: Sequence[Tensor]) -> Tensor | None:
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:
     """(B, N*D, *map) -> (B, N, *map, D), a view."""
-    return x.unflatten(1, (num_heads, -1)).movedim(2, -1)
+    return x.unflatten(1, (num_heads, -1)).movedim(2, x.ndim)  # counted from the front, as ONNX's old exporter needs it
 
 
 def merge_heads(x: Tensor, like: Tensor) -> Tensor:
     """(B, N, *map, D) -> (B, N*D, *map), in the memory format of ``like``."""
     if not like.is_contiguous() and like.movedim(1, -1).is_contiguous():
-        return x.movedim(1, -2).flatten(-2).contiguous().movedim(-1, 1)
-    return x.movedim(-1, 2).flatten(1, 2).contiguous()
+        return x.movedim(1, x.ndim - 2).flatten(-2).contiguous().movedim(-1, 1)
+    return x.movedim(x.ndim - 1, 2).flatten(1, 2).contiguous()

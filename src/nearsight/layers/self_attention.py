@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from ..attention import attention_weights, local_attention
 from ..errors import OptionError, ShapeError
 from ..positions import Position, PositionLike, Tables, no_weight_decay_in, position_encoding
+from ..private import known_shape
 from ..recompute import keep_in_place_of
 from ..window import Window, plain
 from .projection import POINTWISE, Projecting, check_channels, is_repeatable, made_on, merge_heads
+from .whole import one_node
 
 
 class SelfAttention(Projecting):
@@ -82,6 +84,7 @@ class SelfAttention(Projecting):
         """
         self._draw_projections(gain=self.position.content_gain)
 
+    @one_node
     def forward(self, x: Tensor) -> Tensor:
         batched = self._batched(x)
         window = self.window_on(batched.shape[2:])
@@ -121,7 +124,7 @@ class SelfAttention(Projecting):
         return [self.qk_channels, self.qk_channels, self.out_channels]
 
     def _batched(self, x: Tensor) -> Tensor:
-        if x.ndim not in (self.rank + 1, self.rank + 2) or x.shape[-self.rank - 1] != self.in_channels:
+        if x.ndim not in (self.rank + 1, self.rank + 2) or known_shape(x)[-self.rank - 1] != self.in_channels:
             axes = ", ".join("DHW"[-self.rank :]) if self.rank > 1 else "L"
             raise ShapeError(
                 f"{type(self).__name__} takes (B, {self.in_channels}, {axes}) or ({self.in_channels}, {axes}); "

@@ -13,8 +13,10 @@ from ..attention import attention_weights, local_attention
 from ..errors import OptionError, ShapeError
 from ..positions import RelativePosition, Tables, no_weight_decay_in
 from ..precision import wide_of, without_autocast
+from ..private import known_shape
 from ..window import Window, plain
 from .projection import check_channels, made_on, merge_heads, split_heads
+from .whole import one_node
 
 
 class AttentionStem2d(nn.Module):
@@ -91,6 +93,7 @@ class AttentionStem2d(nn.Module):
         if device is not None or dtype is not None:
             self.to(device=device, dtype=dtype)
 
+    @one_node
     def forward(self, x: Tensor) -> Tensor:
         self._check(x)
         query, key = self._query_key(x)
@@ -131,7 +134,7 @@ class AttentionStem2d(nn.Module):
             return torch.einsum("y x d, m d -> m y x", row[:, None] + column, mixture).softmax(0)
 
     def _check(self, x: Tensor) -> None:
-        if x.ndim != 4 or x.shape[1] != self.in_channels:
+        if x.ndim != 4 or known_shape(x)[1] != self.in_channels:
             raise ShapeError(f"AttentionStem2d takes (B, {self.in_channels}, H, W); received {tuple(x.shape)}")
 
     def _query_key(self, x: Tensor) -> list[Tensor]:

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..attention import attention_weights, local_attention
 from ..errors import OptionError, ShapeError
+from ..layers.whole import one_node
 from ..positions import Tables
 from ..window import Window
 from .backbone import Backbone, Pace, build, check_pool, config, drop_path_rates, paces, take_indices
@@ -257,6 +258,7 @@ class NeighbourhoodAttention(nn.Module):
         self.rpb = nn.Parameter(trunc_normal_(torch.empty(num_heads, *window.table_size(2)), std=0.02))
         self.proj = nn.Linear(dim, dim)
 
+    @one_node
     def forward(self, x: Tensor) -> Tensor:
         query, key, value = self._project(x)
         out = local_attention(query, key, value, self.window, bias=self.rpb)

@@ -40,6 +40,10 @@ def why_not(problem: Problem) -> str | None:
         return f"the native kernel takes float32 and bfloat16; the tensors are {problem.dtype}"
     if problem.forward_ad:
         return "the native kernel has no forward-mode derivative"
+    if problem.higher:
+        return "the native kernel has no second derivative"
+    if any(isinstance(axis.kernel_size, Tensor) for axis in problem.axes):
+        return "a trace leaves the size of the map open, on which the block depends here"
     if problem.head_dim < 1 or problem.value_dim < 1:
         return "the native kernel takes vectors of at least one channel"
     # A compiler knows sizes by their symbols only; then the kernel itself has to refuse, when it runs.
@@ -60,7 +64,7 @@ def attend(call: Call, problem: Problem) -> tuple[Tensor, Tensor]:
     geometry = (*_geometry(problem), scale, _isa)
     bias = None if bias is None else bias.to(SCALARS)
     relative = [table.to(SCALARS) for table in relative or ()]
-    if torch.compiler.is_compiling():
+    if problem.compiling or problem.exporting:
         return operators.attend(query, key, value, bias, relative, *geometry)
     # What the operator would do, sooner, and for torch.func's derivatives too.
     return operators.attend_above_autograd(query, key, value, bias, relative, *geometry)

@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What tracers, transforms and quantising tools of PyTorch see of a layer is right, or said to be impossible in a line."""
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import nearsight as ns
+from nearsight.attention import native
+from nearsight.errors import BackendError
+from nearsight.layers.projection import PatchProjection2d
+
+NAT = {"depths": (1, 2), "num_heads": (1, 2), "embed_dim": 16, "kernel_size": 3, "num_classes": 3}
+HALO = {"depths": (1, 1), "widths": (8, 16), "num_heads": 2, "block_size": 4, "halo_size": 1, "num_classes": 3}
+NETWORKS = {
+    "sasa_nano": lambda: ns.create_model("sasa_nano", depths=(1, 1), widths=(8, 16), num_classes=3),
+    "sasa_micro": lambda: ns.create_model("sasa_micro", depths=(1, 1, 1), num_classes=3),
+    "halo_h0": lambda: ns.create_model("halo_h0", **HALO),
+    "dinat_mini": lambda: ns.create_model("dinat_mini", **NAT),
+}
+SIZES = {1: (7,), 2: (6, 7), 3: (3, 4, 3)}
+LAYERS = {
+    **{
+        f"local, {rank} axes, {position}": (
+            getattr(ns, f"LocalSelfAttention{rank}d"),
+            rank,
+            {"kernel_size": 3},
+            position,
+        )
+        for rank, position in (
+            (1, "relative"),
+            (1, "cpb"),
+            (2, "relative"),
+            (2, "learned"),
+            (2, "mixed_rope"),
+            (3, "bias"),
+        )
+    },
+    **{
+        f"global, {rank} axes, {position}": (getattr(ns, f"GlobalSelfAttention{rank}d"), rank, {}, position)
+        for rank, position in (
+            (1, "bias"),
+            (2, "relative"),
+            (2, "cpb"),
+            (2, "quadratic"),
+            (2, "sinusoidal"),
+            (3, "bias"),
+        )
+    },
+    "strided": (
+        ns.LocalSelfAttention2d,
+        2,
+        {"kernel_size": 3, "stride": 2, "dilation": (1, 2), "border": "zeros"},
+        "bias",
+    ),
+    "torus": (ns.LocalSelfAttention2d, 2, {"kernel_size": 3, "border": "wrap"}, "mixed_rope"),
+    "causal": (ns.LocalSelfAttention2d, 2, {"kernel_size": 3, "causal": True, "shared_by": 2}, "relative_shared"),
+}
+
+
+def layer_and_size(name):
+    cls, rank, options, position = LAYERS[name]
+    return cls(12, num_heads=2, position=position, map_size=11, **options).eval(), SIZES[rank]
+
+
+def traced(model, example):
+    """The program, made without a doubt of the tracer's, and of PyTorch's own operators."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", torch.jit.TracerWarning)
+        program = torch.jit.trace(model, example, check_trace=False)
+    assert "nearsight::" not in str(program.inlined_graph)
+    assert "PythonOp" not in str(program.inlined_graph)
+    return program
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_traced_layer_computes_the_same_on_other_sizes(name):
+    layer, size = layer_and_size(name)
+    program = traced(layer, torch.randn(1, 12, *size))
+    for more in (0, 4, -1):
+        x = torch.randn(2, 12, *[cells + more for cells in size])
+        torch.testing.assert_close(program(x), layer(x))
+
+
+@pytest.mark.parametrize(
+    "made", [ns.HaloSelfAttention2d, ns.AttentionStem2d, lambda c, e, **_: PatchProjection2d(c, e, 2)]
+)
+def test_other_layers_are_traced(made):
+    layer = made(8, 16, num_heads=2).eval()
+    program = traced(layer, torch.randn(1, 8, 8, 8))
+    for size in ((8, 8), (13, 7)):
+        x = torch.randn(2, 8, *size)
+        torch.testing.assert_close(program(x), layer(x))
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_networks_are_traced_and_drawn(name):
+    model = NETWORKS[name]().eval()
+    program, graph = traced(model, torch.randn(1, 3, 32, 32)), torch.fx.symbolic_trace(model)
+    for x in (torch.randn(1, 3, 32, 32), torch.randn(2, 3, 45, 40)):
+        torch.testing.assert_close(program(x), model(x))
+        torch.testing.assert_close(graph(x), model(x))
+    assert {id(p) for p in graph.parameters()} == {id(p) for p in model.parameters()}
+
+
+@pytest.mark.parametrize("name", ["local, 2 axes, relative", "global, 1 axes, bias"])
+def test_a_layer_by_itself_is_a_graph(name):
+    layer, size = layer_and_size(name)
+    graph, x = torch.fx.symbolic_trace(layer), torch.randn(1, 12, *size)
+    torch.testing.assert_close(graph(x), layer(x))
+    assert {id(p) for p in graph.parameters()} == {id(p) for p in layer.parameters()}
+    assert not any("_whole" in key for key in layer.state_dict())
+
+
+def test_a_larger_map_than_the_tables_fails_in_a_trace_too():
+    layer = ns.GlobalSelfAttention2d(8, num_heads=2, map_size=8)
+    with pytest.raises(RuntimeError, match="exceeds dimension size"):
+        torch.jit.trace(layer, torch.randn(1, 8, 6, 6))(torch.randn(1, 8, 9, 9))
+
+
+@pytest.mark.skipif(native.unavailable() is not None, reason=str(native.unavailable()))
+def test_the_kernel_in_a_trace():
+    """Named it is one node, for a window that does not grow with the map."""
+    layer, x = ns.LocalSelfAttention2d(8, kernel_size=3, num_heads=2, backend="native"), torch.randn(2, 8, 9, 7)
+    program = torch.jit.trace(layer, torch.randn(1, 8, 6, 6))
+    assert str(program.inlined_graph).count("nearsight::attend") == 1
+    torch.testing.assert_close(program(x), layer(x))
+    with pytest.raises(BackendError, match="leaves the size of the map open"):
+        torch.jit.trace(ns.GlobalSelfAttention2d(8, num_heads=2, backend="native"), torch.randn(1, 8, 6, 6))
+
+
+# ---------------------------------------------------------------------------------------------------------- derivatives
+
+
+@pytest.mark.parametrize("name", ["local, 2 axes, relative", "global, 1 axes, bias"])
+def test_derivatives_of_derivatives(name):
+    layer, size = layer_and_size(name)
+    x, v = torch.randn(2, 1, 12, *size)
+
+    def loss(x):
+        return layer(x).square().sum()
+
+    layer.backend = "blocked"
+    expected = torch.autograd.functional.hvp(loss, x, v)[1]
+    layer.backend = None
+    for found in (
+        torch.func.jvp(torch.func.grad(loss), (x,), (v,))[1],
+        torch.func.grad(lambda x: torch.func.jvp(loss, (x,), (v,))[1])(x),
+        torch.func.grad(lambda x: (torch.func.grad(loss)(x) * v).sum())(x),
+        torch.func.vmap(lambda v: torch.func.jvp(torch.func.grad(loss), (x,), (v,))[1])(v[None])[0],
+    ):
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-3)
+
+
+# ------------------------------------------------------------------------------------------------------------ quantising
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("dtype", [torch.qint8, torch.float16])
+def test_quantised_networks_of_positions(dtype):
+    layer, x = ns.LocalSelfAttention2d(8, kernel_size=3, num_heads=2, position="cpb").eval(), torch.randn(1, 8, 6, 5)
+    found = torch.ao.quantization.quantize_dynamic(layer, {nn.Linear}, dtype=dtype)
+    assert not list(found.position.parameters())
+    torch.testing.assert_close(found(x), layer(x), atol=0.1, rtol=0)
