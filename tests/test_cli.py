@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from nearsight import cli
+from nearsight.attention import native
 from nearsight.models import create_model
 from nearsight.saved.weights import Blueprint, save_model
 from nearsight.training.data import load_pictures
@@ -65,11 +66,21 @@ def test_train_help_has_every_flag_of_the_contract_and_examples(capsys):
     assert "examples:\n  nearsight train " in text
 
 
-def test_models_lists_ours_with_their_size(capsys):
-    assert cli.main(["models"]) == 0
-    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("sasa_nano ")]
-    count = sum(parameter.numel() for parameter in create_model("sasa_nano").parameters())
-    assert line.split()[1:] == [f"{count / 1e6:.3f}", "M", "parameters"]
+def test_models_lists_what_matches_and_the_twins(capsys):
+    """GFLOP as docs/models.md has them, where the native kernel is."""
+    assert cli.main(["models", "*nano"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[:4]] == ["model", "sasa_nano", "to", "conv_nano"]
+    assert cli.main(["models", "*nano", "--json"]) == 0
+    ours, twin = json.loads(capsys.readouterr().out)
+    counted = sum(parameter.numel() for parameter in create_model("sasa_nano").parameters())
+    assert (ours["parameters"], ours["image"]) == (counted, 32)
+    assert twin["source"] == "sasa_nano with convolutions"
+    if native.unavailable() is None:
+        assert round(ours["flops"] / 1e9, 3) == 0.053
+    assert cli.main(["models", "sasa_nano", "--csv"]) == 0
+    assert capsys.readouterr().out.startswith("model,parameters,flops,image,source\nsasa_nano,84906,")
+    assert "no network of nearsight matches 'resnet*'" in fails(capsys, "models", "resnet*")
 
 
 def test_info_names_versions_and_backends(capsys):
@@ -92,6 +103,12 @@ def test_eval_prints_the_accuracy_and_json_agrees(capsys, untrained):
     assert sum(map(sum, result["confusion"])) == 360
     correct = sum(row[index] for index, row in enumerate(result["confusion"]))
     assert result["accuracy"] == correct / 360
+    assert result["accuracy_low"] < correct / 360 < result["accuracy_high"]
+    named = {row["class"]: (row["images"], row["correct"]) for row in result["by_class"]}
+    assert named == {
+        name: (sum(row), row[place])
+        for place, (name, row) in enumerate(zip(result["classes"], result["confusion"], strict=True))
+    }
     assert cli.main(["eval", str(untrained / "model.safetensors"), "--data", "digits"]) == 0
     assert f"{correct / 360:.2%} ({correct} of 360 test images)" in capsys.readouterr().out
 
@@ -202,7 +219,7 @@ def test_help_the_version_and_mistakes_come_before_pytorch_is_loaded():
 LIGHT = """
 import sys
 from nearsight import cli
-assert cli.main(["models"]) == cli.main(["info"]) == 0
+assert cli.main(["models", "sasa_nano"]) == cli.main(["info"]) == 0
 print("heavy:", sorted({"lightning", "matplotlib", "jsonargparse", "sklearn", "torchmetrics"} & set(sys.modules)))
 """
 

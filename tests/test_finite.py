@@ -192,6 +192,14 @@ def test_json_has_null_and_csv_nothing_where_a_number_is_not_finite(tmp_path, mo
     assert strict((tmp_path / "bench.json").read_text())["runs"][0]["rows"] == [{"ms": None}]
 
 
+def test_a_row_of_json_is_a_line():
+    value = {"a": [[1, math.nan], [3, 4]], "b": [{"x": "[\n", "y": {}}], 3: {"c": ()}, "d": {"e": 1}}
+    text = to_json(value)
+    assert strict(text) == {"a": [[1, None], [3, 4]], "b": [{"x": "[\n", "y": {}}], "3": {"c": []}, "d": {"e": 1}}
+    assert text.splitlines()[1:5] == ['  "a": [', "    [1, null],", "    [3, 4]", "  ],"]
+    assert to_json({"rows": [{"x": 1, "y": "z"}]}).splitlines()[2] == '    {"x": 1, "y": "z"}'
+
+
 def test_what_eval_and_profile_print_is_json(tmp_path, capsys, broken):
     pictures = load_pictures("digits")
     blueprint = Blueprint("sasa_nano", pictures.classes, pictures.view(8), "digits")

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The layers have the borders of nn.ConvNd, the papers' parameter counts, and train."""
 
+import inspect
 import warnings
 from functools import partial
 
@@ -476,3 +477,38 @@ def test_parts_that_are_not_neighbours_are_no_whole():
     assert _whole((first, third, second)) is None
     assert _whole((first, second, third.clone())) is None
     assert _whole((first, second, third.transpose(2, 3))) is None
+
+
+# ------------------------------------------------------------------------------------------- mistakes when it is made
+
+MADE = {
+    "local": lambda **given: ns.LocalSelfAttention2d(16, **given),
+    "global": lambda **given: ns.GlobalSelfAttention1d(16, **given),
+    "halo": lambda **given: ns.HaloSelfAttention2d(16, **given),
+    "stem": lambda **given: ns.AttentionStem2d(3, 8, num_heads=2, **given),
+}
+
+
+@pytest.mark.parametrize("kind", MADE)
+def test_a_backend_that_does_not_exist_is_refused_at_once(kind):
+    with pytest.raises(OptionError, match=r"backend must be one of native, .* or None to choose; received 'nativ'"):
+        MADE[kind](backend="nativ")
+    assert MADE[kind](backend="reference").backend == "reference"
+
+
+@pytest.mark.parametrize("kind", MADE)
+@pytest.mark.parametrize(
+    ("word", "ours"),
+    [("padding", "border="), ("padding_mode", "border="), ("groups", "num_heads="), ("bias", "qkv_bias=")],
+)
+def test_words_of_convolutions_are_answered_with_ours(kind, word, ours):
+    with pytest.raises(OptionError, match=f"has no {word}=: .*{ours}.*; received 3"):
+        MADE[kind](**{word: 3})
+
+
+def test_the_constructor_keeps_its_signature():
+    assert [*inspect.signature(ns.LocalSelfAttention2d).parameters][:3] == [
+        "in_channels",
+        "out_channels",
+        "kernel_size",
+    ]

@@ -474,3 +474,18 @@ def test_the_size_that_a_network_is_made_for():
     assert [
         made_for_size(spec) for spec in ("vit_tiny_patch16_224", "sasa_nano.untrained", "resnet18", "nat_mini")
     ] == [*(True, True, False, False)]
+
+
+def test_a_name_is_found_however_it_is_spelled():
+    spelled = {
+        "SASA-ResNet-50": "sasa_resnet50",
+        "NAT_Tiny": "nat_tiny",
+        "ResNet-18": "resnet18",
+        "sasa nano": "sasa_nano",
+    }
+    for written, name in spelled.items():
+        assert parse_spec(f"{written},kernel_size=3") == (name, {"kernel_size": 3})
+    assert input_size("SASA-ResNet-50") == 224
+    with pytest.raises(OptionError, match="there is no model 'SASA-Nan'; did you mean sasa_nano"):
+        ns.create_model("SASA-Nan")
+    assert ns.list_models("dinat_[ms]*") == ["dinat_mini", "dinat_small"]

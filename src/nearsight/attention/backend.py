@@ -72,8 +72,22 @@ def choose(problem: Problem, name: str | None) -> Backend:
                 return backend
             able = [other for other, why in backends(problem).items() if why is None]
             raise BackendError(f"backend {name!r} cannot run this: {reason}. These can: {', '.join(able)}")
+    raise _no_such(name)
+
+
+def check_backend(name: str | None) -> None:
+    """See that there is a backend of that name, whatever it can run.
+
+    Raises:
+        OptionError: there is none.
+    """
+    if name is not None and name not in {backend.name for backend in BACKENDS}:
+        raise _no_such(name)
+
+
+def _no_such(name: object) -> OptionError:
     names = ", ".join(backend.name for backend in BACKENDS)
-    raise OptionError(f"backend must be one of {names}, or None to choose; received {name!r}")
+    return OptionError(f"backend must be one of {names}, or None to choose; received {name!r}")
 
 
 def attend(backend: Backend, call: Call, problem: Problem) -> tuple[Tensor, Tensor | None]:

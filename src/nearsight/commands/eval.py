@@ -30,7 +30,7 @@ def run(arguments: list[str]) -> None:
         "--max-broken", type=int, default=10, metavar="N", help="unreadable images to skip (default: 10)"
     )
     parser.add_argument("--background", help="colour that shows where images are transparent (default: the run's)")
-    parser.add_argument("--json", action="store_true", help="print JSON, with the confusion matrix")
+    parser.add_argument("--json", action="store_true", help="print JSON, with every class and the confusion matrix")
     options = parse(parser, arguments)
 
     need(("torchmetrics", "sklearn", "scipy"), "`nearsight eval`", "train")

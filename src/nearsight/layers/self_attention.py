@@ -12,11 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from ..attention import attention_weights, local_attention
+from ..attention.backend import check_backend
 from ..errors import OptionError, ShapeError
 from ..positions import Position, PositionLike, Tables, no_weight_decay_in, position_encoding
 from ..private import known_shape
 from ..recompute import keep_in_place_of
 from ..window import Window, plain
+from .convolution_words import refusing_words_of_convolutions
 from .projection import POINTWISE, Projecting, check_channels, is_repeatable, made_on, merge_heads
 from .whole import one_node
 
@@ -51,6 +53,7 @@ class SelfAttention(Projecting):
         out_channels = in_channels if out_channels is None else plain(out_channels)
         qk_channels = out_channels if qk_channels is None else plain(qk_channels)
         check_channels(num_heads, in_channels=in_channels, out_channels=out_channels, qk_channels=qk_channels)
+        check_backend(backend)
         map_size = _per_axis("map_size", map_size, self.rank)
         self.in_channels = in_channels
         self.out_channels = out_channels
@@ -168,6 +171,7 @@ class SelfAttention(Projecting):
         return ", ".join(parts)
 
 
+@refusing_words_of_convolutions
 class _Local(SelfAttention):
     def __init__(
         self,
@@ -293,6 +297,7 @@ class LocalSelfAttention3d(_Local):
     rank = 3
 
 
+@refusing_words_of_convolutions
 class _Global(SelfAttention):
     def __init__(
         self,
@@ -373,6 +378,7 @@ class GlobalSelfAttention3d(_Global):
     rank = 3
 
 
+@refusing_words_of_convolutions
 class HaloSelfAttention2d(SelfAttention):
     """Blocked local attention: the queries of a block share one memory block, the block and a halo around it.
 

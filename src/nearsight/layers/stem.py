@@ -10,15 +10,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..attention import attention_weights, local_attention
+from ..attention.backend import check_backend
 from ..errors import OptionError, ShapeError
 from ..positions import RelativePosition, Tables, no_weight_decay_in
 from ..precision import wide_of, without_autocast
 from ..private import known_shape
 from ..window import Window, plain
+from .convolution_words import refusing_words_of_convolutions
 from .projection import check_channels, made_on, merge_heads, split_heads
 from .whole import one_node
 
 
+@refusing_words_of_convolutions
 class AttentionStem2d(nn.Module):
     """SASA's stem: attention inside aligned blocks of the raw image, with values that know where in the block they are.
 
@@ -68,6 +71,7 @@ class AttentionStem2d(nn.Module):
         in_channels, out_channels, num_heads = plain((in_channels, out_channels, num_heads))
         kernel_size, mixtures = plain((kernel_size, mixtures))
         check_channels(num_heads, in_channels=in_channels, out_channels=out_channels)
+        check_backend(backend)
         if kernel_size < 2:
             raise OptionError(
                 f"kernel_size must be at least 2: in a block of one cell nothing attends; received {kernel_size}"

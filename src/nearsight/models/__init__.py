@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from difflib import get_close_matches
+from fnmatch import fnmatchcase
 from typing import Any
 
 import timm
@@ -22,6 +24,7 @@ __all__ = [
     "create_model",
     "input_size",
     "list_models",
+    "list_twins",
     "made_for_size",
     "parse_spec",
     "pretrained_value",
@@ -43,14 +46,31 @@ for _layer in (
     register_notrace_module(_layer)
 
 
-def list_models() -> list[str]:
-    """The names of nearsight's own networks.
+def list_models(filter: str = "") -> list[str]:
+    """The names of nearsight's own networks of attention.
+
+    Args:
+        filter: a pattern with wildcards, as that of ``timm.list_models``; "" is all.
 
     Example:
-        >>> "sasa_nano" in list_models()
-        True
+        >>> list_models("*nano")
+        ['sasa_nano']
     """
-    return sorted(name for family in _FAMILIES for name in family.__all__ if timm.is_model(name))
+    return _matching(filter, (name for family in _FAMILIES for name in family.__all__))
+
+
+def list_twins(filter: str = "") -> list[str]:
+    """The names of the networks that ours are compared with.
+
+    Example:
+        >>> list_twins()
+        ['conv_micro', 'conv_nano', 'vit_micro']
+    """
+    return _matching(filter, twins.__all__)
+
+
+def _matching(filter: str, names: Iterable[str]) -> list[str]:
+    return sorted(name for name in names if timm.is_model(name) and fnmatchcase(name, filter or "*"))
 
 
 def create_model(name: str, **kwargs: Any) -> nn.Module:
@@ -74,7 +94,7 @@ def create_model(name: str, **kwargs: Any) -> nn.Module:
     name, options = parse_spec(name)
     is_saved = name.startswith(ELSEWHERE)
     if not is_saved and not timm.is_model(timm.models.split_model_name_tag(name)[0]):
-        near = get_close_matches(name, [*list_models(), *timm.list_models()], n=3)
+        near = get_close_matches(name.lower().replace("-", "_"), [*list_models(), *timm.list_models()], n=3)
         advice = (
             f"did you mean {', '.join(near)}?" if near else "`nearsight models` lists ours, timm.list_models() theirs"
         )

@@ -139,7 +139,9 @@ _TABLE = {
     "halo_h6": _Row(8, 4, 3.0, 2.75, 24, 1536, 512),
     "halo_h7": _Row(10, 3, 4.0, 3.5, 26, 2048, 600),
 }
-default_cfgs = generate_default_cfgs({f"{name}.untrained": config(row.image_size) for name, row in _TABLE.items()})
+default_cfgs = generate_default_cfgs(
+    {f"{name}.untrained": config(row.image_size, paper_ids="arXiv:2103.12731") for name, row in _TABLE.items()}
+)
 
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:

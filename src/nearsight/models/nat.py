@@ -316,9 +316,12 @@ _BASE = {"num_heads": (4, 8, 16, 32), "embed_dim": 128, "mlp_ratio": 2.0, "drop_
 _LARGE = {"num_heads": (6, 12, 24, 48), "embed_dim": 192, "mlp_ratio": 2.0, "drop_path_rate": 0.35}
 _SHALLOW, _DEEP = (3, 4, 6, 5), (3, 4, 18, 5)
 
+_PAPERS = {"nat": "arXiv:2204.07143", "dinat": "arXiv:2209.15001"}
 default_cfgs = generate_default_cfgs(
     {
-        f"{name}.untrained": config(224, first_conv="patch_embed.proj.0", classifier="head")
+        f"{name}.untrained": config(
+            224, first_conv="patch_embed.proj.0", classifier="head", paper_ids=_PAPERS[name.partition("_")[0]]
+        )
         for name in __all__
         if name != "Nat"
     }

@@ -249,14 +249,16 @@ def _times(dilation: int | Sequence[int], factor: int) -> int | tuple[int, ...]:
     return tuple(one * factor for one in dilation) if isinstance(dilation, Sequence) else dilation * factor
 
 
+_PAPER = "arXiv:1906.05909"
+_OURS = (f"ours, after {_PAPER}",)
 default_cfgs = generate_default_cfgs(
     {
-        "sasa_nano.untrained": config(32, 10, reduction=4),
-        "sasa_micro.untrained": config(32, 10, reduction=8),
-        "sasa_resnet26_small.untrained": config(32, 10, reduction=8),
-        "sasa_resnet26.untrained": config(224),
-        "sasa_resnet38.untrained": config(224),
-        "sasa_resnet50.untrained": config(224),
+        "sasa_nano.untrained": config(32, 10, reduction=4, notes=_OURS),
+        "sasa_micro.untrained": config(32, 10, reduction=8, notes=_OURS),
+        "sasa_resnet26_small.untrained": config(32, 10, reduction=8, notes=_OURS),
+        "sasa_resnet26.untrained": config(224, paper_ids=_PAPER),
+        "sasa_resnet38.untrained": config(224, paper_ids=_PAPER),
+        "sasa_resnet50.untrained": config(224, paper_ids=_PAPER),
     }
 )
 

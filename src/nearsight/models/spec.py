@@ -6,6 +6,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import timm
+
 from ..errors import OptionError
 from ..files import read_yaml
 
@@ -14,6 +16,8 @@ ELSEWHERE = ("hf-hub:", "local-dir:")  # what a name begins with that is not a r
 
 def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
     """Read ``NAME,option=value,option=value``, the way in which a network is written where only text fits.
+
+    A name is found whatever its capitals, hyphens and underscores are, where that leaves no choice.
 
     Values are YAML: numbers, ``true``, ``none`` (the word; ``null`` is Python's None), lists as ``[3, 5, 7]``.
 
@@ -25,6 +29,7 @@ def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
         ('sasa_micro', {'kernel_size': [3, 5, 7], 'position': 'none'})
     """
     name, separator, options = spec.partition(",")
+    name = _as_registered(name.strip())
     if not separator:
         return name, {}
     try:
@@ -39,4 +44,17 @@ def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
     twice = [option for option in values if len(re.findall(rf"\b{re.escape(option)}\s*=", options)) > 1]
     if twice:  # YAML takes the last one without a word
         raise OptionError(f"a model has each option once; received {twice[0]} twice in {spec!r}")
-    return name.strip(), values
+    return name, values
+
+
+def _as_registered(name: str) -> str:
+    """A name as timm has it, where it is one but for capitals, hyphens, blanks and underscores: SASA-ResNet-50."""
+    base, dot, tag = name.partition(".")
+    if timm.is_model(base) or name.startswith(ELSEWHERE):
+        return name
+    alike = [known for known in timm.list_models() if _plain(known) == _plain(base)]
+    return f"{alike[0]}{dot}{tag}" if len(alike) == 1 else name
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[-_ ]", "", name).lower()

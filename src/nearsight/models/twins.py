@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the small networks of attention are held against: the same network of convolutions, and a transformer of patches.
 
-They are registered with timm and can be named wherever a model is; ``nearsight models`` lists attention alone.
+They are registered with timm and can be named wherever a model is; ``nearsight models`` lists them after ours.
 """
 
 from __future__ import annotations
@@ -21,10 +21,16 @@ CONVOLUTIONAL = ("conv_micro", "conv_nano")
 
 default_cfgs = generate_default_cfgs(
     {
-        "conv_nano.untrained": config(32, 10, reduction=4),
-        "conv_micro.untrained": config(32, 10, reduction=8),
+        "conv_nano.untrained": config(32, 10, reduction=4, notes=("sasa_nano with convolutions",)),
+        "conv_micro.untrained": config(32, 10, reduction=8, notes=("sasa_micro with convolutions",)),
         "vit_micro.untrained": config(
-            32, 10, first_conv="patch_embed.proj", classifier="head", fixed_input_size=True, pool_size=None
+            32,
+            10,
+            first_conv="patch_embed.proj",
+            classifier="head",
+            fixed_input_size=True,
+            pool_size=None,
+            paper_ids="arXiv:2010.11929",
         ),
     }
 )

@@ -50,11 +50,29 @@ def csv_lines(lines: Iterable[Sequence[Any]]) -> str:
 def to_json(value: Any, indent: int | None = 2) -> str:
     """JSON that every parser takes: it has no word for NaN and infinity, so that these become null.
 
+    With an indent a row is a line: a list of plain values, and in a list a record of them.
+
     Example:
         >>> to_json({"loss": float("nan"), "sizes": (1, 2)}, indent=None)
         '{"loss": null, "sizes": [1, 2]}'
     """
-    return json.dumps(finite(value), indent=indent, allow_nan=False)
+    value = finite(value)
+    return json.dumps(value, allow_nan=False) if indent is None else _text(value, " " * indent)
+
+
+def _text(value: Any, step: str, margin: str = "\n", in_list: bool = False) -> str:
+    """JSON whose inner parts stand ``step`` further to the right than their ``margin``."""
+    inner = list(value.values()) if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else []
+    is_row = isinstance(value, (list, tuple)) or in_list
+    if not inner or (is_row and not any(isinstance(one, (Mapping, list, tuple)) for one in inner)):
+        return json.dumps(value, allow_nan=False)
+    deeper = margin + step
+    parts = [_text(one, step, deeper, isinstance(value, (list, tuple))) for one in inner]
+    if isinstance(value, Mapping):
+        names = [next(iter(json.loads(json.dumps({name: 0})))) for name in value]  # as JSON has keys: of text
+        parts = [f"{json.dumps(name)}: {part}" for name, part in zip(names, parts, strict=True)]
+        return f"{{{deeper}{f',{deeper}'.join(parts)}{margin}}}"
+    return f"[{deeper}{f',{deeper}'.join(parts)}{margin}]"
 
 
 def finite(value: Any) -> Any:

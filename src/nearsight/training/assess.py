@@ -19,6 +19,7 @@ from ..saved.view import View
 from ..saved.weights import Blueprint, load_model
 from .data import FILE_KINDS, MAX_BROKEN, Pictures, Split, Whole, load_pictures, load_whole, loader
 from .evaluate import Evaluation, evaluate, joined
+from .intervals import Interval, wilson
 from .matching import classes_in
 
 SPLITS = ("test", "val", "train", "all")
@@ -69,16 +70,36 @@ class Assessment(Brief):
             "classes": self.blueprint.classes,
             "measured_classes": self.classes,
             "accuracy": result.accuracy,
+            "accuracy_low": self.interval.low,
+            "accuracy_high": self.interval.high,
             "loss": result.loss,
+            "by_class": self.by_class(),
             "confusion": result.confusion.tolist(),
         }
+
+    @property
+    def interval(self) -> Interval:
+        """Wilson's 95 % interval of the accuracy: how far it could be off by the luck of these images."""
+        return wilson(self.evaluation.accuracy, self.evaluation.count)
+
+    def by_class(self) -> list[dict[str, Any]]:
+        """The accuracy on the images of each class that has any, with its interval: a record a class."""
+        rows = []
+        for place, counts in enumerate(self.evaluation.confusion):
+            images, correct = int(counts.sum()), int(counts[place])
+            if images:
+                found = wilson(correct / images, images)
+                score = {"accuracy": found.value, "accuracy_low": found.low, "accuracy_high": found.high}
+                rows.append({"class": self.blueprint.classes[place], "images": images, "correct": correct, **score})
+        return rows
 
     def summary(self) -> list[str]:
         """In a few lines."""
         what = {"test": "test images", "val": "validation images", "train": "training images", "all": "images"}
         result, known = self.evaluation, self.blueprint.classes
         score = f"{result.accuracy:.2%} ({result.correct} of {result.count} {what[self.split]})"
-        lines = [f"{self.blueprint.model} on {self.data}: {score}"]
+        low, high = self.interval.low, self.interval.high
+        lines = [f"{self.blueprint.model} on {self.data}: {score}, 95 % interval {100 * low:.1f} to {100 * high:.1f} %"]
         if len(self.classes) < len(known):
             lines.append(
                 f"a part of the network's classes, {len(self.classes)} of {len(known)}: {', '.join(self.classes)}; an "
