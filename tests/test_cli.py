@@ -116,7 +116,7 @@ def test_eval_prints_the_accuracy_and_json_agrees(capsys, untrained):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["trian"], "there is no command 'trian' (did you mean train?); commands are train, eval, compare, "),
+        (["trian"], "there is no command 'trian' (did you mean train?); commands are train, eval, "),
         (["models", "--all"], "unrecognized arguments: --all; see nearsight models --help"),
         (["eval"], "the following arguments are required: DIR|FILE, --data"),
         (["eval", "nowhere", "--data", "digits"], "there is no nowhere; `nearsight train` leaves them"),
