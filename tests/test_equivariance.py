@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import nearsight as ns
@@ -22,6 +23,7 @@ from nearsight.inspect import (
     equivariance_error,
 )
 from nearsight.inspect.equivariance import decisive
+from nearsight.inspect.grid import Following
 from nearsight.inspect.layer_list import layers_of
 from nearsight.inspect.reach import reach_of
 from nearsight.pages.csv_json import to_csv
@@ -376,6 +378,117 @@ def test_the_last_row_is_the_network_s_error():
 def test_the_interior_has_seen_no_edge(modules):
     rows = equivariance_by_layer(network(*modules()), image(size=(32, 32)), Translation(2, 4))
     assert all(row.interior is not None and row.interior < EXACT < row.error for row in rows)
+
+
+class Residual(nn.Module):
+    """A branch that strides in two steps beside one that does in one."""
+
+    def __init__(self):
+        super().__init__()
+        self.long = nn.Sequential(nn.Conv2d(8, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 8, 3, 2, 1))
+        self.short = nn.Conv2d(8, 8, 1, 4)
+
+    def forward(self, x):
+        return self.long(x) + self.short(x)
+
+
+class ByFunctions(nn.Module):
+    """No layer of its own says a stride."""
+
+    def forward(self, x):
+        x = F.max_pool2d(F.pad(x, (0, 1, 0, 1)), 3, stride=2)[:, :, 1:]
+        tokens = F.layer_norm(x.flatten(2).transpose(1, 2), (8,))
+        return tokens.transpose(1, 2).reshape(x.shape)[..., ::2, ::2]
+
+
+# name: layers, cells of the image, a shift that all strides divide, cells of the output that see an edge
+CHAINS = {
+    "unpadded": (lambda: [nn.Conv2d(8, 8, 3)], (6, 6), (1, 0), 1),
+    "unpadded twice": (lambda: [nn.Conv2d(8, 8, 5), nn.ReLU(), nn.Conv2d(8, 8, (1, 3))], (19, 21), (2, -3), 3),
+    "dilated": (
+        lambda: [nn.Conv2d(8, 8, 3, dilation=3), nn.Conv2d(8, 8, 3, padding=2, dilation=2)],
+        (25, 23),
+        (1, 2),
+        4,
+    ),
+    "odd halvings": (lambda: [nn.Conv2d(8, 8, 3, 2, 1) for _ in range(3)], (57, 57), (8, -8), 3),
+    "the README's size": (lambda: [nn.Conv2d(8, 8, 3, 2, 1) for _ in range(3)], (60, 60), (8, 16), 3),
+    "pooled": (lambda: [nn.Conv2d(8, 8, 3), nn.MaxPool2d(3, 2), nn.AvgPool2d((3, 1), (3, 1))], (45, 29), (6, 2), 2),
+    "ceiling": (lambda: [nn.MaxPool2d(2, ceil_mode=True), nn.Conv2d(8, 8, 3)], (23, 29), (2, 4), 3),
+    "adaptive": (lambda: [nn.AdaptiveAvgPool2d((6, 9))], (24, 18), (4, 2), 1),
+    "transposed": (lambda: [nn.Conv2d(8, 8, 3, 2), nn.ConvTranspose2d(8, 8, 3, 2)], (33, 29), (2, -2), 5),
+    "upsampled": (lambda: [nn.MaxPool2d(4), nn.Upsample(scale_factor=2)], (34, 30), (4, 4), 3),
+    "bilinear": (lambda: [nn.AvgPool2d(2), nn.Upsample(scale_factor=2, mode="bilinear")], (34, 30), (4, 2), 5),
+    "residual": (lambda: [Residual()], (41, 43), (4, -4), 3),
+    "by functions": (lambda: [ByFunctions()], (37, 39), (4, 4), 2),
+    "padded by a layer": (lambda: [nn.ZeroPad2d(2), nn.Conv2d(8, 8, 3, 2)], (23, 21), (2, 2), 3),
+    "shuffled": (lambda: [nn.Conv2d(8, 32, 3, 2, 1), nn.PixelShuffle(2)], (24, 26), (2, 4), 6),
+}
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_a_chain_of_convolutions_is_equivariant_in_its_interior(name):
+    make, size, shift, margin = CHAINS[name]
+    model, x = network(*make()), image(size=size)
+    assert equivariance_error(model, x, Translation(*shift), margin=margin) < EXACT
+    for row in equivariance_by_layer(model, x, Translation(*shift)):
+        assert row.interior is None or row.interior < EXACT, row
+        assert row.encoding is None or max(row.encoding, row.stride) < EXACT, row
+
+
+def test_attention_with_a_stride_that_the_size_does_not_show():
+    x = image(size=(57, 57))
+    assert equivariance_error(layer(stride=8), x, Translation(8, -8), margin=2) < EXACT
+    assert equivariance_error(layer(stride=8), x, Translation(7, 0), margin=1) > 1e-2
+    torus = network(nn.Conv2d(8, 8, 3, padding=1, padding_mode="circular"))
+    assert equivariance_error(torus, x, Translation(1, 30)) < EXACT
+
+
+def test_a_stride_that_cannot_be_told_is_asked_for():
+    def fourier(x):
+        return torch.fft.irfft2(torch.fft.rfft2(x)[..., :4, :5], s=(8, 8))
+
+    with pytest.raises(
+        ShapeError, match=r"output of \(1, 8, 8, 8\) lie in an input of \(1, 8, 16, 16\) cannot be told"
+    ):
+        equivariance_error(fourier, image(), Translation(2, 4))
+    assert equivariance_error(fourier, image(), Translation(2, 4), out_transform=Translation(1, 2)) >= 0
+
+
+def test_strides_are_followed_and_not_guessed():
+    x = torch.randn(2, 8, 29, 31, dtype=torch.float64)
+    with Following(x) as follow:
+        tokens = F.avg_pool2d(x, 4, 3).flatten(2).transpose(1, 2)
+        back = tokens.unflatten(1, (9, 10)).movedim(-1, 1)
+        uneven = F.adaptive_avg_pool2d(x, 7)
+        mixed = F.avg_pool2d(x[:, :, :14, :14], 2) + x[:, :, :7, :7]
+    assert follow.grid(tokens) is None
+    assert follow.grid(back) == ((2, 3), (3.0, 3.0))
+    assert follow.grid(uneven) is None, "its cells are of several sizes"
+    assert follow.grid(mixed) is None, "two branches say two things"
+
+
+@pytest.mark.parametrize(
+    ("transform", "axes"), [(Translation(1), 2), (Translation(1, 1), 3), (Translation(1, 2, 3), 1)]
+)
+def test_a_transform_of_another_number_of_axes(transform, axes):
+    with pytest.raises(ShapeError, match=r"moves maps of [123] ax[ie]s, .*; received \("):
+        equivariance_error(nn.Identity(), torch.randn(1, 8, *[6] * axes), transform)
+    if axes != 3:
+        with pytest.raises(ShapeError, match=r"moves maps of [13] ax[ie]s"):
+            equivariance_by_layer(nn.Identity(), image(), transform)
+
+
+def test_one_input_without_a_batch():
+    module = stirred(layer(border="wrap"))
+    assert equivariance_error(module, image()[0], Translation(3, -5)) < EXACT
+    sequence = ns.LocalSelfAttention1d(8, kernel_size=5, num_heads=2, border="wrap").double()
+    assert equivariance_error(sequence, image()[0, :, 0], Translation(3)) < EXACT
+
+
+def test_several_outputs_are_refused_in_a_line():
+    with pytest.raises(ShapeError, match="must return one tensor; received tuple: choose one of its parts"):
+        equivariance_error(lambda x: (x, x), image(), Translation(1, 0))
 
 
 def test_an_interior_ends_where_the_edge_is_seen_from_everywhere():

@@ -18,8 +18,9 @@ from ..modes import evaluating
 from ..pages.brief import Rows
 from ..pages.style import BLUE, GREY, INK, ORANGE, SKY, in_style, new_figure
 from ..private import tree_map
+from .grid import Following
 from .layer_list import layers_of
-from .reach import Reach, closes, inside_of, reach_of, strides_of
+from .reach import Reach, closes, inside_of, reach_of
 from .transforms import Transform
 
 if TYPE_CHECKING:
@@ -44,16 +45,18 @@ def equivariance_error(
         error = max | f(T x) - T f(x) | / max | f(x) |
 
     Args:
-        module: f; a module in training mode is asked as it is, so call ``.eval()`` first.
-        x: an input, (B, C, *map).
+        module: f; a module in training mode is asked as it is, so call ``.eval()`` first. It returns one tensor.
+        x: an input, (B, C, *map); where the transform says how many axes it moves, also one input (C, *map).
         transform: T: a :class:`Transform` of ``nearsight.inspect`` (``Translation``, ``Rotation90``, ``Reflection``,
             ``Scaling``, ``Permutation``), or any function, for example ``lambda x: x.roll((2, 3), (-2, -1))``.
         out_transform: T on the output where that differs, as after a stride. None takes ``transform``; a :class:`Transform`
-            then follows the output's size, and an output without a map, such as (B, classes), has to stay as it is.
+            then follows the strides of the functions that lead from x to the output, which are observed and not guessed from
+            sizes, and an output without a map, such as (B, classes), has to stay as it is.
         margin: cells along every edge of the output that are left out, for what only holds in the interior.
 
     Raises:
-        ShapeError: the two sides differ in shape, or the margin leaves nothing.
+        ShapeError: the two sides differ in shape, the margin leaves nothing, the transform has another number of axes than
+            the map, the output is no tensor, or how its cells lie in the input cannot be told.
 
     Example:
         >>> layer = LocalSelfAttention2d(16, stride=2, border="wrap")
@@ -61,10 +64,13 @@ def equivariance_error(
         >>> equivariance_error(layer, x, Translation(2, 4)) < 1e-4 < equivariance_error(layer, x, Translation(1, 0.5))
         True
     """
+    if isinstance(transform, Transform):
+        x = transform.batched(x)
     with torch.no_grad():
-        moved_first = module(transform(x))
-        plain = module(x)
-        moved_last = (out_transform or _on_output(transform, x, plain))(plain)
+        with Following(x, module) as follow:
+            plain = _one_tensor(module(x))
+        moved_first = _one_tensor(module(transform(x)))
+        moved_last = (out_transform or _on_output(transform, x, plain, follow))(plain)
     if moved_first.shape != moved_last.shape:
         raise ShapeError(
             f"f(T x) and T f(x) must have one shape; received {tuple(moved_first.shape)} and {tuple(moved_last.shape)}: "
@@ -76,12 +82,29 @@ def equivariance_error(
     return _relative(difference, plain)
 
 
-def _on_output(transform: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> Callable[[Tensor], Tensor]:
+def _one_tensor(output: Any) -> Tensor:
+    if not isinstance(output, Tensor):
+        raise ShapeError(
+            f"the module must return one tensor; received {type(output).__name__}: choose one of its parts, as by "
+            "lambda x: module(x)[0]"
+        )
+    return output
+
+
+def _on_output(
+    transform: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, follow: Following
+) -> Callable[[Tensor], Tensor]:
     if not isinstance(transform, Transform):
         return transform
     if y.ndim == 2:  # a vector per image has no map to be moved
         return _same
-    after = transform.after(strides_of(x.shape[2:], y.shape[2:]))
+    grid = follow.grid(y)
+    if grid is None or grid.dims != tuple(range(2, x.ndim)):
+        raise ShapeError(
+            f"how the cells of an output of {tuple(y.shape)} lie in an input of {tuple(x.shape)} cannot be told from what "
+            "the module calls: give out_transform, which is T on the output"
+        )
+    after = transform.after(grid.strides)
     if after is None:
         raise ShapeError(f"{transform} of {tuple(x.shape[2:])} cells has no meaning on {tuple(y.shape[2:])} cells")
     return after
@@ -152,7 +175,8 @@ def equivariance_by_layer(model: nn.Module, images: Tensor, transform: Transform
         own = E(T);   border = E(T) - I(T);   encoding = min(I(T), I(T'));   stride = I(T) - encoding
 
     where T' is the translation nearest to T by multiples of the layer's stride (of the block, for attention in blocks).
-    A cell is interior if no memory block, kernel or pool that leads to it hangs over an edge, neither there nor where T
+    Strides are those of the functions that the network calls, which are observed; sizes say nothing of them. A cell is
+    interior if no memory block, kernel or pool that leads to it hangs over an edge, neither there nor where T
     takes it from; on a torus every cell is. Global attention cuts no block, so that what breaks it is its encoding; after
     a layer with borders it leaves no interior. Shifts become fractions of a cell behind a stride: what a map cannot hold of
     them counts as stride.
@@ -167,7 +191,7 @@ def equivariance_by_layer(model: nn.Module, images: Tensor, transform: Transform
 
     Raises:
         OptionError: a transform that is a plain function: its meaning on smaller maps is not known.
-        ShapeError: an image that is not (C, H, W).
+        ShapeError: an image that is not (C, H, W), a transform of another number of axes.
 
     Example:
         >>> model = nn.Sequential(LocalSelfAttention2d(16, border="wrap"), LocalSelfAttention2d(16))
@@ -179,6 +203,10 @@ def equivariance_by_layer(model: nn.Module, images: Tensor, transform: Transform
         raise OptionError(f"transform must be a Transform of nearsight.inspect; received {transform!r}")
     if images.ndim not in (3, 4):
         raise ShapeError(f"images must be (B, C, H, W) or one (C, H, W); received {tuple(images.shape)}")
+    if transform.axes not in (None, 2):
+        raise ShapeError(
+            f"{transform} moves maps of {transform.axes} {'axis' if transform.axes == 1 else 'axes'}, and not images"
+        )
     batch = images if images.ndim == 4 else images[None]
     size = tuple(batch.shape[2:])
     with torch.no_grad(), evaluating(model):
@@ -188,14 +216,32 @@ def equivariance_by_layer(model: nn.Module, images: Tensor, transform: Transform
     return ErrorTable(row for row in rows if row is not None)
 
 
+class _Map(NamedTuple):
+    """Where the channels of a map are, and how many pixels lie between its cells."""
+
+    channels_last: bool
+    stride: tuple[float, ...]
+
+    def first(self, x: Tensor) -> Tensor:
+        return x.movedim(-1, 1) if self.channels_last else x
+
+    def back(self, x: Tensor) -> Tensor:
+        return x.movedim(1, -1) if self.channels_last else x
+
+    def size(self, x: Tensor) -> tuple[int, ...]:
+        return tuple(self.first(x).shape[2:])
+
+
 class _Call(NamedTuple):
-    """One run of a layer."""
+    """One run of a layer, with what is known of its input and its output as maps."""
 
     name: str
     module: nn.Module
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     output: Any
+    x_map: _Map | None
+    y_map: _Map | None
 
     def again(self, x: Tensor) -> Any:
         """Run it on another input."""
@@ -211,8 +257,16 @@ class _Path:
         self.touched = (False,) * len(size)
         self.torus = True
 
-    def extend(self, in_size: Sequence[int], out_size: Sequence[int], reach: Reach) -> None:
-        self.torus = self.torus and closes(in_size, out_size, reach.period)
+    def extend(
+        self,
+        in_size: Sequence[int],
+        out_size: Sequence[int],
+        pixels: Sequence[float],
+        stride: Sequence[float],
+        reach: Reach,
+    ) -> None:
+        """Another layer, whose input's cells are so many pixels apart, and whose output's so many of those cells."""
+        self.torus = self.torus and closes(in_size, out_size, stride, reach.period)
         edges = zip(self.touched, reach.is_cut, reach.low, reach.high, strict=True)
         self.touched = tuple(before or (is_cut and max(low, high) > 0) for before, is_cut, low, high in edges)
         low, high = reach.low, reach.high
@@ -222,11 +276,10 @@ class _Path:
         ):  # squeeze-and-excitation: it comes back to all cells
             self.touched = (True,) * len(self.size)
             low = high = (inf,) * len(self.size)
-        pixels = strides_of(self.size, in_size)
         self.low, self.high = self._sum(self.low, low, pixels), self._sum(self.high, high, pixels)
 
-    def inside(self, out_size: Sequence[int]) -> Tensor:
-        return inside_of(self.size, out_size, self.low, self.high)
+    def inside(self, out_size: Sequence[int], stride: Sequence[float]) -> Tensor:
+        return inside_of(self.size, out_size, self.low, self.high, stride)
 
     def _sum(self, total: Sequence[float], cells: Sequence[float], pixels: Sequence[float]) -> tuple[float, ...]:
         """Along an axis on which no edge has been seen there is nothing to add up."""
@@ -240,28 +293,43 @@ def _record(model: nn.Module, batch: Tensor) -> list[_Call]:
     seen: dict[str, int] = {}
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        inputs[:] = _copy((args, kwargs))
+        inputs[:] = [*_copy((args, kwargs)), args[0] if args else None]
 
     def after(name: str):
         def record(module: nn.Module, args: Any, output: Any) -> None:
             seen[name] = seen.get(name, 0) + 1
             title = name or type(module).__name__
             run = title if seen[name] == 1 else f"{title} ({seen[name]})"
-            calls.append(_Call(run, module, inputs[0], inputs[1], _copy(output)))
+            copied, kwargs, x = inputs
+            maps = _map_of(x, follow), _map_of(output, follow)
+            calls.append(_Call(run, module, copied, kwargs, _copy(output), *maps))
 
         return record
 
     inputs: list[Any] = []  # of the layer that is running; there are no layers within layers
     handles = []
-    for name, layer in layers_of(model).items():
-        handles.append(layer.register_forward_pre_hook(before, with_kwargs=True))
-        handles.append(layer.register_forward_hook(after(name)))
-    try:
-        model(batch)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with Following(batch, model) as follow:
+        for name, layer in layers_of(model).items():
+            handles.append(layer.register_forward_pre_hook(before, with_kwargs=True))
+            handles.append(layer.register_forward_hook(after(name)))
+        try:
+            model(batch)
+        finally:
+            for handle in handles:
+                handle.remove()
     return calls
+
+
+def _map_of(value: Any, follow: Following) -> _Map | None:
+    """None for what is no map of the image, such as a list of tokens, or is not known to be one."""
+    grid = follow.grid(value)
+    if grid is None or not value.is_floating_point() or value.ndim != len(grid.dims) + 2:
+        return None
+    rank = len(grid.dims)
+    for channels_last in (False, True):
+        if grid.dims == tuple(range(2 - channels_last, 2 - channels_last + rank)):
+            return _Map(channels_last, grid.strides)
+    return None
 
 
 def _copy(values: Any) -> Any:
@@ -270,33 +338,32 @@ def _copy(values: Any) -> Any:
 
 def _row(one: _Call, other: _Call, size: tuple[int, ...], transform: Transform, path: _Path) -> LayerError | None:
     """None for an output that is neither a map nor a vector per image."""
-    x_map, y_map = _map_of(one.args[0] if one.args else None, size), _map_of(one.output, size)
+    x_map, y_map = one.x_map, one.y_map
     if isinstance(one.output, Tensor) and one.output.ndim == 2:
-        return _vector_row(one, other, x_map, size, transform)
+        return _vector_row(one, other, x_map, transform)
     if y_map is None:
         return None
     y, moved, out_size = y_map.first(one.output), y_map.first(other.output), y_map.size(one.output)
-    in_size = size if x_map is None else x_map.size(one.args[0])
-    reach = (
-        Reach((inf,) * 2, (inf,) * 2, (True,) * 2, (1, 1)) if x_map is None else reach_of(one.module, in_size, out_size)
-    )
-    path.extend(in_size, out_size, reach)
-    after = transform.after(strides_of(size, out_size))
-    error, interior = _errors(moved, y, after, path.inside(out_size), path.torus)
+    in_size, pixels = (size, (1.0,) * len(size)) if x_map is None else (x_map.size(one.args[0]), x_map.stride)
+    stride = tuple(b / a for a, b in zip(pixels, y_map.stride, strict=True))
+    reach = Reach((inf,) * 2, (inf,) * 2, (True,) * 2, (1, 1))
+    if x_map is not None:
+        reach = reach_of(one.module, in_size, out_size, stride)
+    path.extend(in_size, out_size, pixels, stride, reach)
+    after = transform.after(y_map.stride)
+    error, interior = _errors(moved, y, after, path.inside(out_size, y_map.stride), path.torus)
     mixes = isinstance(one.module, AttentionLayer) or max(*reach.low, *reach.high) > 0 or max(reach.period) > 1
-    before = transform.after(strides_of(size, in_size))
-    parts = {} if x_map is None or before is None else _own(one, y, x_map, y_map, reach, before)
+    before = transform.after(pixels)
+    parts = {} if x_map is None or before is None else _own(one, y, x_map, y_map, reach, before, stride)
     return LayerError(one.name, type(one.module).__name__, out_size, mixes, error, interior, **parts)
 
 
-def _vector_row(
-    one: _Call, other: _Call, x_map: _Map | None, size: tuple[int, ...], transform: Transform
-) -> LayerError:
+def _vector_row(one: _Call, other: _Call, x_map: _Map | None, transform: Transform) -> LayerError:
     """Vectors have no map to be moved: how far they are from staying as they were."""
     own = None
     if x_map is not None:
         x = x_map.first(one.args[0])
-        before = transform.after(strides_of(size, x.shape[2:]))
+        before = transform.after(x_map.stride)
         again = None if before is None else one.again(x_map.back(before(x)))
         if again is not None and again.shape == one.output.shape:
             own = _relative(again - one.output, one.output)
@@ -305,16 +372,21 @@ def _vector_row(
 
 
 def _own(
-    call: _Call, y: Tensor, x_map: _Map, y_map: _Map, reach: Reach, transform: Transform
+    call: _Call,
+    y: Tensor,
+    x_map: _Map,
+    y_map: _Map,
+    reach: Reach,
+    transform: Transform,
+    stride: Sequence[float],
 ) -> dict[str, float | None]:
     """The last four fields of :class:`LayerError`."""
     x, size, out_size = x_map.first(call.args[0]), x_map.size(call.args[0]), tuple(y.shape[2:])
-    inside = inside_of(size, out_size, *reach.cut())
+    inside = inside_of(size, out_size, *reach.cut(), stride)
 
     def errors(transform: Transform) -> tuple[float | None, float | None]:
         moved = y_map.first(call.again(x_map.back(transform(x))))
-        after = transform.after(strides_of(size, out_size))
-        return _errors(moved, y, after, inside, closes(size, out_size, reach.period))
+        return _errors(moved, y, transform.after(stride), inside, closes(size, out_size, stride, reach.period))
 
     own, interior = errors(transform)
     if own is None or interior is None:
@@ -344,34 +416,6 @@ def _errors(
     kept = transform.keeps(inside, torus)  # interior where it came from, and interior where it is now
     kept = kept & (inside if kept.shape == inside.shape else inside.mT)
     return error, _relative(difference.where(kept.to(y.device), 0), y) if kept.any() else None
-
-
-class _Map(NamedTuple):
-    """Where the channels of a map are."""
-
-    channels_last: bool
-
-    def first(self, x: Tensor) -> Tensor:
-        return x.movedim(-1, 1) if self.channels_last else x
-
-    def back(self, x: Tensor) -> Tensor:
-        return x.movedim(1, -1) if self.channels_last else x
-
-    def size(self, x: Tensor) -> tuple[int, ...]:
-        return tuple(self.first(x).shape[2:])
-
-
-def _map_of(value: Any, size: Sequence[int]) -> _Map | None:
-    """None for what is no map of an image of ``size``, such as a list of tokens."""
-    if not isinstance(value, Tensor) or not value.is_floating_point() or value.ndim != len(size) + 2:
-        return None
-    return _Map(not _fits(value.shape[2:], size) and _fits(value.shape[1:-1], size))
-
-
-def _fits(cells: Sequence[int], size: Sequence[int]) -> bool:
-    """Whether one stride leads from the image to the map."""
-    stride = max(1, round(size[0] / cells[0]))
-    return all(p == -(-n // stride) for p, n in zip(cells, size, strict=True))
 
 
 # ---------------------------------------------------------------------------------------------------------------- drawn

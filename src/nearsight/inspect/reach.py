@@ -31,14 +31,41 @@ class Reach(NamedTuple):
         return low, high
 
 
-def reach_of(module: nn.Module, size: Sequence[int], out_size: Sequence[int]) -> Reach:
-    """Of attention by its window, of convolutions and pools by their kernel; all else is taken to work cell by cell."""
+_KERNELS = (
+    *(nn.Conv1d, nn.Conv2d, nn.Conv3d),
+    *(nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.LPPool1d, nn.LPPool2d),
+)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_ADAPTIVE = tuple(getattr(nn, f"Adaptive{kind}Pool{rank}d") for kind in ("Avg", "Max") for rank in (1, 2, 3))
+
+
+def reach_of(
+    module: nn.Module, size: Sequence[int], out_size: Sequence[int], stride: Sequence[float] | None = None
+) -> Reach:
+    """Of attention by its window, of convolutions, pools, paddings and upsampling by their kernel; all else is taken to work
+    cell by cell, or where it changes the map, to see all of it.
+
+    Args:
+        stride: cells of the input for one of the output, where the module's class does not say it.
+    """
+    rank = len(size)
     if isinstance(module, AttentionLayer):
         return _window_reach(module.window_on(size), size)
-    if isinstance(module, (nn.Conv2d, nn.AvgPool2d, nn.MaxPool2d)):
+    if isinstance(module, _KERNELS):
         return _kernel_reach(module, size, out_size)
+    if isinstance(module, _TRANSPOSED):
+        return _transposed_reach(module, rank)
+    if isinstance(module, nn.Upsample) and stride is not None:
+        reach = 1.0 if module.mode != "nearest" else 1 - min(1.0, *stride)
+        return Reach((reach,) * rank, (reach if module.mode != "nearest" else 0.0,) * rank, (True,) * rank, (1,) * rank)
+    if isinstance(module, _ADAPTIVE) and stride is not None and all(step.is_integer() for step in stride):
+        high = tuple(step - 1 for step in stride)
+        return Reach((0.0,) * rank, high, (True,) * rank, tuple(map(int, stride)))
+    if type(module).__module__ == nn.ZeroPad2d.__module__ and len(getattr(module, "padding", ())) == 2 * rank:
+        before = tuple(float(cells) for cells in module.padding[::2][::-1])  # pyright: ignore
+        is_cut = (not isinstance(module, (nn.CircularPad1d, nn.CircularPad2d, nn.CircularPad3d)),) * rank
+        return Reach(before, tuple(-cells for cells in before), is_cut, (1,) * rank)
     cells = 0.0 if tuple(size) == tuple(out_size) else inf
-    rank = len(size)
     return Reach((cells,) * rank, (cells,) * rank, (cells > 0,) * rank, (1,) * rank)
 
 
@@ -61,31 +88,47 @@ def _axis_reach(axis: Axis) -> tuple[float, float, bool, int]:
     return float(low), float(high), axis.border != "wrap", period
 
 
-def _kernel_reach(
-    module: nn.Conv2d | nn.AvgPool2d | nn.MaxPool2d, size: Sequence[int], out_size: Sequence[int]
-) -> Reach:
-    kernel, stride = _pair(module.kernel_size), _pair(module.stride)
-    dilation: Any = getattr(module, "dilation", 1)
-    span = [d * (k - 1) for k, d in zip(kernel, _pair(dilation), strict=True)]
-    padding = {"same": [n // 2 for n in span], "valid": [0, 0]}.get(str(module.padding)) or _pair(module.padding)
+def _kernel_reach(module: nn.Module, size: Sequence[int], out_size: Sequence[int]) -> Reach:
+    rank = len(size)
+    kernel, stride = _per_axis(module.kernel_size, rank), _per_axis(module.stride, rank)
+    span = [d * (k - 1) for k, d in zip(kernel, _per_axis(getattr(module, "dilation", 1), rank), strict=True)]
+    given: Any = getattr(module, "padding", 0)
+    padding = {"same": [n // 2 for n in span], "valid": [0] * rank}.get(str(given)) or _per_axis(given, rank)
     low, high = [], []
     for n, p, over, pad, step in zip(size, out_size, span, padding, stride, strict=True):
         declared = p <= -(-(n + 2 * pad - over - 1) // step) + 1
         low.append(float(pad if declared else over))  # what pads by itself may do so on either side
         high.append(float(over - pad if declared else over))
     is_cut = getattr(module, "padding_mode", "zeros") != "circular"
-    return Reach(tuple(low), tuple(high), (is_cut,) * len(size), stride)
+    return Reach(tuple(low), tuple(high), (is_cut,) * rank, tuple(stride))
 
 
-def _pair(value: Any) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else tuple(value)
+def _transposed_reach(module: Any, rank: int) -> Reach:
+    """Output p, at p / stride of the input's cells, is made of those at (p + padding - j * dilation) / stride, j < k."""
+    columns = (_per_axis(getattr(module, name), rank) for name in ("kernel_size", "stride", "padding", "dilation"))
+    low, high = [], []
+    for k, s, pad, d in zip(*columns, strict=True):
+        low.append(max(0.0, (d * (k - 1) - pad) / s))
+        high.append(max(0.0, pad / s))
+    return Reach(tuple(low), tuple(high), (True,) * rank, (1,) * rank)
 
 
-def inside_of(size: Sequence[int], out_size: Sequence[int], low: Sequence[float], high: Sequence[float]) -> Tensor:
-    """(1, 1, *out) of bool: the outputs for which nothing hangs over the edge."""
+def _per_axis(value: Any, rank: int) -> tuple[int, ...]:
+    values = (value,) if isinstance(value, int) else tuple(value)
+    return values * rank if len(values) == 1 else values
+
+
+def inside_of(
+    size: Sequence[int],
+    out_size: Sequence[int],
+    low: Sequence[float],
+    high: Sequence[float],
+    stride: Sequence[float],
+) -> Tensor:
+    """(1, 1, *out) of bool: the outputs, one for every ``stride`` cells, for which nothing hangs over the edge."""
     inside = everywhere(out_size)
-    for axis, (n, p, before, behind) in enumerate(zip(size, out_size, low, high, strict=True)):
-        cells = torch.arange(p, device="cpu") * strides_of([n], [p])[0]
+    for axis, (n, p, before, behind, step) in enumerate(zip(size, out_size, low, high, stride, strict=True)):
+        cells = torch.arange(p, device="cpu") * step
         along = (cells >= before) & (cells + behind <= n - 1)
         inside = inside & along.view(-1, *(1,) * (len(out_size) - 1 - axis))
     return inside
@@ -95,13 +138,7 @@ def everywhere(out_size: Sequence[int]) -> Tensor:
     return torch.ones((1, 1, *out_size), dtype=torch.bool, device="cpu")
 
 
-def closes(size: Sequence[int], out_size: Sequence[int], period: Sequence[int]) -> bool:
+def closes(size: Sequence[int], out_size: Sequence[int], stride: Sequence[float], period: Sequence[int]) -> bool:
     """Whether the output is a torus if the input is: what leaves at one edge comes back whole at the other."""
-    evenly = all(p * s == n for n, p, s in zip(size, out_size, strides_of(size, out_size), strict=True))
+    evenly = all(p * step == n for n, p, step in zip(size, out_size, stride, strict=True))
     return evenly and all(n % cells == 0 for n, cells in zip(size, period, strict=True))
-
-
-def strides_of(size: Sequence[int], out_size: Sequence[int]) -> tuple[float, ...]:
-    """Cells of the input per cell of the output: a whole number, or one over it; maps need not divide evenly."""
-    pairs = zip(size, out_size, strict=True)
-    return tuple(float(max(1, round(n / p))) if p <= n else 1 / round(p / n) for n, p in pairs)

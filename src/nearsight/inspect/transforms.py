@@ -15,7 +15,7 @@ from math import ceil, floor, inf, prod
 import torch
 from torch import Tensor
 
-from ..errors import OptionError
+from ..errors import OptionError, ShapeError
 
 
 class Transform:
@@ -25,9 +25,25 @@ class Transform:
     """
 
     is_rigid = True  # neighbours stay neighbours, so that the interior of a map stays its interior
+    axes: int | None = None  # of the maps that it moves; None for any
 
     def __call__(self, x: Tensor) -> Tensor:
         raise NotImplementedError
+
+    def batched(self, x: Tensor) -> Tensor:
+        """x as (B, C, *map), where it may be one (C, *map).
+
+        Raises:
+            ShapeError: the map has another number of axes than this moves.
+        """
+        if self.axes is not None and x.ndim == self.axes + 1:
+            return x[None]
+        if x.ndim < 3 or self.axes not in (None, x.ndim - 2):
+            axes = (
+                "of one axis or more" if self.axes is None else f"of {self.axes} {'axis' if self.axes == 1 else 'axes'}"
+            )
+            raise ShapeError(f"{self} moves maps {axes}, (B, C, *map) or one (C, *map); received {tuple(x.shape)}")
+        return x
 
     def after(self, stride: Sequence[float]) -> Transform | None:
         """T on an output with one cell for every ``stride`` cells of the input; None if it has no meaning there."""
@@ -63,6 +79,7 @@ class Translation(Transform):
         if not 1 <= len(shift) <= 3:
             raise OptionError(f"a translation needs one shift per axis of the map, 1 to 3; received {shift}")
         self.shift = tuple(float(cells) for cells in shift)
+        self.axes = len(shift)
 
     def __call__(self, x: Tensor) -> Tensor:
         for dim, cells in zip(range(-len(self.shift), 0), self.shift, strict=True):
@@ -102,6 +119,8 @@ class Rotation90(Transform):
     Of a strided output every ``stride``-th cell is left, from the first one on; the turned grid has the same cells where
     the stride divides n - 1.
     """
+
+    axes = 2
 
     def __init__(self, turns: int = 1) -> None:
         self.turns = turns
