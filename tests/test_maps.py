@@ -5,6 +5,7 @@ import itertools
 import math
 import subprocess
 import sys
+from importlib import import_module
 
 import numpy as np
 import oracle
@@ -23,6 +24,8 @@ from nearsight.layers import self_attention
 from nearsight.layers.projection import split_heads
 from nearsight.models import nat
 from nearsight.window import Window
+
+rollout = import_module("nearsight.inspect.rollout")
 
 NEAR = {
     "rtol": 1e-5,
@@ -432,6 +435,38 @@ def test_rollout_by_dense_matrices():
     np.testing.assert_allclose(rollout.sum((-1, -2)), 1, rtol=1e-5)
     for layer, (index, pixel) in itertools.product(range(3), enumerate(pixels)):
         np.testing.assert_allclose(rollout[layer, index], rolled_out(maps, pixel, layer), rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("border", ["mask", "zeros", "shift", "wrap"])
+@pytest.mark.parametrize(
+    "options", [{}, {"shared_by": 3}, {"dilation": 2, "causal": (True, False)}, {"stride": (2, 1)}]
+)
+def test_rollout_from_cell_to_cell_is_that_of_matrices(border, options, monkeypatch):
+    """Rows that see little of a map are not multiplied with all of it."""
+    model = nn.Sequential(
+        ns.LocalSelfAttention2d(3, 8, 3, num_heads=2, border=border),
+        nn.AvgPool2d(2),
+        ns.LocalSelfAttention2d(8, kernel_size=3, num_heads=2, border=border, **options),
+        ns.LocalSelfAttention2d(8, kernel_size=2, num_heads=2),
+    )
+    maps = ns.attention_maps(model, torch.randn(3, 28, 34))
+    pixels, size = [(0, 0), (14, 17), (27, 33), (5, 30)], (7, 9)
+    by_cells = []
+    for few in (0, 10**9):
+        monkeypatch.setattr(rollout, "FEW", few)
+        by_cells.append([ns.attention_rollout(maps, pixels), ns.attention_rollout(maps, pixels, size=size)])
+    monkeypatch.setattr(rollout, "GATHERED", 1000)
+    monkeypatch.setattr(rollout, "FEW", 0)
+    by_cells.append([ns.attention_rollout(maps, pixels), ns.attention_rollout(maps, pixels, size=size)])
+    for found in by_cells[::2]:
+        for one, other in zip(found, by_cells[1], strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-7)
+
+
+def test_rollout_of_wide_weights_is_in_float32():
+    maps = ns.attention_maps(network().double(), torch.randn(1, 3, 12, 20, dtype=torch.float64))
+    assert maps[0].weights.dtype == torch.float64
+    assert ns.attention_rollout(maps, [(3, 4)]).dtype == np.float32
 
 
 def test_rollout_stays_where_memory_blocks_lead():

@@ -1,12 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Evaluation for a while. A network may hold modules in several modes, as frozen batch norms in one that trains."""
+"""Evaluation for a while, and what was compiled as it was written.
+
+A network may hold modules in several modes, as frozen batch norms in one that trains.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
+import torch
 from torch import nn
+
+from .private import is_compiled
 
 
 @contextmanager
@@ -43,4 +50,14 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     with keeping_modes(model):
         for module in model.modules():
             module.training = False
+        yield
+
+
+@contextmanager
+def as_written(model: Any) -> Iterator[None]:
+    """Where a module was compiled, as a whole or in parts, it runs as it is written: compiled code calls no hooks."""
+    if not isinstance(model, nn.Module) or not any(map(is_compiled, model.modules())):
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
         yield

@@ -61,12 +61,21 @@ def has_hooks(module: nn.Module) -> bool:
     return any(getattr(module, name, _UNKNOWN) for name in names)
 
 
-def compiles_itself(module: nn.Module) -> bool:
-    """Whether ``module.compile()`` was called, so that calls go to what was compiled; False where that cannot be told.
+def is_compiled(module: nn.Module) -> bool:
+    """Whether calls of a module go to what torch.compile made of it; False where that cannot be told.
 
     Not public, as PyTorch keeps it for its own use. Without it such a module is taken for one that was not compiled.
     """
-    return getattr(module, "_compiled_call_impl", None) is not None
+    forward = getattr(module, "forward", None)
+    by_decorator = hasattr(forward, "_torchdynamo_orig_callable") and not getattr(
+        forward, "_torchdynamo_disable", False
+    )
+    return by_decorator or getattr(module, "_compiled_call_impl", None) is not None
+
+
+def uncompiled(module: nn.Module) -> nn.Module:
+    """The module that ``torch.compile(module)`` was made of, which is not public; any other as it is."""
+    return getattr(module, "_orig_mod", module) if type(module).__name__ == "OptimizedModule" else module
 
 
 def noted_padding(convolution: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> tuple[tuple[int, int], ...] | None:

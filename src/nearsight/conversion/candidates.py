@@ -17,7 +17,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from ..errors import OptionError
 from ..layers import AttentionLayer
 from ..layers.projection import OVERRIDES
-from ..private import compiles_itself, has_hooks, noted_padding
+from ..private import has_hooks, is_compiled, noted_padding
 from .geometry import padding_of
 
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
@@ -59,7 +59,7 @@ def refuse_wrapped(model: nn.Module) -> None:
 
 def _wrapper(module: nn.Module) -> str | None:
     kinds = WRAPPERS & {base.__name__ for base in type(module).__mro__}
-    return min(kinds, default="compiled" if compiles_itself(module) else None)
+    return min(kinds, default="compiled" if is_compiled(module) else None)
 
 
 def _reducers() -> list[nn.Module]:

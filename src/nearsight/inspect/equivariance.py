@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import OptionError, ShapeError
 from ..layers import AttentionLayer
-from ..modes import evaluating
+from ..modes import as_written, evaluating
 from ..pages.brief import Rows
 from ..pages.style import BLUE, GREY, INK, ORANGE, SKY, in_style, new_figure
 from ..private import tree_map
@@ -66,7 +66,7 @@ def equivariance_error(
     """
     if isinstance(transform, Transform):
         x = transform.batched(x)
-    with torch.no_grad():
+    with torch.no_grad(), as_written(module):
         with Following(x, module) as follow:
             plain = _one_tensor(module(x))
         moved_first = _one_tensor(module(transform(x)))
@@ -209,7 +209,7 @@ def equivariance_by_layer(model: nn.Module, images: Tensor, transform: Transform
         )
     batch = images if images.ndim == 4 else images[None]
     size = tuple(batch.shape[2:])
-    with torch.no_grad(), evaluating(model):
+    with torch.no_grad(), evaluating(model), as_written(model):
         plain, moved = _record(model, batch), _record(model, transform(batch))
         path = _Path(size)  # goes along with the rows
         rows = [_row(one, other, size, transform, path) for one, other in zip(plain, moved, strict=True)]

@@ -208,7 +208,7 @@ class _Page:
 
     def _layers(self, maps: Sequence[AttentionMap]) -> list[dict[str, Any]]:
         steps = self._steps(maps)
-        layers = dict(self.model.named_modules())
+        layers = attention_layers(self.model)
         room = TABLE_BYTES
         pages = []
         for layer, step, numbers in zip(maps, steps, attention_statistics(maps), strict=True):
@@ -373,7 +373,7 @@ def _base64(array: np.ndarray) -> str:
     return base64.b64encode(np.ascontiguousarray(array).tobytes()).decode()
 
 
-def _tables(layer: nn.Module, size: Sequence[int]) -> list[dict[str, Any]]:
+def _tables(layer: Any, size: Sequence[int]) -> list[dict[str, Any]]:
     """A layer's learned position tables: pictures of one head each, or of one channel of an absolute embedding."""
     tables = []
     with torch.no_grad():

@@ -6,6 +6,7 @@ from __future__ import annotations
 from torch import nn
 
 from ..layers import AttentionLayer
+from ..private import uncompiled
 
 
 def layers_of(model: nn.Module) -> dict[str, nn.Module]:
@@ -20,6 +21,7 @@ def layers_of(model: nn.Module) -> dict[str, nn.Module]:
     layers: dict[nn.Module, str] = {}
 
     def visit(name: str, module: nn.Module) -> None:
+        module = uncompiled(module)
         children = {} if isinstance(module, AttentionLayer) else dict(module.named_children())
         if not children:
             layers.setdefault(module, name)

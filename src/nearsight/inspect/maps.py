@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from ..errors import OptionError, ShapeError
 from ..layers import AttentionLayer
-from ..modes import evaluating
+from ..modes import as_written, evaluating
 from ..pages import drawings
 from ..pages.brief import Brief, Rows
 from ..window import Window
+from .layer_list import layers_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -269,8 +270,9 @@ def attention_maps(
             memory does not grow with the image. None is all of them.
 
     Raises:
-        OptionError: the model has no such layer; or the weights of all queries would not fit in 1 GB, so that ``queries``
-            have to be named.
+        OptionError: the model has no such layer; a layer did not run, or was given another number of maps than there are
+            images, as where windows are folded into the batch; or the weights of all queries would not fit in 1 GB, so that
+            ``queries`` have to be named.
         ShapeError: a pixel that is not in the image.
 
     Example:
@@ -282,14 +284,14 @@ def attention_maps(
         torch.Size([1, 4, 2, 5, 5])
     """
     layers = attention_layers(model)
-    batch = images if images.ndim >= max(layer.rank for layer in layers.values()) + 2 else images[None]
+    batch = images[None] if images.ndim == _axes_of_image(model, layers) + 1 else images
     maps = AttentionMaps(images=batch.detach())
 
     def hook(name: str):
         def record(layer, args, kwargs):
             room = KEPT - sum(found.weights.numel() for found in maps)
             x = args[0] if args else kwargs["x"]
-            maps.append(_look(name, layer, x, tuple(batch.shape[2:]), queries, room))
+            maps.append(_look(name, layer, x, batch, queries, room))
 
         return record
 
@@ -298,12 +300,27 @@ def attention_maps(
         for name, layer in layers.items()
     ]
     try:
-        with torch.no_grad(), evaluating(model):
+        with torch.no_grad(), evaluating(model), as_written(model):
             model(batch)
     finally:
         for handle in handles:
             handle.remove()
+    if missing := sorted(layers.keys() - {found.layer for found in maps}):
+        raise OptionError(
+            f"layer {missing[0]} did not run, so that it has no weights to show; {len(missing)} of {len(layers)} attention "
+            "layers did not: take out what the model does not call, or give the model that calls them"
+        )
     return maps
+
+
+def _axes_of_image(model: nn.Module, layers: dict[str, AttentionLayer]) -> int:
+    """Those of the first layer that says how many it takes, in the order in which the model holds them."""
+    ranks: dict[type, int] = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
+    for module in model.modules():
+        kinds = [rank for kind, rank in ranks.items() if isinstance(module, kind)]
+        if kinds or isinstance(module, AttentionLayer):
+            return kinds[0] if kinds else module.rank  # pyright: ignore[reportReturnType]
+    return max(layer.rank for layer in layers.values())
 
 
 def attention_layers(model: nn.Module) -> dict[str, AttentionLayer]:
@@ -312,7 +329,9 @@ def attention_layers(model: nn.Module) -> dict[str, AttentionLayer]:
     Raises:
         OptionError: it has none; the message says what it is made of.
     """
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, AttentionLayer)}
+    layers: dict[str, AttentionLayer] = {
+        name: layer for name, layer in layers_of(model).items() if isinstance(layer, AttentionLayer)
+    }
     if not layers:
         leaves = (module for module in model.modules() if next(module.children(), None) is None)
         kinds = Counter(type(module).__name__ for module in leaves).most_common(5)
@@ -328,12 +347,19 @@ def _look(
     name: str,
     layer: AttentionLayer,
     x: Tensor,
-    image_size: tuple[int, ...],
+    images: Tensor,
     pixels: Sequence[Sequence[int]] | None,
     room: int,
 ) -> AttentionMap:
     x = x if x.ndim == layer.rank + 2 else x[None]
+    if len(x) != len(images):
+        raise OptionError(
+            f"layer {name} was given {len(x)} maps for a batch of {len(images)}: windows, or frames, are folded into its "
+            "batch, so that nothing tells where in which image they lie; give the layer the whole map and let its window "
+            "cut it, as LocalSelfAttention2d(kernel_size=8, shared_by=8) does"
+        )
     size = tuple(x.shape[1:-1] if getattr(layer, "channels_last", False) else x.shape[2:])
+    image_size = tuple(images.shape[2:])
     image_size = image_size if len(image_size) == layer.rank else size
     blank = AttentionMap(name, x.new_zeros(0, 0), layer.window_on(size), size, image_size)
     chosen = None if pixels is None else tuple(dict.fromkeys(blank.query(pixel) for pixel in pixels))
