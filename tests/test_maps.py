@@ -19,7 +19,7 @@ from torch import nn
 import nearsight as ns
 from nearsight.conversion.gpsa import GatedPositionalSelfAttention
 from nearsight.errors import OptionError, ShapeError
-from nearsight.inspect import AttentionMap
+from nearsight.inspect import AttentionMap, Translation, equivariance_by_layer, equivariance_error
 from nearsight.layers import self_attention
 from nearsight.layers.projection import split_heads
 from nearsight.models import nat
@@ -569,3 +569,126 @@ def test_a_transposed_map_would_be_seen(monkeypatch):
     turned = AttentionMap("0", found.weights.mT.contiguous(), found.window, found.map_size, found.image_size)
     with pytest.raises(AssertionError):
         torch.testing.assert_close(mixed(turned, values_of(layer, x).detach()), layer(x)[0].detach(), **NEAR)
+
+
+# ------------------------------------------------------------------------------------------- what hooks do not see
+
+X = torch.randn(1, 8, 12, 12, generator=torch.Generator().manual_seed(0))
+
+
+def chain():
+    return nn.Sequential(
+        ns.LocalSelfAttention2d(8, kernel_size=3, num_heads=2),
+        nn.Sequential(nn.ReLU(), ns.LocalSelfAttention2d(8, kernel_size=3, num_heads=2, stride=2)),
+    ).eval()
+
+
+def compiled(how):
+    model = chain()
+    if how == "in place":
+        model.compile(backend="eager")
+    elif how == "a layer":
+        model[0] = torch.compile(model[0], backend="eager")
+    else:
+        model = torch.compile(model, backend="eager", fullgraph=True)
+    return model
+
+
+@pytest.mark.parametrize("how", ["as one graph", "in place", "a layer"])
+def test_a_compiled_model_loses_no_layer(how):
+    model = compiled(how)
+    with torch.no_grad():
+        before = model(X)
+        maps = ns.attention_maps(model, X)
+        assert [found.layer for found in maps] == ["0", "1.1"]
+        kinds = [row.kind for row in equivariance_by_layer(model, X, Translation(2, 2))]
+        assert kinds == ["LocalSelfAttention2d", "ReLU", "LocalSelfAttention2d"]
+        assert equivariance_error(model, X, Translation(2, 2), margin=2) < 1e-5
+        assert torch.equal(model(X), before)
+
+
+class Skips(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.used, self.unused = chain(), chain()
+
+    def forward(self, x):
+        return self.used(x)
+
+
+def test_a_layer_that_did_not_run_is_told():
+    with pytest.raises(OptionError, match=r"layer unused\.0 did not run.*2 of 4 attention layers"):
+        ns.attention_maps(Skips(), X)
+
+
+class Folded(nn.Module):
+    """Swin by hand: every window is an image of the batch; or, in three axes, every image is a frame."""
+
+    def __init__(self, in_time=False):
+        super().__init__()
+        self.in_time = in_time
+        self.first = nn.Conv2d(8, 8, 1)
+        kind = ns.GlobalSelfAttention3d if in_time else ns.GlobalSelfAttention2d
+        self.attention = kind(8, num_heads=2, map_size=6)
+
+    def forward(self, x):
+        if self.in_time:
+            return self.attention(self.first(x).transpose(0, 1)[None])[0].transpose(0, 1)
+        b, c, h, w = x.shape
+        windows = x.view(b, c, h // 6, 6, w // 6, 6).permute(0, 2, 4, 1, 3, 5).reshape(-1, c, 6, 6)
+        y = self.attention(windows).view(b, h // 6, w // 6, c, 6, 6)
+        return y.permute(0, 3, 1, 4, 2, 5).reshape(b, c, h, w)
+
+
+@pytest.mark.parametrize(("in_time", "given"), [(False, 8), (True, 1)])
+def test_windows_in_the_batch_are_no_images(in_time, given):
+    images = torch.randn(2, 8, 12, 12)
+    with pytest.raises(
+        OptionError, match=rf"layer attention was given {given} maps for a batch of 2: windows, or frames"
+    ):
+        ns.attention_maps(Folded(in_time), images)
+    if not in_time:
+        with pytest.raises(OptionError, match="was given 4 maps for a batch of 1"):
+            ns.explore(Folded(), images[0], picture=torch.rand(3, 12, 12))
+
+
+class Tokens(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.patches, self.attention = nn.Conv2d(3, 8, 4, 4), ns.LocalSelfAttention1d(8, kernel_size=3, num_heads=2)
+
+    def forward(self, x):
+        return self.attention(self.patches(x).flatten(2))
+
+
+def test_a_single_image_where_attention_has_one_axis():
+    x = torch.randn(3, 16, 12)
+    (single,), (batch,) = ns.attention_maps(Tokens(), x), ns.attention_maps(Tokens(), x[None])
+    assert single.weights.shape == batch.weights.shape == (1, 2, 12, 3)
+
+
+@pytest.mark.parametrize("wide", ["the model", "the default"])
+def test_a_page_of_a_model_in_another_dtype(wide):
+    model = chain().double() if wide == "the model" else chain()
+    if wide == "the default":
+        torch.set_default_dtype(torch.float64)
+    try:
+        assert '"rollout": {' in ns.explore(model, X, picture=torch.rand(3, 12, 12)).html
+        assert equivariance_by_layer(model, X.to(next(model.parameters())), Translation(2, 2))[-1].error > 0
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_of_a_large_picture_a_part_is_measured_and_what_is_done_is_said(capsys, monkeypatch):
+    monkeypatch.setattr(import_module("nearsight.inspect.explore"), "PART", 8)
+    page = ns.explore(chain(), X, picture=torch.rand(3, 12, 12))
+    assert "Equivariance is that of the middle 8 x 8 pixels." in page.html
+    said = capsys.readouterr().err
+    assert [line.split(": ")[1] for line in said.splitlines()] == [
+        "the weights of every layer ...",
+        "rollout ...",
+        "equivariance, layer by layer ...",
+    ]
+    monkeypatch.setattr(import_module("nearsight.inspect.explore"), "PART", 12)
+    assert "Equivariance is" not in ns.explore(chain(), X, picture=torch.rand(3, 12, 12)).html
+    assert capsys.readouterr().err == ""

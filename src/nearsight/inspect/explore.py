@@ -6,6 +6,7 @@ from __future__ import annotations
 import base64
 import io
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -43,6 +44,7 @@ SHOWN_CLASSES = 5
 SHOWN_PIXELS = 640  # of the picture's longer side
 FEWEST = 4  # queries per axis that a layer keeps before layers are left out
 ONE_CELL = Translation(1, 1)
+PART = 224  # pixels per axis that equivariance is measured on
 COARSE = 28  # cells per axis of a rollout, and queries per axis where there are too many to compute
 
 
@@ -157,7 +159,7 @@ class _Page:
             "layers": finite(self._layers(maps)),
             "rollout": self._rollout(maps),
             "prediction": _prediction(output, classes),
-            "equivariance": _equivariance(self.model, self.batch, transform),
+            "equivariance": self._equivariance(transform),
         }
         return render(
             "explore.html.jinja",
@@ -170,6 +172,7 @@ class _Page:
 
     def _look(self) -> tuple[list[AttentionMap], Any]:
         """The weights of all queries, or of a grid of them where they are too many, and the model's output."""
+        self._say("the weights of every layer")
         outputs: list[Any] = []
         handle = self.model.register_forward_hook(lambda module, inputs, output: outputs.append(output))
         try:
@@ -185,6 +188,22 @@ class _Page:
         finally:
             handle.remove()
         return maps, outputs[-1]
+
+    def _say(self, what: str) -> None:
+        """Of a large picture, what is being done: it takes a while."""
+        if math.prod(self.size) > PART**2:
+            print(f"explore, {' x '.join(map(str, self.size))} pixels: {what} ...", file=sys.stderr, flush=True)
+
+    def _equivariance(self, transform: Transform | None) -> dict[str, Any] | None:
+        """The layers that can break a symmetry, with how far each does; of a large picture by its middle."""
+        if transform is None:
+            return None
+        self._say("equivariance, layer by layer")
+        part = self.batch if _takes_one_size(self.model) else _middle(self.batch, PART)
+        if part.shape != self.batch.shape:
+            self.notes.append(f"Equivariance is that of the middle {' x '.join(map(str, part.shape[2:]))} pixels.")
+        rows = [asdict(row) for row in decisive(equivariance_by_layer(self.model, part, transform))]
+        return {"transform": str(transform), "rows": finite(rows)}
 
     def _check_finite(self, maps: Sequence[AttentionMap], output: Any) -> None:
         """A page of NaN would be blank, or show a picture of nothing."""
@@ -269,10 +288,23 @@ class _Page:
                 f"Rollout starts from a grid of {' x '.join(str(min(n, side)) for n in self.size)} pixels and ends on "
                 f"{' x '.join(map(str, size))} cells of the image."
             )
+        self._say("rollout")
         rollout = attention_rollout(maps, grid, size=size)
         steps, largest = _quantise(rollout.reshape(*rollout.shape[:2], -1))
         rows = [min(n, side) for n in self.size]
         return {"layers": shown, "grid": rows, "size": size, "weights": _base64(steps), "largest": _base64(largest)}
+
+
+def _takes_one_size(model: nn.Module) -> bool:
+    return bool((getattr(model, "pretrained_cfg", None) or {}).get("fixed_input_size"))
+
+
+def _middle(batch: Tensor, most: int) -> Tensor:
+    """At most so many pixels per axis."""
+    for axis in (2, 3):
+        kept = min(batch.shape[axis], most)
+        batch = batch.narrow(axis, (batch.shape[axis] - kept) // 2, kept)
+    return batch
 
 
 def _grid(size: Sequence[int], most: int) -> list[tuple[int, int]]:
@@ -418,14 +450,6 @@ def _prediction(output: Any, classes: Sequence[str] | None) -> list[dict[str, An
         {"name": readable(str(names[index])) if names else f"class {index}", "probability": value}
         for value, index in zip(best.values.tolist(), best.indices.tolist(), strict=True)
     ]
-
-
-def _equivariance(model: nn.Module, batch: Tensor, transform: Transform | None) -> dict[str, Any] | None:
-    """The layers that can break a symmetry, with how far each does."""
-    if transform is None:
-        return None
-    rows = [asdict(row) for row in decisive(equivariance_by_layer(model, batch, transform))]
-    return {"transform": str(transform), "rows": finite(rows)}
 
 
 def _picture_source(pixels: np.ndarray) -> str:
