@@ -252,8 +252,6 @@ def _flex(
     options = {"score_mod": score, "block_mask": blocks, "scale": scale, "enable_gqa": grouped}
     if not with_lse:
         return flex.flex_attention(query, key, value, **options), None
-    if not hasattr(flex, "AuxRequest"):  # PyTorch up to 2.8
-        return flex.flex_attention(query, key, value, **options, return_lse=True)
     out, auxiliary = flex.flex_attention(query, key, value, **options, return_aux=flex.AuxRequest(lse=True))
     return out, auxiliary.lse
 

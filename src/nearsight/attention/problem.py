@@ -183,10 +183,7 @@ def laid_out(name: str, tensor: object) -> None:
 
 def is_exporting() -> bool:
     """Whether what is called is written down, to run without nearsight: by ``torch.export`` or ``torch.jit.trace``."""
-    if torch.compiler.is_compiling():
-        # torch.compiler.is_exporting came with PyTorch 2.7.
-        return getattr(torch.compiler, "is_exporting", lambda: False)()
-    return torch.jit.is_tracing()
+    return torch.compiler.is_exporting() if torch.compiler.is_compiling() else torch.jit.is_tracing()
 
 
 def _in_forward_ad(tensors: list[Tensor]) -> bool:
