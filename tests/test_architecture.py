@@ -20,6 +20,7 @@ ROOMS = [
     ("errors", "when_imported", "telling"),
     ("private", "extras"),
     ("files",),
+    ("own_code",),
     ("pages",),
     ("picture",),
     ("window",),

@@ -148,7 +148,14 @@ def _run(arguments: list[str]) -> None:
 
         print(f"nearsight {version('nearsight')}")
     elif arguments[0] in COMMANDS:
-        import_module(f".commands.{arguments[0]}", __package__).run(arguments[1:])
+        from .commands.arguments import without_imports
+        from .own_code import import_own
+
+        words, modules = without_imports(arguments[1:])
+        if not {"-h", "--help"} & set(words):
+            for module in modules:
+                import_own(module)
+        import_module(f".commands.{arguments[0]}", __package__).run(words)
     else:
         from .commands.arguments import near
 

@@ -13,6 +13,7 @@ from ..errors import DataError, OptionError
 from ..extras import need
 
 OF_THE_DATA = "the data's own"
+IMPORT = "--import"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -23,13 +24,41 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parser_of(command: str, description: str, epilog: str | None = None) -> _Parser:
-    return _Parser(
+    parser = _Parser(
         prog=f"nearsight {command}",
         description=description,
         epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    _tell_of_import(parser)
+    return parser
+
+
+def without_imports(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The words of a command without ``--import MODULE``, and these modules: any command takes it, any number of times.
+
+    Raises:
+        OptionError: no word follows the last one.
+    """
+    words, modules = [], []
+    rest = iter(arguments)
+    for word in rest:
+        if word == IMPORT:
+            word = f"{IMPORT}={next(rest, '')}"
+        if not word.startswith(f"{IMPORT}="):
+            words.append(word)
+            continue
+        modules.append(word.removeprefix(f"{IMPORT}="))
+        if not modules[-1]:
+            raise OptionError(f"{IMPORT} needs a module: a dotted name, or a .py file")
+    return words, modules
+
+
+def _tell_of_import(parser: Any) -> None:
+    """In the help; :func:`without_imports` reads it."""
+    help = "run code of your own first, a dotted name or a .py file: it registers networks and positions"
+    parser.add_argument(IMPORT, type=str, metavar="MODULE", help=help)
 
 
 def parse(parser: Any, arguments: list[str], **kwargs: Any) -> Any:
@@ -74,6 +103,7 @@ def recipe_parser(command: str, description: str, epilog: str) -> Any:
         print_config=None,  # every run leaves its config.yaml
     )
     parser.add_argument("--config", type=str, help="YAML file of a recipe; flags win")
+    _tell_of_import(parser)
     return parser
 
 

@@ -17,6 +17,7 @@ from ..errors import OptionError
 from ..layers import AttentionStem2d, GlobalSelfAttention2d, HaloSelfAttention2d, LocalSelfAttention2d
 from ..layers.projection import PatchProjection2d
 from . import blocks, halonet, nat, sasa, twins
+from .own import register
 from .spec import ELSEWHERE, parse_spec
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "parse_spec",
     "pretrained_value",
     "refuse_ignored",
+    "register",
 ]
 
 _FAMILIES = (halonet, nat, sasa)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import zipfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from os import PathLike
 from pathlib import Path
@@ -27,6 +27,7 @@ from ..errors import DataError, NearsightError, OptionError
 from ..files import to_path, write_bytes
 from ..models import create_model, made_for_size, parse_spec, pretrained_value
 from ..modes import evaluating
+from ..own_code import imported, refuse_unimported
 from ..pages.brief import Brief
 from ..pages.names import readable
 from ..picture import opaque
@@ -54,6 +55,7 @@ class Blueprint(Brief):
     data: str
     converted: dict[str, Any] | None = None  # how, as keyword arguments of nearsight.convert
     img_size: int | None = None  # the option of that name; None: that of the view, for networks that take no other size
+    imports: tuple[str, ...] = field(default_factory=imported)  # of its user's, that registered what it is made of
 
     @classmethod
     def of(cls, model: str, classes: tuple[str, ...], view: View, data: str) -> Blueprint:
@@ -110,7 +112,10 @@ class Blueprint(Brief):
         Raises:
             OptionError: it was converted with a position that has no name, or the model has options no file may hold.
         """
-        return json.dumps(asdict(replace(self, model=saved_spec(self.model))), default=_unnamed)
+        values = asdict(replace(self, model=saved_spec(self.model)))
+        if not self.imports:  # as most, and all that were written before there were any
+            del values["imports"]
+        return json.dumps(values, default=_unnamed)
 
     @classmethod
     def from_json(cls, text: str) -> Blueprint:
@@ -122,12 +127,14 @@ class Blueprint(Brief):
         values = json.loads(text)
         if not _are_texts(values["classes"]):  # as they are there: a blueprint makes texts of them that can be shown
             raise ValueError("its classes must be texts")
+        values.setdefault("imports", ())
         view = View(**{name: _tupled(value) for name, value in values.pop("view").items()})
         blueprint = cls(view=view, **{name: _tupled(value) for name, value in values.items()})
         blueprint._check()
         return blueprint
 
     def _check(self) -> None:
+        refuse_unimported(self.imports, "it")
         check_saved_spec(self.model)
         if not isinstance(self.data, str):
             raise ValueError("its data must be a text")
@@ -167,6 +174,8 @@ def load_model(path: str | PathLike[str]) -> tuple[nn.Module, Blueprint]:
         blueprint = Blueprint.from_json(text)
         model = blueprint.build()
         model.load_state_dict(weights)
+    except DataError as error:
+        raise DataError(f"{file}: {error}") from error
     except (ValueError, TypeError, AttributeError, KeyError, RuntimeError, RecursionError) as error:
         # PyTorch names the module in its first line, and in the next the first tensor that does not fit.
         reason = " ".join(line.strip() for line in str(error).splitlines()[:2])

@@ -16,6 +16,7 @@ from typing import Any
 import lightning as L
 import torch
 import torch.distributed as dist
+from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.plugins.io import CheckpointIO
 
 from ..files import to_path, write_bytes, write_text
@@ -131,6 +132,39 @@ class Forecast(L.Callback):
         left = trainer.max_epochs - trainer.current_epoch  # pyright: ignore[reportOptionalOperand]
         print(f"time     about {_duration(epoch)} per epoch, {_duration(epoch * left)} in all", flush=True)
         self.told = True
+
+
+class Bar(RichProgressBar):
+    """Lightning's, with epochs counted from one."""
+
+    def __init__(self) -> None:
+        super().__init__(leave=False)
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        # Not public; a Lightning that asks for another counts from zero.
+        assert self.trainer is not None
+        return f"Epoch {current_epoch + 1}/{self.trainer.max_epochs}".ljust(len(self.validation_description))
+
+
+class Lines(L.Callback):
+    """After every epoch a line, where a bar would fill a file with its pieces."""
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.begin = time.perf_counter()
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        found = {name: one.item() for name, one in trainer.callback_metrics.items()}
+        numbers = f"train_loss {found['train_loss']:.4f}, val_loss {found['val_loss']:.4f}"
+        seconds = _duration(time.perf_counter() - self.begin)
+        place = f"{trainer.current_epoch + 1} of {trainer.max_epochs}"
+        print(f"epoch    {place}: {numbers}, val_accuracy {found['val_accuracy']:.2%}, {seconds}", flush=True)
+
+
+def progress() -> L.Callback:
+    """What shows how far a training is: a bar in a terminal, lines in a file, a pipe or a notebook."""
+    return Bar() if sys.stdout.isatty() else Lines()
 
 
 class StopTogether(L.Callback):

@@ -25,6 +25,7 @@ from dataclasses import asdict, fields, replace
 from os import PathLike
 from pathlib import Path
 
+from .. import own_code
 from ..errors import OptionError, TrainingError
 from ..files import make_folder, make_inner_folder, to_path, write_text
 from ..models import input_size
@@ -32,7 +33,7 @@ from ..saved.weights import CHECKPOINT_FILE, Blueprint
 from .compare_report import Comparison, write_comparison
 from .data import Pictures, check_trainable, load_pictures
 from .measures import MEASURES_FILE, Measures, measure, read_measures, read_rows
-from .recipe import OWN_SIZE, PER_RUN, Recipe, read_recipe
+from .recipe import OWN_SIZE, PER_RUN, Recipe, noted_imports, read_recipe
 from .report import REPORT_FILE
 from .train import MOVABLE, image_size
 
@@ -165,6 +166,7 @@ def _measured(run: Path, model: str, recipe: Recipe, pictures: Pictures, lock: i
 def _train(run: Path, recipe: Recipe, lock: int) -> None:
     """``nearsight train`` in a process of its own, from its last checkpoint if there is one."""
     command = [sys.executable, str(COMMAND), "train", f"--output={run}"]
+    command += own_code.flags(own_code.imported())
     command += ["--resume"] if (run / CHECKPOINT_FILE).is_file() else []
     values = {field.name: getattr(recipe, field.name) for field in fields(recipe)}
     given = {field.name: values[field.name] for field in fields(recipe) if values[field.name] != field.default}
@@ -246,6 +248,7 @@ def _settings(recipe: Recipe) -> str:
     import yaml
 
     values = {name: value for name, value in asdict(recipe).items() if value is not None and name not in PER_RUN}
+    values |= noted_imports()
     return "# The recipe of every run here, for `nearsight compare --config` and `nearsight train --config`\n" + (
         yaml.safe_dump(values, sort_keys=False)
     )

@@ -18,8 +18,10 @@ from inspect import signature
 from os import PathLike
 from typing import Any
 
+from .. import own_code
 from ..errors import DataError, NearsightError, OptionError
 from ..files import read_text, read_yaml, to_path
+from ..own_code import refuse_unimported
 from ..pages.brief import Brief, brief
 from ..picture import BACKGROUND, opaque
 
@@ -178,8 +180,14 @@ class Recipe(Brief):
 
         stored = saved_spec(self.model) if stored is None else stored
         values = {name: value for name, value in asdict(replace(self, model=stored)).items() if value is not None}
+        values |= noted_imports()
         began = "" if stored == self.model else f"{BEGAN}; for the same add --model {json.dumps(self.model)}\n"
         return f"{RERUN}\n{began}{yaml.safe_dump(values, sort_keys=False)}"
+
+
+def noted_imports() -> dict[str, list[str]]:
+    """What a recipe's file says of ``--import``: no setting, and nothing that is done because a file says so."""
+    return {own_code.KEY: list(own_code.imported())} if own_code.imported() else {}
 
 
 RERUN = "# Run it again: nearsight train --config THIS_FILE --output NEW_FOLDER"
@@ -251,6 +259,7 @@ def read_settings(path: str | PathLike[str], given: Container[str] = ()) -> dict
         values = read_yaml(read_text(to_path(path)))
     except (OSError, ValueError) as error:
         raise DataError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
+    refuse_unimported(values.pop(own_code.KEY, ()) if isinstance(values, dict) else (), path)
     if not isinstance(values, dict) or not set(values) <= _KINDS.keys():
         raise DataError(f"{path} must hold only {', '.join(sorted(_KINDS))}; it is damaged or no config of a run")
     try:

@@ -20,7 +20,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import LearningRateMonitor, RichProgressBar
+from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import nn
 
@@ -44,7 +44,7 @@ from ..saved.weights import (
 )
 from .announce import announcement, conclusion
 from .batchnorm import synced_batch_norms
-from .callbacks import Forecast, Journal, StopTogether, WholeFiles
+from .callbacks import Bar, Forecast, Journal, StopTogether, WholeFiles, progress
 from .data import FILE_KINDS, Pictures, augmented, check_trainable, load_pictures, loader, told
 from .data.pictures import last_words
 from .evaluate import Evaluation, evaluate
@@ -252,7 +252,8 @@ def _is_same(name: str, value: Any, recipe: Recipe) -> bool:
 
 
 def _trainer(recipe: Recipe, journal: Journal, output: Path) -> L.Trainer:
-    callbacks = [journal, Forecast(), StopTogether(), RichProgressBar(leave=False)]
+    shown = progress()
+    callbacks = [journal, Forecast(), StopTogether(), shown]
     if recipe.tensorboard:
         callbacks.append(LearningRateMonitor("step"))
     return L.Trainer(
@@ -269,6 +270,7 @@ def _trainer(recipe: Recipe, journal: Journal, output: Path) -> L.Trainer:
         use_distributed_sampler=False,  # Batches deals out the samples itself
         enable_checkpointing=False,  # Journal writes the checkpoint, after the row that belongs to it
         enable_model_summary=False,
+        enable_progress_bar=isinstance(shown, Bar),
         num_sanity_val_steps=0,
         log_every_n_steps=1,
         logger=TensorBoardLogger(output, name=TENSORBOARD_FOLDER, version="") if recipe.tensorboard else False,
