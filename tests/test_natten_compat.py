@@ -376,13 +376,41 @@ def check_split(name: str, dtype: torch.dtype = torch.float32) -> None:
 
 
 @pytest.mark.parametrize("name", SPLIT)
-def test_split_calls(name):
+@pytest.mark.parametrize("way", ["windows are copied", "blocks"])
+def test_split_calls(name, way, monkeypatch):
+    """As on a small map and as on a large one."""
+    monkeypatch.setattr(windows, "GATHERED", 0 if way == "blocks" else 1 << 30)
     check_split(name)
 
 
 @pytest.mark.parametrize("name", ["dilated", "causal"])
-def test_split_calls_in_float64(name):
+@pytest.mark.parametrize("limit", [0, windows.GATHERED])
+def test_split_calls_in_float64(name, limit, monkeypatch):
+    monkeypatch.setattr(windows, "GATHERED", limit)
     check_split(name, torch.float64)
+
+
+def test_what_is_kept_of_a_window_serves_inference_and_training():
+    """Made first in inference mode, whose tensors autograd does not take."""
+    query = torch.randn(1, 2, 37, 4)
+    with torch.inference_mode():
+        expected = functional.na1d_qk(query, query, 3)
+    query.requires_grad_()
+    found = functional.na1d_qk(query, query, 3)
+    torch.testing.assert_close(found, expected.clone())
+    (grad,) = torch.autograd.grad(found.square().sum(), query)
+    assert grad.isfinite().all()
+    assert grad.abs().sum() > 0
+
+
+def test_small_maps_take_few_steps():
+    """An audio network's size: 300 frames; every step of PyTorch takes longer than its numbers do."""
+    query, attn = torch.randn(1, 8, 300, 12), torch.randn(1, 8, 300, 5)
+    for call in (lambda: functional.na1d_qk(query, query, 5), lambda: functional.na1d_av(attn, query, 5)):
+        call()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            call()
+        assert 0 < sum(event.name.startswith("aten::") for event in profile.events()) < 60  # blocks take 190
 
 
 def test_split_calls_take_views():

@@ -5,7 +5,7 @@
 
 Both are bilinear, and with their transpose, scatter(a, x)[c] = sum_{p, j: n_j(p) = c} a[p, j] x[p], they are closed under
 differentiation: every derivative of the three is made of the three. So a call keeps its inputs and nothing else, and there
-are derivatives of every order, forwards and backwards.
+are derivatives of every order, forwards and backwards. On a small map windows are copied or all pairs held, else blocks.
 """
 
 from __future__ import annotations
@@ -27,6 +27,10 @@ from .windows import (
     flat_index,
     gather_queries,
     gather_spans,
+    gather_windows,
+    gathers,
+    neighbours,
+    pairs_fit,
     places,
     slices,
     without_autocast,
@@ -99,6 +103,13 @@ class QK(_Bilinear):
 
     @staticmethod
     def forward(query: Tensor, key: Tensor, axes: Axes) -> Tensor:
+        outside = _outside(axes, query)
+        if gathers(axes, key):
+            with without_autocast(query):
+                products = (gather_windows(key, axes) @ query.flatten(2, -2)[..., None]).squeeze(-1)
+            products = products.unflatten(2, query.shape[2:-1])
+            return products if outside is None else products.masked_fill_(outside, 0)
+
         def parts() -> Parts:
             for part in slices(_cut(axes, query), query.shape[0] * query.shape[1]):
                 with without_autocast(query):
@@ -106,7 +117,6 @@ class QK(_Bilinear):
                 yield part, _take_windows(scores, part)
 
         products = _assembled(parts(), query.shape[2:-1])
-        outside = _outside(axes, query)
         return products if outside is None else products.masked_fill_(outside, 0)
 
     @staticmethod
@@ -129,6 +139,11 @@ class AV(_Bilinear):
 
     @staticmethod
     def forward(weights: Tensor, value: Tensor, axes: Axes) -> Tensor:
+        if gathers(axes, value):
+            with without_autocast(value):
+                sums = _present(weights, axes, value)[..., None, :] @ gather_windows(value, axes)
+            return sums.squeeze(-2).unflatten(2, value.shape[2:-1])
+
         def parts() -> Parts:
             for part in slices(_cut(axes, value), value.shape[0] * value.shape[1]):
                 with without_autocast(value):
@@ -159,6 +174,12 @@ class Scatter(_Bilinear):
     def forward(weights: Tensor, x: Tensor, axes: Axes) -> Tensor:
         size = x.shape[2:-1]
         dtype = torch.promote_types(x.dtype, torch.float32)  # many blocks add to a cell
+        if pairs_fit(x):
+            every = weights.new_zeros((*x.shape[:2], size.numel(), size.numel()), dtype=dtype)
+            index = neighbours(axes, x).expand(*x.shape[:2], -1, -1)
+            every.scatter_add_(-1, index, _present(weights, axes, x).to(dtype))
+            with without_autocast(x):
+                return (every.mT @ x.flatten(2, -2).to(dtype)).unflatten(2, size).to(x.dtype)
         out = None
         blocks = [block.without_padding() for block in _cut(axes, x)]
         for part in slices(blocks, x.shape[0] * x.shape[1]):
@@ -182,6 +203,12 @@ class Scatter(_Bilinear):
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:
         return _tangent(Scatter, ctx, tangents)
+
+
+def _present(weights: Tensor, axes: Axes, tensor: Tensor) -> Tensor:
+    """The weights (B, N, cells of the map, product of k), zero in places that hold no cell."""
+    outside = _outside(axes, tensor)
+    return (weights if outside is None else weights.masked_fill(outside, 0)).flatten(2, -2)
 
 
 def _cut(axes: Axes, tensor: Tensor) -> list[Blocks]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from functools import lru_cache
 from math import prod
 from typing import Any, NamedTuple
 
@@ -21,6 +22,9 @@ from ...window import Axis, Window
 
 # A slice of blocks is as large as its scores may be: what a call needs besides its result stays near the cache.
 SLICE_SCORES = 1 << 20
+# So many numbers at most are gathered, a window for every query: that takes fewer steps than blocks do, and on a small map
+# the steps are what takes time. Measured for one axis of 300 cells.
+GATHERED = 1 << 18
 
 
 def without_autocast(tensor: Tensor) -> Any:
@@ -87,6 +91,42 @@ def places(axis: Axis, cells: int, device: torch.device) -> tuple[Tensor, Tensor
     seen = first + torch.arange(axis.kernel_size, device=device)
     entries = (seen - step + axis.kernel_size - 1).clamp(0, 2 * axis.kernel_size - 2)
     return seen > last, entries
+
+
+def gathers(axes: Sequence[Axis], tensor: Tensor) -> bool:
+    """Whether the windows of a tensor (B, N, *map, D) are small enough to be copied."""
+    return tensor.numel() * cells_of(axes) <= GATHERED
+
+
+def pairs_fit(tensor: Tensor) -> bool:
+    """Whether a weight for every pair of cells of a map (B, N, *map, D) is little enough to be held."""
+    return tensor.shape[:2].numel() * tensor.shape[2:-1].numel() ** 2 <= GATHERED << 2
+
+
+def gather_windows(tensor: Tensor, axes: tuple[Axis, ...]) -> Tensor:
+    """(B, N, *map, D) -> (B, N, cells of the map, product of k, D); some cell of the window in places that hold none."""
+    index = neighbours(axes, tensor)
+    return tensor.flatten(2, -2).index_select(2, index.flatten()).unflatten(2, index.shape)
+
+
+def neighbours(axes: tuple[Axis, ...], tensor: Tensor) -> Tensor:
+    """Where the cells of every query's window are in the flattened map: (cells of the map, product of k)."""
+    # Kept, but for a compiler's tensors, that hold no numbers.
+    made = _neighbours if type(tensor) is Tensor else _neighbours.__wrapped__
+    return made(axes, tuple(tensor.shape[2:-1]), tensor.device)
+
+
+@lru_cache(maxsize=64)
+def _neighbours(axes: tuple[Axis, ...], size: tuple[int, ...], device: torch.device) -> Tensor:
+    tables = []
+    with torch.inference_mode(False):  # what is kept may be used outside of it too
+        for axis, cells in zip(axes, size, strict=True):
+            cell = torch.arange(cells, device=device)[:, None]
+            phase = cell % axis.dilation
+            first, last = seen_by(axis, cell // axis.dilation, (cells - phase + axis.dilation - 1) // axis.dilation)
+            seen = torch.minimum(first + torch.arange(axis.kernel_size, device=device), last)
+            tables.append(phase + seen * axis.dilation)
+        return flat_index(tables, size).flatten(0, -2)
 
 
 class Blocks(NamedTuple):
