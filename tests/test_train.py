@@ -26,7 +26,16 @@ from nearsight.training.recipe import Recipe, read_recipe
 from nearsight.training.task import Classifier
 from nearsight.training.train import Interrupted, _is_same, default_output, image_size, resume, train
 
-FILES = {"config.yaml", "last.ckpt", "metrics.csv", "model.safetensors", "report.html", "timing.csv", "trained.npz"}
+FILES = {
+    "config.json",
+    "config.yaml",
+    "last.ckpt",
+    "metrics.csv",
+    "model.safetensors",
+    "report.html",
+    "timing.csv",
+    "trained.npz",
+}
 
 
 @pytest.fixture(scope="module")
