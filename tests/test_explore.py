@@ -134,7 +134,7 @@ def shown(page, layer, head, row, column):
 
 
 def drawn(page, rows, columns):
-    """How opaque the overlay is in the middle of each cell, of so many, as a share of the heaviest cell's weight."""
+    """How opaque the overlay is in the middle of each cell, of so many, as a share of the full colour."""
     pixels = page.evaluate(
         """([rows, columns]) => {
             const overlay = document.getElementById("overlay"), canvas = new OffscreenCanvas(overlay.width, overlay.height);
@@ -146,7 +146,7 @@ def drawn(page, rows, columns):
         }""",
         [rows, columns],
     )
-    return (np.array(pixels).reshape(rows, columns) - 130) / 115
+    return np.array(pixels).reshape(rows, columns) / 255 / 0.9
 
 
 # ----------------------------------------------------------------------------------------------------- what is drawn
@@ -170,9 +170,12 @@ def test_moving_the_pointer_lights_up_the_weights_that_the_model_has(visit, file
             found = shown(page, 0, head, row, column)
             np.testing.assert_allclose(found, wanted[head], atol=STEP * wanted[head].max())
         opaque = drawn(page, H, W)
-        assert (opaque[~covered] < 0).all()
-        np.testing.assert_allclose(opaque[covered], (wanted[1] / wanted[1].max())[covered], atol=0.015)
-        assert f"Query at row {row + 1}, column {column + 1} of 10 \u00d7 14 cells" in page.text_content("#readout")
+        assert (opaque[~covered] == 0).all()
+        full = max(wanted[1].max(), 2 / covered.sum())  # of a block where nothing is preferred all cells are pale
+        np.testing.assert_allclose(opaque[covered], (wanted[1] / full)[covered], atol=0.015)
+        share = 100 / covered.sum()
+        assert f"(1/n is {share:.{int(share < 9.95)}f} %)" in page.text_content("#readout")
+        assert f"Query at row {row}, column {column} of 10 \u00d7 14 cells" in page.text_content("#readout")
 
 
 def test_every_layer_and_head_shows_its_own_weights(visit, file, model, image):
@@ -202,6 +205,16 @@ def test_the_small_pictures_follow_the_pointer_and_choose(visit, file):
     assert page.input_value("#layer") == "2"
 
 
+def test_all_small_pictures_are_on_paper(visit, file):
+    """Those far below the screen too, which are else drawn when they are scrolled to."""
+    page = visit(file, height=200)
+    blank = """() => [...document.querySelectorAll(".tile canvas")].filter(canvas => canvas.toDataURL() ===
+        Object.assign(document.createElement("canvas"), {width: canvas.width, height: canvas.height}).toDataURL()).length"""
+    assert page.evaluate(blank) > 0
+    page.evaluate("() => window.dispatchEvent(new Event('beforeprint'))")
+    assert page.evaluate(blank) == 0
+
+
 def test_rollout_is_drawn(visit, file, model, image):
     page, found = visit(file), ns.attention_maps(model, image)
     pixels = [(0, 0), (6, 3), (9, 13)]
@@ -227,7 +240,7 @@ def test_position_tables_are_drawn(visit, file, model):
         pixels = np.array(pixels).reshape(rows, columns, 4)
         np.testing.assert_allclose(pixels[..., 3] / 255, np.abs(bias[head]) / np.abs(bias).max(), atol=0.01)
         strong = pixels[..., 3] > 20
-        np.testing.assert_array_equal((pixels[..., 0] > pixels[..., 2])[strong], (bias[head] > 0)[strong])
+        np.testing.assert_array_equal((pixels[..., 0] < pixels[..., 2])[strong], (bias[head] > 0)[strong])
     page.select_option("#layer", "0")  # row and column vectors, of two heads each: offsets down, channels across
     assert [picture[:2] for picture in page.evaluate(pictures)] == [[5, 2]] * 4
     page.select_option("#layer", "3")  # an absolute embedding

@@ -14,7 +14,7 @@ from PIL import Image
 import nearsight
 from nearsight.errors import TrainingError
 from nearsight.inspect.equivariance import PARTS
-from nearsight.pages import drawings, style
+from nearsight.pages import drawings, palette, style
 from nearsight.pages.charts import COLOURS, DASHES, MARKERS, Chart, Series, charts_to_csv, draw_charts, write_plot
 from nearsight.pages.style import to_svg_file
 
@@ -68,15 +68,24 @@ def test_colours_that_cannot_would_be_found():
 
 
 def test_there_is_one_palette():
-    """A colour that a Python file names stands in style.py, and the pages use the same ones for data."""
-    for file in SOURCE.rglob("*.py"):
-        found = re.findall(r'"#[0-9a-f]{6}"', file.read_text())
-        assert not found or file.name == "style.py", f"{file} has colours of its own: {found}"
-    page = (SOURCE / "pages" / "templates" / "explore.js").read_text()
-    (parts,) = re.findall(r"const PARTS = \{(.*?)\}", page)
-    shown = dict(re.findall(r'(\w+): "(#\w+)"', parts))
-    assert {"border", "stride", "encoding"} <= set(shown)
-    assert shown == {name: PARTS[name][0] for name in shown}
+    """A colour that means something stands in palette.py alone: drawings, style and script take it from there."""
+    for file in (*SOURCE.rglob("*.py"), *SOURCE.rglob("*.js")):
+        found = set(re.findall(r'"#[0-9a-f]{6}"', file.read_text())) - {'"#000000"', '"#ffffff"'}
+        own = {"palette.py": 7, "style.py": 2}.get(
+            file.name, 0
+        )  # of style.py text on a colour, and what stands for the ink
+        assert len(found) <= own, f"{file} has colours of its own: {found}"
+    meant = dict(re.findall(r"--(\w+): (#\w+)", palette.as_css()))
+    assert (meant["query"], meant["block"], meant["weight"]) == (palette.BLUE, palette.SKY, palette.ORANGE)
+    assert {name: meant[name] for name in PARTS} == {name: colour for name, (colour, _) in PARTS.items()}
+    for name in ("page.html.jinja", "explore.html.jinja"):
+        assert 'file("palette.css")' in (SOURCE / "pages" / "templates" / name).read_text()
+
+
+def test_where_nothing_is_preferred_all_is_pale():
+    assert drawings.full_colour(np.full((3, 3), 1 / 9)) == 2 / 9
+    assert drawings.full_colour(np.array([0.9, 0.1, 0.0])) == pytest.approx(1.0)  # two cells: twice 1/2
+    assert drawings.full_colour(np.array([0.5, *[0.05] * 10])) == 0.5
 
 
 def test_series_differ_without_their_colours_too():

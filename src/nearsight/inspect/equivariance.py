@@ -16,7 +16,8 @@ from ..errors import OptionError, ShapeError
 from ..layers import AttentionLayer
 from ..modes import as_written, evaluating
 from ..pages.brief import Rows
-from ..pages.style import BLUE, GREY, INK, ORANGE, SKY, in_style, new_figure
+from ..pages.palette import BORDER, ENCODING, STRIDE, UNDIVIDED
+from ..pages.style import INK, in_style, new_figure
 from ..private import tree_map
 from .grid import Following
 from .layer_list import layers_of
@@ -27,7 +28,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 ROUNDING = 1e-5  # float32: an error below it is not the layer's
-PARTS = {"border": (ORANGE, ""), "stride": (SKY, "////"), "encoding": (BLUE, "...."), "undivided": (GREY, "")}
+PARTS = {
+    "border": (BORDER, ""),
+    "stride": (STRIDE, "////"),
+    "encoding": (ENCODING, "...."),
+    "undivided": (UNDIVIDED, ""),
+}
 
 # -------------------------------------------------------------------------------------------------------- whole modules
 

@@ -4,6 +4,7 @@
 brief.py      how results show themselves at a prompt, and as tables
 names.py      names that others gave, as they can be shown
 csv_json.py   numbers as CSV and JSON
+palette.py    what each colour means
 style.py      how all drawings look, and the files that they become
 figure.py     figures that a notebook shows
 drawings.py   pictures made of cells

@@ -10,7 +10,8 @@ import numpy as np
 
 from .csv_json import write_csv
 from .names import short
-from .style import BLUE, INK, ON_BLUE, ON_ORANGE, ORANGE, SKY, in_style, new_figure
+from .palette import BLOCK, BLUE, FULL, NEGATIVE, ORANGE, POSITIVE, QUERY, WEIGHT
+from .style import INK, ON_BLUE, ON_ORANGE, in_style, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -129,8 +130,8 @@ def _panel(
     axes.imshow(image, cmap="gray", vmin=0, vmax=1, extent=extent, interpolation="nearest")
     if weights is not None:
         overlay = np.empty((*weights.shape, 4))
-        overlay[...] = _rgb(ORANGE)
-        overlay[..., 3] = 0.9 * weights / max(weights.max(), 1e-12)
+        overlay[...] = _rgb(WEIGHT)
+        overlay[..., 3] = 0.9 * weights / full_colour(weights)
         axes.imshow(overlay, extent=extent, interpolation="nearest")
         _outline(axes, weights, (height, width))
     _mark(axes, pixel)
@@ -139,11 +140,16 @@ def _panel(
     axes.set_title(title, fontsize=7)
 
 
+def full_colour(weights: np.ndarray) -> float:
+    """The weight that has its full colour: the largest, and no less than ``FULL`` times that of cells alike."""
+    return max(float(weights.max()), FULL / max(np.count_nonzero(weights), 1), 1e-12)
+
+
 def _mark(axes: Axes, pixel: tuple[int, int]) -> None:
     from matplotlib.patches import Rectangle
 
     row, column = pixel
-    for colour, line in (("white", 3.0), (BLUE, 1.5)):  # a white seam shows the mark on any picture
+    for colour, line in (("white", 3.0), (QUERY, 1.5)):  # a white seam shows the mark on any picture
         axes.add_patch(Rectangle((column, row), 1, 1, fill=False, edgecolor=colour, linewidth=line))
 
 
@@ -157,7 +163,7 @@ def _outline(axes: Axes, weights: np.ndarray, size: tuple[int, int]) -> None:
     cell = (size[0] / weights.shape[0], size[1] / weights.shape[1])
     corner = (columns.min() * cell[1], rows.min() * cell[0])
     span = ((np.ptp(columns) + 1) * cell[1], (np.ptp(rows) + 1) * cell[0])
-    axes.add_patch(Rectangle(corner, *span, fill=False, edgecolor=SKY, linewidth=1.2, linestyle=(0, (3, 2))))
+    axes.add_patch(Rectangle(corner, *span, fill=False, edgecolor=BLOCK, linewidth=1.2, linestyle=(0, (3, 2))))
 
 
 def _shades(share: np.ndarray) -> np.ndarray:
@@ -171,7 +177,7 @@ def _shades(share: np.ndarray) -> np.ndarray:
 
 def _signed(values: np.ndarray) -> np.ndarray:
     """Blue above zero, orange below, as strong as the number is large."""
-    shades = np.where((values < 0)[..., None], _rgb(ORANGE), _rgb(BLUE))
+    shades = np.where((values < 0)[..., None], _rgb(NEGATIVE), _rgb(POSITIVE))
     shades[..., 3] = np.abs(values) / max(np.abs(values).max(), 1e-12)
     return shades
 

@@ -18,8 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from ..extras import need
+from .palette import as_css
 
 TEMPLATES = Path(__file__).parent / "templates"
+PALETTE = "palette.css"  # is made from palette.py
 
 
 def render(template: str, **values: Any) -> str:
@@ -73,7 +75,7 @@ def policy(files: Mapping[str, str]) -> str:
 
 def _text(name: str) -> str:
     """A style or script as it stands in a page: what would end its element there is an error."""
-    text = (TEMPLATES / name).read_text()
+    text = as_css() if name == PALETTE else (TEMPLATES / name).read_text()
     assert "</" not in text, f"{name} holds what ends a style or script in a page"
     return text
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How all drawings look, and the files that they become.
 
-Colours are Okabe and Ito's, which people with any colour vision can tell apart. A page's SVG takes the page's own text
+Colours and what they mean are palette.py's. A page's SVG takes the page's own text
 colour, so that one picture serves light and dark.
 """
 
@@ -18,12 +18,14 @@ from typing import TYPE_CHECKING, Any, ParamSpec
 from ..extras import need
 from .html import without_styles
 from .names import readable
+from .palette import BLUE, GREEN, GREY, ORANGE, PINK, RED, SKY
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-BLUE, ORANGE, GREEN, PINK, RED, SKY = "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9"
-GREY = "#999999"
+__all__ = ["BLUE", "GREEN", "GREY", "INK", "ON_BLUE", "ON_ORANGE", "ORANGE", "PINK", "RED", "SKY", "STYLE"]
+__all__ += ["in_style", "new_figure", "to_png", "to_svg", "to_svg_file"]
+
 ON_BLUE, ON_ORANGE = "white", "#111111"  # text on them where they are deep
 INK = "#0b0c0d"  # stands for the page's text colour until the picture becomes SVG
 STYLE: dict[Any, Any] = {

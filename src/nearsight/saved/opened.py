@@ -77,6 +77,12 @@ def open_model(given: str | PathLike[str], size: int | None = None) -> OpenedMod
     else:
         network = create_model(given)
         view, classes, title = View.of(network), class_names(network), given
-        view = replace(view, size=input_size(given)) if "img_size" in parse_spec(given)[1] else view
+        options = parse_spec(given)[1]
+        view = replace(view, size=input_size(given)) if "img_size" in options else view
         origin = "Made by its name, with the weights that it starts with."
+        if not options.get("pretrained"):
+            title, origin = (
+                f"{given}, untrained",
+                "Untrained: what it looks at is what its random weights happen to prefer.",
+            )
     return OpenedModel(given, network.eval(), replace(view, size=size or view.size), classes, title, origin)

@@ -169,7 +169,7 @@ def _attention(model: nn.Module, blueprint: Blueprint, evaluation: Evaluation, t
         true = blueprint.classes[int(evaluation.labels[index])]
         said = blueprint.classes[int(evaluation.predictions[index])]
         verdict = f"a {true}, recognised" if said == true else f"a {true}, taken for a {said}"
-        text = f"Test image {index}: {verdict}. The query is the pixel in row {pixel[0] + 1}, column {pixel[1] + 1}."
+        text = f"Test image {index}: {verdict}. The query is the pixel in row {pixel[0]}, column {pixel[1]}, from 0."
         figure = drawings.memory_blocks(image, maps, pixel, place)
         numbers = drawings.blocks_to_csv(maps, pixel, place)
         pictures.append(Drawing(to_svg(figure, f"{text} {_where(maps, pixel, place)}"), text, numbers))
@@ -216,5 +216,5 @@ def _where(maps: Sequence[AttentionMap], pixel: tuple[int, int], index: int) -> 
         weights = layer.memory_block(pixel, index).mean(0)
         row, column = np.unravel_index(weights.argmax(), weights.shape)
         size = "x".join(str(n) for n in weights.shape)
-        parts.append(f"{layer.layer}: most weight, {weights.max():.0%}, on cell {row + 1}, {column + 1} of {size}")
+        parts.append(f"{layer.layer}: most weight, {weights.max():.0%}, on cell {row}, {column} of {size}")
     return "; ".join(parts) + "."

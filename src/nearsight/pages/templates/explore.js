@@ -69,16 +69,18 @@ function peak(shown) {
 
 // ------------------------------------------------------------------------------------------------------- the colours
 
-// Viridis, which every kind of colour vision reads in order. The image shows through low weights, but darkened, so that
-// what is bright is heavy even on a white image.
-const STOPS = ["440154", "472d7b", "3b528b", "2c728e", "21918c", "28ae80", "5ec962", "addc30", "fde725"]
-  .map(hex => [0, 2, 4].map(at => parseInt(hex.slice(at, at + 2), 16)));
-const alphaOf = step => (130 + 115 * step / 255) / 255;
-const COLOURS = range(256).map(step => {
-  const at = step / 255 * (STOPS.length - 1), low = Math.min(Math.floor(at), STOPS.length - 2), t = at - low;
-  const rgb = STOPS[low].map((value, n) => Math.round(value + t * (STOPS[low + 1][n] - value)));
-  return `rgba(${rgb.join(",")},${alphaOf(step)})`;
-});
+// What each means is the package's palette, which the page's style brings along.
+const meant = name => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
+const rgbOf = name => [1, 3, 5].map(at => parseInt(meant(name).slice(at, at + 2), 16));
+const QUERY = meant("query"), BLOCK = meant("block"), FULL = Number(meant("full"));
+const WEIGHT = rgbOf("weight"), POSITIVE = rgbOf("positive"), NEGATIVE = rgbOf("negative");
+const COLOURS = range(256).map(step => `rgba(${WEIGHT.join(",")},${0.9 * step / 255})`);
+
+/** The share of each cell of a block where nothing is preferred: 1/n. */
+const alike = shown => 1 / Math.max(shown.rows.filter(cell => cell >= 0).length * shown.columns.filter(cell => cell >= 0).length, 1);
+
+/** The weight that has its full colour. */
+const fullColour = shown => Math.max(peak(shown).most, FULL * alike(shown));
 
 // ------------------------------------------------------------------------------------------------------ the drawing
 
@@ -91,27 +93,27 @@ function paint(context, view, shown, line) {
   const {width, height} = context.canvas;
   const cellH = H / shown.map[0], cellW = W / shown.map[1];
   const down = y => Math.round((y - view.y) * height / view.height), right = x => Math.round((x - view.x) * width / view.width);
-  const {most} = peak(shown);
+  const top = fullColour(shown);
   shown.rows.forEach((row, a) => {
     if (row < 0) return;
-    const top = down(row * cellH), bottom = down((row + 1) * cellH);
+    const upper = down(row * cellH), bottom = down((row + 1) * cellH);
     shown.columns.forEach((column, b) => {
       if (column < 0) return;
       const left = right(column * cellW), value = shown.values[a * shown.columns.length + b];
-      context.fillStyle = COLOURS[most > 0 ? Math.round(255 * value / most) : 0];
-      context.fillRect(left, top, right((column + 1) * cellW) - left, bottom - top);
+      context.fillStyle = COLOURS[Math.round(255 * value / top)];
+      context.fillRect(left, upper, right((column + 1) * cellW) - left, bottom - upper);
     });
   });
   const frame = extent(shown);
   if (frame.height < H || frame.width < W) {
     context.setLineDash([4 * line, 3 * line]);
-    outline(context, down(frame.y), right(frame.x), down(frame.y + frame.height), right(frame.x + frame.width), "#56b4e9", line);
+    outline(context, down(frame.y), right(frame.x), down(frame.y + frame.height), right(frame.x + frame.width), BLOCK, line);
     context.setLineDash([]);
   }
   const [y, x] = shown.own;
   const own = [down(y * cellH), right(x * cellW), down((y + 1) * cellH), right((x + 1) * cellW)];
   outline(context, ...own, "#ffffff", 2.4 * line);
-  outline(context, ...own, "#d55e00", 1.3 * line);
+  outline(context, ...own, QUERY, 1.3 * line);
 }
 
 function outline(context, top, left, bottom, right, colour, line) {
@@ -153,8 +155,13 @@ const watch = "IntersectionObserver" in window ? new IntersectionObserver(entrie
   schedule();
 }, {rootMargin: "200px"}) : null;
 
+// On paper all are seen.
+let printing = false;
+window.addEventListener("beforeprint", () => { printing = true; draw(); });
+window.addEventListener("afterprint", () => { printing = false; });
+
 function drawTile(tile) {
-  if (watch && !visible.has(tile.button)) return;
+  if (watch && !printing && !visible.has(tile.button)) return;
   const shown = block(data.layers[tile.layer], tile.head, state.y, state.x), view = viewOf(shown);
   const scale = tile.canvas.clientWidth / view.width;
   tile.canvas.style.aspectRatio = `${view.width} / ${view.height}`;
@@ -166,6 +173,18 @@ function drawTile(tile) {
   context.drawImage(image, view.x * sx, view.y * sy, view.width * sx, view.height * sy, 0, 0, width, height);
   context.globalAlpha = 1;
   paint(context, view, shown, ratio);
+}
+
+/** The colours from 0 to the full one, above on black and below on white, with a mark at 1/n. */
+function drawScale(mark) {
+  const scale = $("scale").getContext("2d");
+  scale.fillStyle = "#000000";
+  scale.fillRect(0, 0, 256, 1);
+  scale.fillStyle = "#ffffff";
+  scale.fillRect(0, 1, 256, 1);
+  COLOURS.forEach((colour, n) => { scale.fillStyle = colour; scale.fillRect(n, 0, 1, 2); });
+  scale.fillStyle = QUERY;
+  scale.fillRect(Math.round(255 * mark) - 1, 0, 3, 2);
 }
 
 let pending = false;
@@ -188,14 +207,16 @@ const headName = head => head === MEAN ? "mean of heads" : head === ROLLOUT ? "r
 
 function readOut(layer, shown) {
   const {most, row, column} = peak(shown);
-  $("most").textContent = percent(most);
+  const top = fullColour(shown);
+  $("most").textContent = percent(top);
+  drawScale(alike(shown) / top);
   const sum = shown.values.reduce((total, value) => total + value, 0);
   let entropy = 0;
   for (const value of shown.values) if (value > 0) entropy -= value / sum * Math.log2(value / sum);
   const parts = [
     `${layer.name}, ${headName(state.head)}.`,
-    `Query at row ${shown.own[0] + 1}, column ${shown.own[1] + 1} of ${shown.map.join(" × ")} cells.`,
-    `Most weight, ${percent(most)}, on row ${row + 1}, column ${column + 1}; entropy ${entropy.toFixed(2)} bits.`,
+    `Query at row ${shown.own[0]}, column ${shown.own[1]} of ${shown.map.join(" × ")} cells.`,
+    `Most weight, ${percent(most)}, on row ${row}, column ${column} (1/n is ${percent(alike(shown))}); entropy ${entropy.toFixed(2)} bits.`,
   ];
   if (sum < 0.98) parts.push(`${percent(1 - sum)} went to padding.`);
   if (state.held) parts.push("Held.");
@@ -312,7 +333,7 @@ function drawTables() {
       const context = canvas.getContext("2d"), pixels = context.createImageData(columns, rows);
       for (let at = 0; at < rows * columns; at++) {
         const value = table.values[n * rows * columns + at] / 127;
-        pixels.data.set([...(value < 0 ? [0, 114, 178] : [213, 94, 0]), Math.round(255 * Math.abs(value))], 4 * at);
+        pixels.data.set([...(value < 0 ? NEGATIVE : POSITIVE), Math.round(255 * Math.abs(value))], 4 * at);
       }
       context.putImageData(pixels, 0, 0);
       return make("figure", {}, canvas, make("figcaption", {}, label));
@@ -377,7 +398,7 @@ function drawPrediction() {
     make("dd", {}, percent(probability))]));
 }
 
-const PARTS = {border: "#e69f00", stride: "#56b4e9", encoding: "#0072b2", undivided: "#999999"};
+const PARTS = Object.fromEntries(["border", "stride", "encoding", "undivided"].map(part => [part, meant(part)]));
 
 /** A bar per layer, its own error by cause, and a ring where the network as a whole has got to. */
 function drawEquivariance() {
@@ -468,11 +489,6 @@ function build() {
     const facts = `${layer.kind}, ${layer.heads} head${layer.heads > 1 ? "s" : ""}, ${layer.block.join(" × ")} block on ${layer.map.join(" × ")} cells`;
     return make("article", {class: `layer card${layer.heads > 6 ? "" : " few"}`}, make("header", {}, make("h3", {}, `${index + 1}  ${layer.name}`), make("span", {class: "note"}, facts)), row);
   }));
-  const scale = $("scale").getContext("2d");
-  scale.fillRect(0, 0, 256, 1);  // above what the colours are on black, below on white
-  scale.fillStyle = "#ffffff";
-  scale.fillRect(0, 1, 256, 1);
-  COLOURS.forEach((colour, n) => { scale.fillStyle = colour; scale.fillRect(n, 0, 1, 2); });
   toggle("zoom", data.layers.some(layer => layer.block[0] / layer.map[0] < 0.3));
   drawPrediction();
   drawStatistics();
