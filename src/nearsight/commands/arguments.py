@@ -58,7 +58,7 @@ def without_imports(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 def _tell_of_import(parser: Any) -> None:
     """In the help; :func:`without_imports` reads it."""
     help = "run code of your own first, a dotted name or a .py file: it registers networks and positions"
-    parser.add_argument(IMPORT, type=str, metavar="MODULE", help=help)
+    parser.add_argument(IMPORT, type=str, metavar="MODULE", default=argparse.SUPPRESS, help=help)
 
 
 def parse(parser: Any, arguments: list[str], **kwargs: Any) -> Any:
