@@ -22,6 +22,7 @@ from ..errors import DataError, NearsightError, OptionError, TrainingError
 from ..files import make_folder, to_path, write_text
 from ..finite import why_not_finite
 from ..models import create_model, input_size, made_for_size, parse_spec
+from ..pages.brief import Brief
 from ..pages.csv_json import to_json
 from .foreign import read_weights
 from .trained_on import TRAINED_FILE, read_trained, write_trained
@@ -31,8 +32,8 @@ from .weights import WEIGHTS_FILE, Blueprint, load_model, save_model
 REPORT_FILE = "report.json"
 
 
-@dataclass(frozen=True)
-class Known:
+@dataclass(frozen=True, repr=False)
+class Known(Brief):
     """What a file of weights does not say of a network, and its user knows. None leaves it to what timm says of the name.
 
     Attributes:
