@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 DEMO := runs/demo
 # Python files are found where they lie; only these call for another installation. The packages are among them because an
 # editable installation remembers which there were.
-INSTALLED_FROM := pyproject.toml $(wildcard CMakeLists.txt csrc/* src/nearsight/*/__init__.py src/nearsight/*/*/__init__.py)
+INSTALLED_FROM := pyproject.toml $(wildcard CMakeLists.txt csrc/*.* csrc/*/* src/nearsight/*/__init__.py src/nearsight/*/*/__init__.py)
 # Each is touched last, so that a set-up which was interrupted is taken up again.
 WITH_TRAIN := $(VENV)/.installed-train
 WITH_DEV := $(VENV)/.installed-dev

@@ -174,7 +174,7 @@ int check_scratch(const nearsight_problem& p, int isa, bool backward) {
 }
 
 int forward(const nearsight_problem& p, const nearsight_inputs& inputs, const nearsight_tensor& out, float* lse,
-            int isa) {
+            int isa, const nearsight_executor* executor) {
     ForwardCall call(p, inputs, kernel_of(isa));
     call.plan.out_tensor = place(p, out);
     call.plan.lse = lse;
@@ -183,7 +183,7 @@ int forward(const nearsight_problem& p, const nearsight_inputs& inputs, const ne
     const auto work = [&](int64_t head, int64_t job, char* workspace) {
         call.kernel->forward(&call.plan, head, job, workspace);
     };
-    return run(p.heads, call.plan.query_pass.jobs, bytes, work, p.num_threads);
+    return run(p.heads, call.plan.query_pass.jobs, bytes, work, p.num_threads, executor);
 }
 
 int backward(const nearsight_problem& p, const nearsight_inputs& inputs, const nearsight_tensor& out, const float* lse,

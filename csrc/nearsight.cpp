@@ -24,12 +24,18 @@ int nearsight_check(const nearsight_problem* problem, int32_t backward) try {
 }
 
 int nearsight_forward(const nearsight_problem* problem, const nearsight_inputs* inputs, const nearsight_tensor* out,
-                      float* lse) try {
+                      float* lse) {
+    return nearsight_forward_on(nullptr, problem, inputs, out, lse);
+}
+
+int nearsight_forward_on(const nearsight_executor* executor, const nearsight_problem* problem,
+                         const nearsight_inputs* inputs, const nearsight_tensor* out, float* lse) try {
+    if (executor && !executor->run) return NEARSIGHT_ERROR_NULL;
     if (int error = check_forward(problem, inputs, out)) return error;
     const int isa = resolve_isa(problem->isa);
     if (isa < 0) return -isa;
     if (!has_work(*problem)) return NEARSIGHT_OK;
-    return forward(*problem, *inputs, *out, lse, isa);
+    return forward(*problem, *inputs, *out, lse, isa, executor);
 } catch (const std::bad_alloc&) {
     return NEARSIGHT_ERROR_MEMORY;
 }

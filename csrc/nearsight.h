@@ -20,9 +20,9 @@
 // Tables    entries per axis: kernel, or 2 * kernel - 1 with NEARSIGHT_BORDER_SHIFT or where a window is shared.
 //           bias: (heads, *entries); relative[axis]: (heads, entries[axis], head_dim). NULL means none.
 // lse       natural logarithm of the softmax denominator, (batch, heads, *output axes).
-// Threads   num_threads at most, from the OpenMP runtime that the process already has; results are the same bit for
-//           bit for every number of threads. Calls may come from several threads at once. The child of a fork runs
-//           on one thread.
+// Threads   num_threads at most, from the OpenMP runtime that the process already has, or the caller's; results are the
+//           same bit for bit for every number of threads. Calls may come from several threads at once. The child of a
+//           fork runs on one thread.
 // Returns   NEARSIGHT_OK, or an error and no tensor was touched (except for NEARSIGHT_ERROR_MEMORY in the midst of
 //           work, after which the outputs are unspecified).
 
@@ -37,7 +37,7 @@
 extern "C" {
 #endif
 
-#define NEARSIGHT_ABI_VERSION 4
+#define NEARSIGHT_ABI_VERSION 5
 
 enum {  // what a call returns
     NEARSIGHT_OK = 0,
@@ -102,6 +102,17 @@ typedef struct {  // NULL: not wanted
 // lse may be NULL when no backward will follow.
 NEARSIGHT_API int nearsight_forward(const nearsight_problem* problem, const nearsight_inputs* inputs,
                                     const nearsight_tensor* out, float* lse);
+
+// Threads of the caller's own: calls job(data, i) once for every i below count, on any of them and in any order, and
+// returns when all are done.
+typedef struct {
+    void (*run)(void* context, void (*job)(void* data, int64_t i), void* data, int64_t count);
+    void* context;
+} nearsight_executor;
+
+// The same on these threads; num_threads says how many there are, about. The same bits.
+NEARSIGHT_API int nearsight_forward_on(const nearsight_executor* executor, const nearsight_problem* problem,
+                                       const nearsight_inputs* inputs, const nearsight_tensor* out, float* lse);
 
 // out and lse are those of the forward, grad_out is the gradient of out.
 NEARSIGHT_API int nearsight_backward(const nearsight_problem* problem, const nearsight_inputs* inputs,

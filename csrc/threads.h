@@ -10,14 +10,16 @@
 
 #include <functional>
 
-#include "flags.h"
+#include "nearsight.h"
 
 namespace nearsight {
 
 typedef std::function<void(int64_t head, int64_t job, char* workspace)> Work;
 
 // Does every job of every head, each in `bytes` of scratch memory. NEARSIGHT_OK, or the error.
-int run(int64_t heads, int64_t jobs, size_t bytes, const Work& work, int num_threads);
+// On the executor's threads, or without one on OpenMP's.
+int run(int64_t heads, int64_t jobs, size_t bytes, const Work& work, int num_threads,
+        const nearsight_executor* executor = nullptr);
 
 }  // namespace nearsight
 

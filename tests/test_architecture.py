@@ -18,7 +18,8 @@ SOURCE = Path(ns.__file__).parent
 # says so: the files of "models/" share blocks, but two backends never know each other, and neither do commands and compat.
 ROOMS = [
     ("errors", "when_imported", "telling"),
-    ("private", "extras"),
+    ("private", "extras", "built"),
+    ("deploy",),
     ("files",),
     ("own_code",),
     ("pages",),
@@ -34,6 +35,7 @@ ROOMS = [
         "attention.flex",
         "attention.native",
         "attention.natten",
+        "attention.node",
     ),
     ("attention.backend",),
     ("attention",),
@@ -67,7 +69,9 @@ SHARED_WITHIN = (
 # What `import nearsight` may not bring along once PyTorch is there: packages of the extras, and what is loaded when used.
 OPTIONAL = ("lightning", "matplotlib", "sklearn", "jsonargparse", "torchmetrics", "jinja2", "rich", "PIL")
 LATER = ("timm", "torchvision", "torch._dynamo", "torch._inductor", "torch.utils.flop_counter")
-LATER += tuple(f"nearsight.{room}" for room in ("compat", "conversion", "flops", "inspect", "models", "pages", "saved"))
+LATER += tuple(
+    f"nearsight.{room}" for room in ("compat", "conversion", "deploy", "flops", "inspect", "models", "pages", "saved")
+)
 
 
 # -------------------------------------------------------------------------------------------------------- import arrows
@@ -251,7 +255,7 @@ def test_every_file_names_its_licence_and_purpose():
 def test_lines_of_c_are_as_short_as_those_of_python():
     """ruff looks at Python alone."""
     root = Path(__file__).parents[1]
-    files = [*root.glob("csrc/*"), *root.glob("tests/*.cpp")]
+    files = [*filter(Path.is_file, root.glob("csrc/**/*")), *root.glob("tests/*.cpp")]
     assert len(files) >= 10
     lines = [(file.name, line) for file in files for line in file.read_text().splitlines()]
     assert [(name, line) for name, line in lines if len(line) > 120] == []

@@ -81,7 +81,12 @@ def test_with_a_compiler(source, tmp_path):
     assert "-py3-none-" in wheel.name
     assert not wheel.name.endswith("-any.whl")
     names = ZipFile(wheel).namelist()
-    assert {LIBRARY, "nearsight/pages/templates/explore.js", "nearsight/pages/templates/page.css"} <= {*names}
+    assert {
+        LIBRARY,
+        f"nearsight/deploy/libnearsight_onnxruntime{SUFFIX}",
+        "nearsight/pages/templates/explore.js",
+        "nearsight/pages/templates/page.css",
+    } <= {*names}
     assert not [name for name in names if name.endswith((".cpp", ".h", ".txt")) and "dist-info" not in name]
     python = fresh_python(tmp_path / "venv")
     pip("install", "--no-deps", wheel, python=python)

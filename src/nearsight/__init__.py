@@ -8,6 +8,7 @@ from .when_imported import when_imported as _when_imported
 
 if _typing.TYPE_CHECKING:  # for those who read and do not run
     from . import compat as compat
+    from . import deploy as deploy
     from . import errors as errors
     from . import positions as positions
     from .attention import (
@@ -104,7 +105,7 @@ _LATER = {
     "saved": ("load",),
     "window": ("Window",),
 }
-_ROOMS = ("compat", "errors", "positions", *_LATER)
+_ROOMS = ("compat", "deploy", "errors", "positions", *_LATER)
 
 
 def __getattr__(name: str) -> _typing.Any:

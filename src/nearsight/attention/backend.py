@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import BackendError, OptionError
-from . import blocked, dense, flex, native, natten, reference
+from . import blocked, dense, flex, native, natten, node, reference
 from .problem import Call, Problem
 
 
@@ -62,6 +62,8 @@ def choose(problem: Problem, name: str | None) -> Backend:
         OptionError: there is none of that name.
         BackendError: it cannot take the problem; the message says why and which can.
     """
+    if _why_not(node, problem) is None:  # a graph is written, whoever would compute the operation here
+        return node
     if name is None:
         able = (backend for backend in BACKENDS if _why_not(backend, problem) is None)
         return next(backend for backend in able if backend.second_best(problem) is None)

@@ -10,6 +10,7 @@ from .arguments import parse, parser_of
 EXAMPLES = """\
 examples:
   nearsight export runs/demo --format onnx                   writes runs/demo/model.onnx
+  nearsight export runs/demo --format onnx --operators native
   nearsight export runs/demo/last.ckpt --format pt2 --output sasa.pt2
 
 The file takes batches and pictures of any size, where the network does, else of its own or of --size N or HxW, and runs
@@ -23,14 +24,22 @@ def run(arguments: list[str]) -> None:
     parser.add_argument("run", metavar="DIR|FILE", type=Path, help="folder of a run, a .safetensors or a .ckpt file")
     parser.add_argument("--format", required=True, choices=("onnx", "pt2"), help="ONNX, or a torch.export program")
     parser.add_argument("--output", type=Path, metavar="FILE", help="where to write it (default: beside the weights)")
+    parser.add_argument(
+        "--operators",
+        choices=("plain", "native"),
+        default="plain",
+        help="ONNX's own (default), or one node for each attention, which onnxruntime runs by nearsight's kernel",
+    )
     parser.add_argument("--size", metavar="N|HxW", help="take pictures of this size alone (default: any, where it can)")
     options = parse(parser, arguments)
 
     from ..saved.export import export_to_file
 
-    exported = export_to_file(options.run, options.format, options.output, options.size)
+    exported = export_to_file(options.run, options.format, options.output, options.size, options.operators)
     tried = " and ".join("x".join(map(str, shape)) for shape in exported.tried)
     print(f"{exported.file}: takes {' x '.join(map(str, exported.shape))}")
     if exported.fixed is not None:
         print(f"height and width are fixed, --size N|HxW takes others; any would be taken but for: {exported.fixed}")
+    if options.format == "onnx" and options.operators == "plain":
+        print("any onnxruntime runs it; --operators native is faster there, with nearsight's library (docs/deploy.md)")
     print(f"run on {tried}: at most {exported.difference:.0e} from the network")

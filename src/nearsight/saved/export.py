@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """``nearsight export``: a trained network as one file that runs without nearsight, for pictures and batches of any size.
 
-The file holds operators of PyTorch or ONNX alone: attention is written out as matrix products over blocks of queries, as
-the backend ``blocked`` computes it. What is written was run before and compared with the network.
+With ``operators="plain"`` the file holds operators of PyTorch or ONNX alone: attention is written out as matrix products
+over blocks of queries, as the backend ``blocked`` computes it. With ``"native"`` an ONNX file has one node for each
+attention, which onnxruntime runs by the library of :func:`nearsight.deploy.onnxruntime_library`. What is written was run
+before and compared with the network.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
@@ -18,6 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..attention.node import DOMAIN, as_nodes
+from ..deploy import onnxruntime_library
 from ..errors import DataError, OptionError, TrainingError
 from ..extras import need
 from ..files import to_path, write_bytes
@@ -29,6 +34,7 @@ from .weights import KEY, Blueprint, load_model
 
 FORMATS = {"onnx": ".onnx", "pt2": ".pt2"}
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+OPERATORS = ("plain", "native")
 AXES_OF_PICTURES = {"batch": 0, "height": 2, "width": 3}
 AXES = tuple(AXES_OF_PICTURES)
 TOLERANCE = 1e-4  # of the largest output, or of one
@@ -49,7 +55,11 @@ class Exported(Brief):
 
 
 def export_to_file(
-    run: str | PathLike[str], form: str, output: str | PathLike[str] | None = None, size: int | str | None = None
+    run: str | PathLike[str],
+    form: str,
+    output: str | PathLike[str] | None = None,
+    size: int | str | None = None,
+    operators: str = "plain",
 ) -> Exported:
     """Write the network of a run's folder, or of a file of weights, as ONNX or as a program of torch.export.
 
@@ -62,9 +72,11 @@ def export_to_file(
         output: the file; None puts it beside the weights.
         size: of the pictures that the file takes, ``N`` or ``"HxW"``; None leaves it open, or takes the network's own where
             it cannot be.
+        operators: ``"plain"``, the format's own, or for ONNX ``"native"``: one node for each attention.
 
     Raises:
-        OptionError: an unknown form, an output with another ending, or a size that is none.
+        BackendError: ``"native"``, and the operator was not built.
+        OptionError: an unknown form or kind of operators, an output with another ending, or a size that is none.
         DataError: weights that cannot be read.
         PackageError: ONNX needs packages that are not installed.
         TrainingError: a network that cannot be exported, a program that computes something
@@ -72,6 +84,7 @@ def export_to_file(
     """
     if form not in FORMATS:
         raise OptionError(f"--format must be one of {', '.join(FORMATS)}; received {form!r}")
+    _check_operators(operators, form)
     sides = None if size is None else _sides(size)
     if form == "onnx":
         need(ONNX_PACKAGES, "`nearsight export` to ONNX", "export")
@@ -84,9 +97,19 @@ def export_to_file(
         raise DataError(f"there is no folder {file.parent} to write {file.name} into")
     model, blueprint = load_model(run)
     _check_finite(model, blueprint, sides or (blueprint.view.size, blueprint.view.size))
-    content, exported = _made(model, blueprint, _onnx if form == "onnx" else _pt2, sides)
+    with as_nodes() if operators == "native" else nullcontext():
+        content, exported = _made(model, blueprint, _onnx if form == "onnx" else _pt2, sides)
     write_bytes(file, content)
     return replace(exported, file=file)
+
+
+def _check_operators(operators: str, form: str) -> None:
+    if operators not in OPERATORS:
+        raise OptionError(f"--operators must be one of {', '.join(OPERATORS)}; received {operators!r}")
+    if operators == "native":
+        if form != "onnx":
+            raise OptionError(f"--operators native is for --format onnx; received --format {form}")
+        onnxruntime_library()  # to say now that there is none, and not after the tracing
 
 
 def _sides(size: int | str) -> tuple[int, int]:
@@ -207,10 +230,13 @@ def _name_axes(graph: Any) -> None:
 
 def onnx_session(content: bytes) -> Program:
     """An ONNX model as a function of pictures, run by onnxruntime."""
+    import onnx
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
+    if any(opset.domain == DOMAIN for opset in onnx.load_from_string(content).opset_import):
+        options.register_custom_ops_library(onnxruntime_library())
     session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
     return lambda pictures: torch.from_numpy(session.run(None, {name: pictures.numpy()})[0])

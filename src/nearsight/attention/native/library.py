@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import os
-import sys
 from collections.abc import Sequence
 from functools import lru_cache
-from importlib import metadata
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -19,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...built import REMEDY, built, why_not_built
 from ...errors import BackendError
 
-SUFFIX = {"darwin": ".dylib"}.get(sys.platform, ".so")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # of query, key, value, the output and their gradients
 SCALARS = torch.float32  # of tables and the log-sum-exp, and of their gradients
 ISAS = ("auto", "baseline", "avx2", "avx512", "neon")
@@ -30,7 +28,7 @@ AUTO = ISAS.index("auto")
 
 # ----------------------------------------------------------------------------------------- csrc/nearsight.h, line by line
 
-ABI_VERSION = 4
+ABI_VERSION = 5
 OK, ERROR_VERSION = 0, 1
 
 
@@ -151,32 +149,13 @@ def _share_openmp() -> None:
 @lru_cache(maxsize=1)
 def find() -> ctypes.CDLL | str:
     """The library, or the reason why there is none."""
-    # In an editable installation the package has two folders: that of the sources and that of what was built.
-    folders = [Path(folder) for folder in sys.modules[str(__package__)].__path__]
-    path = next((path for folder in folders if (path := folder / f"libnearsight{SUFFIX}").exists()), None)
+    path = built(str(__package__), "libnearsight")
     if path is None:
-        return (
-            f"there is no native kernel, and 'blocked' serves: {_why_not_built()}. Mend that and install nearsight again, "
-            "past pip's cache: pip install --no-cache-dir --force-reinstall --no-deps nearsight, or . in a checkout"
-        )
+        return f"there is no native kernel, and 'blocked' serves: {why_not_built()}. {REMEDY}"
     try:
         return load(path)
     except BackendError as error:
         return str(error)
-
-
-def _why_not_built() -> str:
-    """What csrc/build_backend.py kept of a build that failed: its first line is the reason, the log follows."""
-    try:
-        installed = metadata.distribution("nearsight")
-        kept = installed.read_text("no-kernel.txt")
-    except metadata.PackageNotFoundError:
-        return "nearsight was not installed, it runs from a folder of sources"
-    if not kept:
-        return "its library was not among the installed files, and no failed build is on record"
-    files = (file for file in installed.files or () if file.name == "no-kernel.txt")
-    log = next((f" (the log: {installed.locate_file(file)})" for file in files), "")
-    return f"when nearsight was installed, {kept.splitlines()[0]}{log}"
 
 
 # The threads of the OpenMP runtime, which PyTorch may have used, do not survive a fork, and waiting for them would hang. The
