@@ -224,7 +224,7 @@ NEARSIGHT_INLINE Vector load_vector(const Bfloat16* p) {
     typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
     Shorts bits;
     memcpy(&bits, p, sizeof bits);
-    return (Vector)(__builtin_convertvector(bits, Words) << 16);
+    return (Vector)(convert<Words>(bits) << 16);
 }
 NEARSIGHT_INLINE void store_vector(float* p, Vector v) { store(p, v); }
 NEARSIGHT_INLINE void store_vector(Bfloat16* p, Vector v) {
@@ -233,7 +233,7 @@ NEARSIGHT_INLINE void store_vector(Bfloat16* p, Vector v) {
     const Words bits = (Words)v;
     const Words rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
     const Words number = (Words)(v == v);
-    const Shorts out = __builtin_convertvector((rounded & number) | (0x7fc0 & ~number), Shorts);
+    const Shorts out = convert<Shorts>((rounded & number) | (0x7fc0 & ~number));
     memcpy(p, &out, sizeof out);
 }
 
