@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from nearsight import built
 from nearsight.attention import native
 from nearsight.attention.native import library as lib
 
@@ -213,8 +214,8 @@ class Installed(SimpleNamespace):
     [("the compiler said: no\n\nlog", "the compiler said: no"), (None, "no failed build is on record")],
 )
 def test_the_reason_is_shown(kept, expected, monkeypatch):
-    monkeypatch.setattr(lib.metadata, "distribution", lambda name: Installed(kept=kept))
-    monkeypatch.setattr(lib, "SUFFIX", ".absent")
+    monkeypatch.setattr(built.metadata, "distribution", lambda name: Installed(kept=kept))
+    monkeypatch.setattr(built, "SUFFIX", ".absent")
     lib.find.cache_clear()
     try:
         reason = native.unavailable()

@@ -47,6 +47,7 @@ from nearsight.attention import native
 from nearsight.attention.backend import choose
 from nearsight.attention.native import library as lib
 from nearsight.attention.problem import describe
+from nearsight.built import SUFFIX
 from nearsight.errors import BackendError, DtypeError, OptionError, ShapeError
 from nearsight.window import BORDERS
 
@@ -938,7 +939,7 @@ def installed_in(folder: Path):
 def compiled(folder: Path, source: str) -> Path:
     compiler = shutil.which("g++")
     assert compiler, "this test needs g++"
-    code, library = folder / "stub.cpp", folder / f"libnearsight{lib.SUFFIX}"
+    code, library = folder / "stub.cpp", folder / f"libnearsight{SUFFIX}"
     code.write_text(source)
     subprocess.run([compiler, "-shared", "-fPIC", "-o", library, code], check=True)
     return library
@@ -971,7 +972,7 @@ def test_a_file_that_is_no_library_of_ours(content, tmp_path):
     if content.startswith("a library"):
         compiled(tmp_path, "int something;")
     else:
-        (tmp_path / f"libnearsight{lib.SUFFIX}").write_text(content)
+        (tmp_path / f"libnearsight{SUFFIX}").write_text(content)
     with installed_in(tmp_path):
         assert "cannot be loaded" in native.unavailable()
 
