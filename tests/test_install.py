@@ -15,7 +15,7 @@ from zipfile import ZipFile
 import pytest
 import torch
 
-from nearsight.attention.native.library import SUFFIX
+from nearsight.built import SUFFIX
 
 pytestmark = pytest.mark.slow
 
