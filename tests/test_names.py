@@ -182,7 +182,7 @@ def test_a_report_that_cannot_be_drawn_takes_nothing_with_it(odd_digits, tmp_pat
     assert "test     accuracy " in said.out
     assert f"nearsight: warning: cannot draw {run}/report.html: no such font; the results are kept\n" in said.err
     assert "Traceback" not in said.err
-    accuracy = said.out.partition("accuracy ")[2].partition("%")[0]
+    accuracy = said.out.partition("test     accuracy ")[2].partition("%")[0]
     if name != "render":
         assert f"{accuracy} % of 64 test images" in (run / "report.html").read_text()
     load_model(run)

@@ -13,7 +13,7 @@ import yaml
 from torch import nn
 
 import nearsight as ns
-from nearsight import cli, own_code
+from nearsight import cli, own_code, positions
 from nearsight.errors import DataError, OptionError
 from nearsight.own_code import import_own, imported
 from nearsight.training import compare
@@ -49,9 +49,11 @@ def module(tmp_path, monkeypatch):
     monkeypatch.setattr(own_code, "_imported", [])
     file = tmp_path / "mine.py"
     file.write_text(MODULE.replace("NAME", name_of(file)))
-    before = set(sys.modules)
+    before, factories = set(sys.modules), dict(positions._FACTORIES)
     path = list(sys.path)
     yield file
+    positions._FACTORIES.clear()
+    positions._FACTORIES.update(factories)
     assert sys.path == path
     for name in set(sys.modules) - before:
         if name.startswith("nearsight_own"):

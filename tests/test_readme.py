@@ -394,7 +394,7 @@ def test_a_wrong_nearsight_command_is_found_out(command, output, message, monkey
 
 def test_the_real_command_line_is_asked(monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
-    right = "```bash\nnearsight train --model sasa_nano --data digits --seed 3 --output runs/a\nnearsight models\n```\n"
+    right = "```bash\nnearsight train --model sasa_nano --data digits --seed 3 --output runs/a\nnearsight info\n```\n"
     assert command_faults(right) == []
     assert command_faults(right.replace("--seed", "--sead")) == ["line 2: nearsight train has no option --sead"]
     assert command_faults(right.replace("train", "trian")) == ["line 2: nearsight has no subcommand trian"]

@@ -110,7 +110,7 @@ def test_what_is_asked_for_is_in_the_extra_that_is_named():
 
 # Commands that do with less than `train`: with all optional packages gone that their extra does not bring.
 ALONE = [
-    ("", "models"),
+    ("", "models sasa_nano"),
     ("", "convert resnet18 --init random --kernel-size 3 --output FOLDER"),
     ("explore", "explore sasa_nano,in_chans=1 digits:3 --output FOLDER/page.html"),
     ("profile", "profile sasa_nano --size 8 --rounds 1 --no-growth --output FOLDER"),

@@ -650,7 +650,7 @@ class Elements(HTMLParser):
             self.texts[self.inside].append(text)
 
 
-def check_page(page: str, scripts: int) -> None:
+def check_page(page: str, styles: int, scripts: int) -> None:
     """A policy that allows the page's own style and script and pictures inside it, and a page that needs no more."""
     found = Elements(page)
     policies = [one["content"] for tag, one in found.elements if one.get("http-equiv") == "Content-Security-Policy"]
@@ -662,7 +662,7 @@ def check_page(page: str, scripts: int) -> None:
         hashes = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in texts]
         assert rules.pop(f"{kind}-src", "") == " ".join(f"'sha256-{one}'" for one in hashes)
     assert rules == {}
-    assert (len(found.texts["style"]), len(found.texts["script"])) == (1, scripts)
+    assert (len(found.texts["style"]), len(found.texts["script"])) == (styles, scripts)
     assert page.index("Content-Security-Policy") < page.index("<title>") < page.index("<style>")
     for tag, attributes in found.elements:
         assert tag not in ("iframe", "object", "embed", "base", "form")
@@ -686,14 +686,14 @@ def test_the_page_of_a_run_runs_nothing_that_came_from_outside(tmp_path, network
     evil = replace(BLUEPRINT, classes=(EVIL, '" style="x: y', *TEN[2:]))
     write_report(tmp_path / "report.html", recipe, evil, network, rows, evaluation, test)
     page = (tmp_path / "report.html").read_text()
-    check_page(page, scripts=0)
+    check_page(page, styles=2, scripts=0)
     assert "onerror" in page
     assert "<img" not in page
 
 
 def test_the_explorer_runs_its_own_script_alone(network):
     page = ns.explore(network, torch.randn(1, 8, 8), classes=[EVIL] * 10, title=EVIL, subtitle=EVIL).html
-    check_page(page, scripts=1)
+    check_page(page, styles=2, scripts=1)
     assert page.count("<img") == 1  # the explorer's own, which has no address yet
 
 
@@ -701,7 +701,7 @@ def test_a_page_with_another_script_or_a_style_attribute_would_be_seen():
     for spoilt in ("<script>alert(1)</script>", '<p style="color: red">', '<p onclick="x()">'):
         page = ns.explore(ns.create_model("sasa_nano"), torch.zeros(3, 8, 8), transform=None).html
         with pytest.raises(AssertionError):
-            check_page(page.replace("<main>", f"<main>{spoilt}"), scripts=1)
+            check_page(page.replace("<main>", f"<main>{spoilt}"), styles=2, scripts=1)
 
 
 def test_styles_of_a_drawing_become_attributes():

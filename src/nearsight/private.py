@@ -29,17 +29,12 @@ def transforms_are_active() -> bool:
     return _transforms_are_active()
 
 
-def derivatives_in_progress() -> tuple[int, int]:
-    """How many of torch.func's derivatives what is called is part of: forward-mode ones, and reverse-mode ones.
+def within_forward_mode() -> bool:
+    """Whether what is called is part of a forward-mode derivative of torch.func's.
 
-    Not public: a tensor tells of the innermost one alone. Without it none: then PyTorch says itself what it cannot do.
+    Not public: a tensor tells of the innermost derivative alone. Without it False: PyTorch says itself what it cannot do.
     """
-    kinds = [_kind_of(interpreter) for interpreter in _interpreters() or ()]
-    return kinds.count("Jvp"), kinds.count("Grad")
-
-
-def _kind_of(interpreter: Any) -> str:
-    return getattr(interpreter.key(), "name", "")
+    return any(getattr(interpreter.key(), "name", "") == "Jvp" for interpreter in _interpreters() or ())
 
 
 _interpreters: Callable[[], Any] = getattr(getattr(torch._C, "_functorch", None), "get_interpreter_stack", lambda: None)

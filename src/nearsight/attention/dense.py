@@ -34,8 +34,6 @@ def why_not(problem: Problem) -> str | None:
         return "the block does not cover the map, and a dense score matrix would hold every pair of cells"
     if problem.forward_ad:
         return "the fused scaled_dot_product_attention has no forward-mode derivative"
-    if problem.higher:
-        return "the fused scaled_dot_product_attention has no second derivative"
     if problem.lse:
         return "scaled_dot_product_attention keeps the log-sum-exp to itself"
     return None

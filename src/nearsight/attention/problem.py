@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ..errors import DtypeError, ShapeError
-from ..private import derivatives_in_progress, transforms_are_active, unwatched
+from ..private import transforms_are_active, unwatched, within_forward_mode
 from ..window import MAX_RANK, Axis, Window
 
 
@@ -33,7 +33,6 @@ class Problem:
     relative: bool = False
     needs_grad: bool = False
     forward_ad: bool = False  # within a forward-mode derivative
-    higher: bool = False  # within a derivative of a derivative, as far as torch.func tells
     transformed: bool = False  # inside torch.func's grad, vmap or jvp
     compiling: bool = False  # inside torch.compile or torch.export, which trace the call
     exporting: bool = False  # inside torch.export or torch.jit.trace: what is written down runs on other sizes, alone
@@ -129,7 +128,6 @@ def _describe(
     _check_bias(bias, query, table_size)
     _check_relative(relative, query, table_size)
     tensors = [query, key, value, *([] if bias is None else [bias]), *(relative or [])]
-    forward, reverse = (0, 0) if torch.compiler.is_compiling() else derivatives_in_progress()
     return Problem(
         axes=axes,
         in_size=in_size,
@@ -143,8 +141,7 @@ def _describe(
         bias=bias is not None,
         relative=relative is not None,
         needs_grad=torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors),
-        forward_ad=forward > 0 or _in_forward_ad(tensors),
-        higher=forward + reverse > 1,
+        forward_ad=_in_forward_ad(tensors),
         transformed=not torch.compiler.is_compiling() and transforms_are_active(),
         compiling=torch.compiler.is_compiling(),
         exporting=exporting,
@@ -189,7 +186,7 @@ def is_exporting() -> bool:
 def _in_forward_ad(tensors: list[Tensor]) -> bool:
     if torch.compiler.is_compiling():
         return False
-    return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
+    return within_forward_mode() or any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
 
 
 def _check_tensors(query: Any, key: Any, value: Any, window: Any) -> None:

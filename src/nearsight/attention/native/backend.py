@@ -40,8 +40,6 @@ def why_not(problem: Problem) -> str | None:
         return f"the native kernel takes float32 and bfloat16; the tensors are {problem.dtype}"
     if problem.forward_ad:
         return "the native kernel has no forward-mode derivative"
-    if problem.higher:
-        return "the native kernel has no second derivative"
     if any(isinstance(axis.kernel_size, Tensor) for axis in problem.axes):
         return "a trace leaves the size of the map open, on which the block depends here"
     if problem.head_dim < 1 or problem.value_dim < 1:
