@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What tracers, transforms and quantising tools of PyTorch see of a layer is right, or said to be impossible in a line."""
 
+import io
 import warnings
 
+import onnxruntime
 import pytest
 import torch
 from torch import nn
@@ -129,6 +131,53 @@ def test_the_kernel_in_a_trace():
     torch.testing.assert_close(program(x), layer(x))
     with pytest.raises(BackendError, match="leaves the size of the map open"):
         torch.jit.trace(ns.GlobalSelfAttention2d(8, num_heads=2, backend="native"), torch.randn(1, 8, 6, 6))
+
+
+# --------------------------------------------------------------------------------------------------- ONNX's old exporter
+
+
+def exported(model, example):
+    """The model as ``torch.onnx.export(dynamo=False)`` writes it, with every size open but that of the channels."""
+    file = io.BytesIO()
+    sizes = {axis: f"size {axis}" for axis in (0, *range(2, example.ndim))}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it is the old one, and that it folds no slices with steps
+        torch.onnx.export(model, (example,), file, dynamo=False, input_names=["x"], dynamic_axes={"x": sizes})
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    session = onnxruntime.InferenceSession(file.getvalue(), options)
+    return lambda x: torch.from_numpy(session.run(None, {"x": x.numpy()})[0])
+
+
+def some(names, *now):
+    """All of them in the long run, these always."""
+    return [name if name in now else pytest.param(name, marks=pytest.mark.sweep) for name in names]
+
+
+@pytest.mark.parametrize("name", some(LAYERS, "strided", "global, 2 axes, relative"))
+def test_the_old_exporter_leaves_sizes_open(name):
+    layer, size = layer_and_size(name)
+    run = exported(layer, torch.randn(2, 12, *size))
+    for batch, more in ((2, 0), (1, 4), (3, -1)):
+        x = torch.randn(batch, 12, *[cells + more for cells in size])
+        torch.testing.assert_close(run(x), layer(x), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", some(NETWORKS, "dinat_mini"))
+def test_the_old_exporter_leaves_sizes_of_networks_open(name):
+    model = NETWORKS[name]().eval()
+    run = exported(model, torch.randn(1, 3, 32, 48))
+    for shape in ((3, 3, 45, 70), (1, 3, 24, 40)):
+        x = torch.randn(shape)
+        torch.testing.assert_close(run(x), model(x), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("position", ["relative", "bias"])
+def test_a_larger_map_than_the_tables_fails_in_an_old_export_too(position):
+    run = exported(ns.GlobalSelfAttention2d(8, num_heads=2, map_size=8, position=position), torch.randn(1, 8, 6, 6))
+    for size in ((6, 9), (20, 3)):
+        with pytest.raises(Exception, match=r"(?i)out of range|indices element out of data bounds"):
+            run(torch.randn(1, 8, *size))
 
 
 # ---------------------------------------------------------------------------------------------------------- derivatives

@@ -36,6 +36,7 @@ from torch.func import functional_call
 
 from .errors import DtypeError, OptionError, ShapeError
 from .precision import wide_of, without_autocast
+from .private import unflatten
 from .window import Axis, Window
 
 Tables = tuple[Tensor | None, Sequence[Tensor] | None]
@@ -605,7 +606,7 @@ def _turn(x: Tensor, frequencies: Tensor, strides: Sequence[int]) -> Tensor:
         cells = strides[axis] * torch.arange(x.shape[2 + axis], dtype=frequencies.dtype, device=x.device)
         turn = frequencies[:, axis]
         angles = angles + cells.view(*shape, 1) * turn.view(turn.shape[0], *[1] * rank, -1)
-    even, odd = x.unflatten(-1, (-1, 2)).to(angles.dtype).unbind(-1)
+    even, odd = unflatten(x, -1, (-1, 2)).to(angles.dtype).unbind(-1)
     cos, sin = angles.cos(), angles.sin()
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2).to(x.dtype)
 

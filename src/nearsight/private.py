@@ -6,7 +6,7 @@ No other file uses any. ``tests/test_private.py`` takes each of them away and lo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -128,6 +128,17 @@ def known_shape(tensor: torch.Tensor) -> tuple[int, ...]:
     """The shape as plain numbers, in a ``torch.jit.trace`` too, where sizes are tensors that it follows."""
     with unwatched():
         return tuple(tensor.shape)
+
+
+def unflatten(tensor: torch.Tensor, dim: int, sizes: Sequence[Any]) -> torch.Tensor:
+    """``tensor.unflatten(dim, sizes)``, in words that ``torch.onnx.export(dynamo=False)`` does not make numbers of.
+
+    What its ``unflatten`` returns has the sizes of the example for ever, and so has all that asks for them afterwards.
+    """
+    if not torch.jit.is_tracing():
+        return tensor.unflatten(dim, sizes)
+    dim %= tensor.ndim
+    return tensor.reshape(*tensor.shape[:dim], *sizes, *tensor.shape[dim + 1 :])
 
 
 def constant_to_compilers(function: Callable[[], Any]) -> Callable[[], Any]:

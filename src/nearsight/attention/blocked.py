@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..private import unflatten
 from ..window import Axis, larger, smaller
 from .problem import Call, Problem, is_exporting
 from .softmax import NOTHING, let_see
@@ -314,13 +315,13 @@ def _attend_blocks(
     if bias is not None:  # queries that it lets see no key at all
         found = [one.masked_fill(bias[1], nothing) for one, nothing in zip(found, (0, NOTHING), strict=False)]
     size = [cut.out.shape[0] for cut in axes]
-    out, *lse = (tensor.flatten(2, -2).index_select(2, places.out).unflatten(2, size) for tensor in found)
+    out, *lse = (unflatten(tensor.flatten(2, -2).index_select(2, places.out), 2, size) for tensor in found)
     return [out, *(one.squeeze(-1) for one in lse)]
 
 
 def _gather(tensor: Tensor, index: Tensor) -> Tensor:
     """(B, N, cells, D) -> (B, N, *index, D)."""
-    return tensor.index_select(2, index.flatten()).unflatten(2, index.shape)
+    return unflatten(tensor.index_select(2, index.flatten()), 2, index.shape)
 
 
 def _relative_logits(query: Tensor, table: Tensor, axes: list[AxisBlocks], axis: int) -> Tensor:
@@ -335,14 +336,14 @@ def _relative_logits(query: Tensor, table: Tensor, axes: list[AxisBlocks], axis:
     logits = scores.gather(-1, index.expand(*scores.shape[:-1], -1))
     others = [1] * rank
     others[axis] = spans[axis]
-    return logits.unflatten(-1, others).expand(*scores.shape[:-1], *spans).flatten(-rank)
+    return unflatten(logits, -1, others).expand(*scores.shape[:-1], *spans).flatten(-rank)
 
 
 def _block_bias(bias: Tensor, axes: list[AxisBlocks]) -> Tensor:
     """The table's entry for every pair: (N, *table_size) -> (N, *G, queries, cells)."""
     rank = len(axes)
     for axis, cut in enumerate(axes, start=1):
-        bias = bias.index_select(axis, cut.entries.flatten()).unflatten(axis, cut.entries.shape)
+        bias = unflatten(bias.index_select(axis, cut.entries.flatten()), axis, cut.entries.shape)
         bias = bias.movedim((axis + 1, axis + 2), (bias.ndim - 2, bias.ndim - 1))
     # N, *G, then (b, S) for every axis: bring the b together.
     order = [*range(1 + rank), *range(1 + rank, 1 + 3 * rank, 2), *range(2 + rank, 1 + 3 * rank, 2)]

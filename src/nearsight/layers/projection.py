@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from ..errors import OptionError, ShapeError
-from ..private import has_forward_hooks, transforms_are_active
+from ..private import has_forward_hooks, transforms_are_active, unflatten
 from .whole import one_node
 
 MANY = 16  # cells for each output channel: measured at 261, 33, 4 and 0.5, of which the first two gain
@@ -307,7 +307,9 @@ def _whole(parts: Sequence[Tensor]) -> Tensor | None:
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:
     """(B, N*D, *map) -> (B, N, *map, D), a view."""
-    return x.unflatten(1, (num_heads, -1)).movedim(2, x.ndim)  # counted from the front, as ONNX's old exporter needs it
+    return unflatten(x, 1, (num_heads, -1)).movedim(
+        2, x.ndim
+    )  # counted from the front, as ONNX's old exporter needs it
 
 
 def merge_heads(x: Tensor, like: Tensor) -> Tensor:

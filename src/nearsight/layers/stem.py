@@ -14,7 +14,7 @@ from ..attention.backend import check_backend
 from ..errors import OptionError, ShapeError
 from ..positions import RelativePosition, Tables, no_weight_decay_in
 from ..precision import wide_of, without_autocast
-from ..private import known_shape
+from ..private import known_shape, unflatten
 from ..window import Window, plain
 from .convolution_words import refusing_words_of_convolutions
 from .projection import check_channels, made_on, merge_heads, split_heads
@@ -147,7 +147,7 @@ class AttentionStem2d(nn.Module):
     def _values(self, x: Tensor) -> Tensor:
         rows, columns = (torch.arange(size, device=x.device) % self.kernel_size for size in x.shape[2:])
         p = self.mixing()[:, rows][:, :, columns]
-        values = self.value(x).unflatten(1, (-1, self.out_channels))
+        values = unflatten(self.value(x), 1, (-1, self.out_channels))
         return (p[:, None] * values.to(wide_of(values))).sum(1).to(values.dtype)
 
     def extra_repr(self) -> str:

@@ -20,6 +20,7 @@ from ..attention import attention_weights, local_attention
 from ..errors import OptionError, ShapeError
 from ..layers.whole import one_node
 from ..positions import Tables
+from ..private import unflatten
 from ..window import Window
 from .backbone import Backbone, Pace, build, check_pool, config, drop_path_rates, paces, take_indices
 
@@ -283,7 +284,7 @@ class NeighbourhoodAttention(nn.Module):
 
     def _project(self, x: Tensor) -> tuple[Tensor, ...]:
         """(B, H, W, C) -> query, key and value, three views (B, N, H, W, D)."""
-        return self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(3, 0, 4, 1, 2, 5).unbind()
+        return unflatten(self.qkv(x), -1, (3, self.num_heads, -1)).permute(3, 0, 4, 1, 2, 5).unbind()
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, kernel_size={self.window.kernel_size}, dilation={self.window.dilation}"
