@@ -309,6 +309,13 @@ MEMORY = (
         "tests/test_native.py::test_functions_of_a_vector",
     ),
     Fault(
+        "a vector of bfloat16 rounds half up",
+        SIMD,
+        "const Words rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;",
+        "const Words rounded = (bits + 0x8000) >> 16;",
+        "tests/test_native.py::test_functions_of_a_vector",
+    ),
+    Fault(
         "two rows of a transposed quad exchanged",
         SIMD,
         "b = NEARSIGHT_SHUFFLE(ab_low, cd_low, 2, 3, 6, 7);",

@@ -82,6 +82,10 @@ static void halves() {
         store_quad(back, load_quad(four));
         Bfloat16 single;
         store_one(&single, wide);
+        Bfloat16 many[kLanes], all[kLanes];
+        for (int i = 0; i < kLanes; ++i) many[i] = half;
+        store_vector(all, load_vector(many));
+        right &= all[0] == back[0] && all[kLanes - 1] == back[0];
         const bool number = wide == wide;
         right &= number ? single == half && back[3] == half : single == 0x7fc0 && back[3] == 0x7fc0;
         // Halfway to the next one: to the even of the two.
@@ -91,7 +95,8 @@ static void halves() {
         memcpy(&halfway, &between, 4);
         store_one(&single, halfway);
         store_quad(back, Quad{} + halfway);
-        right &= single == (Bfloat16)(bits + (bits & 1)) && back[0] == single;
+        store_vector(all, splat(halfway));
+        right &= single == (Bfloat16)(bits + (bits & 1)) && back[0] == single && all[kLanes - 1] == single;
     }
     expect(right, "bfloat16");
 }
