@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from types import MappingProxyType
 
 import numpy as np
 import onnx
@@ -21,7 +23,7 @@ import nearsight as ns
 from nearsight import deploy
 from nearsight.attention import native, node
 from nearsight.attention.problem import Call, describe
-from nearsight.errors import BackendError, OptionError
+from nearsight.errors import BackendError, DataError, OptionError
 from nearsight.saved.export import export_to_file, onnx_session, to_onnx, trace
 
 pytestmark = pytest.mark.skipif(native.unavailable() is not None, reason=str(native.unavailable()))
@@ -187,6 +189,50 @@ def test_a_network_with_open_sizes_has_a_node_for_each_attention():
         pictures = torch.randn(shape)
         with torch.no_grad():
             torch.testing.assert_close(run(pictures), model(pictures), rtol=1e-5, atol=1e-5)
+
+
+class Stripes(nn.Sequential):
+    """A network of someone's own, which says how it sees pictures."""
+
+    pretrained_cfg = MappingProxyType(
+        {"input_size": (1, 16, 16), "mean": (0.5,), "std": (0.5,), "label_names": ["a", "b"]}
+    )
+
+    def __init__(self) -> None:
+        attention = ns.LocalSelfAttention2d(1, 8, 3, num_heads=2)
+        super().__init__(attention, nn.BatchNorm2d(8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2))
+
+
+def test_a_network_of_one_s_own_is_exported(tmp_path):
+    model = Stripes()
+    done = ns.export_onnx(model, str(tmp_path / "own.onnx"), operators="native", sizes=(16, 24))
+    assert done.shape == ("batch", 1, 16, 24)
+    assert model.training
+    proto = onnx.load(done.file)
+    assert [one.op_type for one in proto.graph.node].count("LocalAttention") == 1
+    known = json.loads({note.key: note.value for note in proto.metadata_props}["nearsight"])
+    assert known["classes"] == ["a", "b"]
+    assert known["view"]["mean"] == [0.5]
+    pictures = torch.randn(3, 1, 16, 24)
+    with torch.no_grad():
+        expected = model.eval()(pictures)
+    torch.testing.assert_close(onnx_session((tmp_path / "own.onnx").read_bytes())(pictures), expected)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"path": "own.pt"}, OptionError, "the file must end in .onnx; received own.pt"),
+        ({"path": "nowhere/own.onnx"}, DataError, "there is no folder nowhere to write own.onnx into"),
+        ({"sizes": "all"}, OptionError, "sizes must be 'open' or height and width; received 'all'"),
+        ({"sizes": (16, 0)}, OptionError, "--size must be N or HxW"),
+        ({"operators": "fast"}, OptionError, "must be one of plain, native"),
+        ({"model": Stripes().to("meta")}, OptionError, "exported on the CPU; this one is on meta"),
+    ],
+)
+def test_what_cannot_be_exported_is_told_before(changes, error, message):
+    with pytest.raises(error, match=message):
+        ns.export_onnx(**{"model": Stripes(), "path": "own.onnx", **changes})
 
 
 def test_operators_are_plain_or_native_and_native_are_of_onnx(tmp_path, monkeypatch):

@@ -39,7 +39,7 @@ if _typing.TYPE_CHECKING:  # for those who read and do not run
         LocalSelfAttention3d,
     )
     from .models import create_model, list_models
-    from .saved import load
+    from .saved import export_onnx, load
     from .window import Window
 
     __version__: str
@@ -65,6 +65,7 @@ __all__ = [
     "equivariance_by_layer",
     "equivariance_error",
     "explore",
+    "export_onnx",
     "global_attention",
     "list_models",
     "load",
@@ -102,7 +103,7 @@ _LATER = {
         "LocalSelfAttention3d",
     ),
     "models": ("create_model", "list_models"),
-    "saved": ("load",),
+    "saved": ("export_onnx", "load"),
     "window": ("Window",),
 }
 _ROOMS = ("compat", "deploy", "errors", "positions", *_LATER)

@@ -13,6 +13,7 @@ opened.py      a network by what a person types
 loaded.py      a trained network, ready to be used
 """
 
+from .export import export_onnx
 from .loaded import Prediction, load
 
-__all__ = ["Prediction", "load"]
+__all__ = ["Prediction", "export_onnx", "load"]

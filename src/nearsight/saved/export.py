@@ -10,13 +10,14 @@ before and compared with the network.
 from __future__ import annotations
 
 import io
+import json
 import re
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,10 +28,13 @@ from ..errors import DataError, OptionError, TrainingError
 from ..extras import need
 from ..files import to_path, write_bytes
 from ..finite import why_not_finite
+from ..models.data_config import class_names
+from ..modes import evaluating
 from ..pages.brief import Brief
 from ..private import open_sizes_of_one
 from ..telling import telling
-from .weights import KEY, Blueprint, load_model
+from .view import View
+from .weights import KEY, load_model
 
 FORMATS = {"onnx": ".onnx", "pt2": ".pt2"}
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
@@ -41,6 +45,14 @@ TOLERANCE = 1e-4  # of the largest output, or of one
 BATCH = 2  # of the example that is traced
 
 Program = Callable[[Tensor], Tensor]
+
+
+class Subject(NamedTuple):
+    """What is known of a network beside its operators."""
+
+    name: str
+    view: View
+    notes: str  # for whoever reads the file, in JSON
 
 
 @dataclass(frozen=True, repr=False)
@@ -93,12 +105,70 @@ def export_to_file(
     file = beside / f"model{FORMATS[form]}" if output is None else to_path(output)
     if file.suffix != FORMATS[form]:
         raise OptionError(f"--output must end in {FORMATS[form]} for this format; received {file}")
+    _check_folder(file)
+    model, blueprint = load_model(run)
+    subject = Subject(blueprint.model, blueprint.view, blueprint.to_json())
+    return _written(model, subject, form, file, sides, operators)
+
+
+def export_onnx(
+    model: nn.Module,
+    path: str | PathLike[str],
+    *,
+    operators: str = "plain",
+    sizes: str | tuple[int, int] = "open",
+) -> Exported:
+    """Write any network of pictures as ONNX, in evaluation mode; see :func:`export_to_file`.
+
+    Shapes: the file takes (B, C, H, W), where C, and the size that it is traced at, are those of the model's own
+    ``pretrained_cfg``, as timm's and ours have one.
+
+    Args:
+        model: on the CPU, in float32.
+        path: the file, ending in ``.onnx``.
+        operators: ``"plain"``, or ``"native"``: one node for each attention of nearsight's.
+        sizes: ``"open"``, or the height and width in pixels that alone are taken.
+
+    Raises:
+        as :func:`export_to_file`.
+
+    Example:
+        >>> model = create_model("sasa_nano", num_classes=10)
+        >>> export_onnx(model, "sasa.onnx", operators="native", sizes=(32, 32)).shape  # doctest: +SKIP
+        ('batch', 3, 32, 32)
+    """
+    _check_operators(operators, "onnx")
+    if sizes != "open" and (isinstance(sizes, str) or len(sizes) != 2):
+        raise OptionError(f"sizes must be 'open' or height and width; received {sizes!r}")
+    sides = None if isinstance(sizes, str) else _sides("x".join(map(str, sizes)))
+    need(ONNX_PACKAGES, "ONNX", "export")
+    file = to_path(path)
+    if file.suffix != FORMATS["onnx"]:
+        raise OptionError(f"the file must end in {FORMATS['onnx']}; received {file}")
+    _check_folder(file)
+    elsewhere = {str(parameter.device) for parameter in model.parameters()} - {"cpu"}
+    if elsewhere:
+        raise OptionError(
+            f"a network is exported on the CPU; this one is on {', '.join(sorted(elsewhere))}: model.cpu()"
+        )
+    view = View.of(model)
+    known = json.dumps({"classes": class_names(model), "view": asdict(view)})
+    subject = Subject(type(model).__name__, view, known)
+    with evaluating(model):
+        return _written(model, subject, "onnx", file, sides, operators)
+
+
+def _check_folder(file: Path) -> None:
     if not file.parent.is_dir():
         raise DataError(f"there is no folder {file.parent} to write {file.name} into")
-    model, blueprint = load_model(run)
-    _check_finite(model, blueprint, sides or (blueprint.view.size, blueprint.view.size))
+
+
+def _written(
+    model: nn.Module, subject: Subject, form: str, file: Path, sides: tuple[int, int] | None, operators: str
+) -> Exported:
+    _check_finite(model, subject, sides or (subject.view.size, subject.view.size))
     with as_nodes() if operators == "native" else nullcontext():
-        content, exported = _made(model, blueprint, _onnx if form == "onnx" else _pt2, sides)
+        content, exported = _made(model, subject, _onnx if form == "onnx" else _pt2, sides)
     write_bytes(file, content)
     return replace(exported, file=file)
 
@@ -121,29 +191,29 @@ def _sides(size: int | str) -> tuple[int, int]:
 
 
 @torch.no_grad()
-def _check_finite(model: nn.Module, blueprint: Blueprint, sides: tuple[int, int]) -> None:
+def _check_finite(model: nn.Module, subject: Subject, sides: tuple[int, int]) -> None:
     """Before the minutes of tracing: with NaN nothing can be compared."""
     try:
-        logits = model(torch.zeros(1, blueprint.view.channels, *sides))
+        logits = model(torch.zeros(1, subject.view.channels, *sides))
     except Exception as error:  # a network raises what it likes about sizes that it cannot take
         height, width = sides
-        raise TrainingError(f"{blueprint.model} cannot take {height}x{width} images: {_first_line(error)}") from error
+        raise TrainingError(f"{subject.name} cannot take {height}x{width} images: {_first_line(error)}") from error
     reason = why_not_finite(logits, model)
     if reason is not None:
-        raise TrainingError(f"{blueprint.model} cannot be exported: {reason}; nothing was written")
+        raise TrainingError(f"{subject.name} cannot be exported: {reason}; nothing was written")
 
 
 # -------------------------------------------------------------------------------------------------------------- tracing
 
 
 def _made(
-    model: nn.Module, blueprint: Blueprint, form: Callable[..., tuple[bytes, Program]], sides: tuple[int, int] | None
+    model: nn.Module, subject: Subject, form: Callable[..., tuple[bytes, Program]], sides: tuple[int, int] | None
 ) -> tuple[bytes, Exported]:
     """The file's content, saved, loaded and tried, with as many sizes open as that works for.
 
     A program that was traced with open sizes may fail when it is saved, or on pictures of other sizes.
     """
-    channels, size = blueprint.view.channels, blueprint.view.size
+    channels, size = subject.view.channels, subject.view.size
     height, width = sides or (size, size)
     fixed = (AXES[:1], (BATCH, channels, height, width), ((1, channels, height, width), (3, channels, height, width)))
     # Not square, so that no rule ties height to width. What is tried afterwards was not seen here.
@@ -151,10 +221,10 @@ def _made(
     reasons = []
     for names, example, tried in [fixed] if sides else [free, fixed]:
         try:
-            with telling(f"tracing {blueprint.model} with {' and '.join(names)} open"):
+            with telling(f"tracing {subject.name} with {' and '.join(names)} open"):
                 program = trace(model, torch.zeros(example), names)
-            with telling(f"writing {blueprint.model} in the operators of the format"):
-                content, run = form(program, blueprint)
+            with telling(f"writing {subject.name} in the operators of the format"):
+                content, run = form(program, subject)
             with telling(f"running what was written on {len(tried)} sizes, beside the network"):
                 differences = [_difference(model, run, shape) for shape in tried]
         except Exception as error:  # whatever a network's own code raises when sizes are symbols
@@ -163,13 +233,13 @@ def _made(
         difference = torch.tensor(differences).max().item()  # NaN if one of them is, as Python's max would not have it
         if not difference <= TOLERANCE:  # NaN is not <=
             raise TrainingError(
-                f"the exported {blueprint.model} differs from the network by {difference:.1e} of its largest output, "
+                f"the exported {subject.name} differs from the network by {difference:.1e} of its largest output, "
                 f"where {TOLERANCE:.0e} is allowed; nothing was written"
             )
         shape = (AXES[0], channels, *(AXES[1:] if len(names) > 1 else example[2:]))
         return content, Exported(Path(), shape, tried, difference, _first_line(reasons[0]) if reasons else None)
     advice = "" if sides else "; where another size may do: --size N or HxW"
-    raise TrainingError(f"{blueprint.model} cannot be exported: {_first_line(reasons[-1])}{advice}") from reasons[-1]
+    raise TrainingError(f"{subject.name} cannot be exported: {_first_line(reasons[-1])}{advice}") from reasons[-1]
 
 
 def _first_line(error: Exception) -> str:
@@ -195,15 +265,15 @@ def trace(model: nn.Module, example: Tensor, names: tuple[str, ...] = AXES) -> A
 # -------------------------------------------------------------------------------------------------------------- formats
 
 
-def _pt2(program: Any, blueprint: Blueprint) -> tuple[bytes, Program]:
+def _pt2(program: Any, subject: Subject) -> tuple[bytes, Program]:
     buffer = io.BytesIO()
-    torch.export.save(program, buffer, extra_files={f"{KEY}.json": blueprint.to_json()})
+    torch.export.save(program, buffer, extra_files={f"{KEY}.json": subject.notes})
     buffer.seek(0)
     return buffer.getvalue(), torch.export.load(buffer).module()
 
 
-def _onnx(program: Any, blueprint: Blueprint) -> tuple[bytes, Program]:
-    content = to_onnx(program, {KEY: blueprint.to_json()}).SerializeToString()
+def _onnx(program: Any, subject: Subject) -> tuple[bytes, Program]:
+    content = to_onnx(program, {KEY: subject.notes}).SerializeToString()
     return content, onnx_session(content)
 
 
