@@ -38,6 +38,14 @@ def test_timm_and_the_counter_know_us_in_both_orders(order):
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.parametrize("first", ["private", "window"])
+def test_what_attention_stands_on_may_come_first(first):
+    """Each imports PyTorch, whose coming brings attention, which must not meet it half done."""
+    program = f"import nearsight.{first}, torch; torch.ops.nearsight.attend.default"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 # ----------------------------------------------------------------------------------------------------------- our own names
 
 

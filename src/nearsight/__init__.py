@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Stand-alone self-attention for vision: the exact operation, its layers, and networks made of them."""
 
+import sys as _sys
 import typing as _typing
 from importlib import import_module as _import_module
 
@@ -128,6 +129,18 @@ def __dir__() -> list[str]:
 
 
 # PyTorch then has our operators, timm our networks, and PyTorch's counter their formulas, whoever imports them and when.
-_when_imported("torch", lambda: _import_module(".attention", __name__))
+# Attention stands on modules that import PyTorch themselves: where one of these comes first, it waits until that is whole.
+_BELOW_ATTENTION = [f"{__name__}.{module}" for module in ("precision", "private", "window")]
+_whole: set[str] = set()
+
+
+def _bring_attention(came: str) -> None:
+    _whole.add(came)
+    if all(module in _whole for module in _BELOW_ATTENTION if module in _sys.modules):
+        _import_module(".attention", __name__)
+
+
+for _module in ("torch", *_BELOW_ATTENTION):
+    _when_imported(_module, lambda came=_module: _bring_attention(came))
 _when_imported("timm.models", lambda: _import_module(".models", __name__))
 _when_imported("torch.utils.flop_counter", lambda: _import_module(".flops", __name__))
