@@ -16,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 from playwright.sync_api import sync_playwright
+from timm.data import resolve_model_data_config
 from torch import nn
 
 import nearsight as ns
@@ -27,6 +28,8 @@ from nearsight.inspect.explore import Exploration, read_picture
 from nearsight.inspect.transforms import Reflection, Translation
 from nearsight.models import create_model
 from nearsight.models.data_config import seen
+from nearsight.models.first_weights import is_untrained
+from nearsight.saved.opened import UNTRAINED
 from nearsight.saved.view import View
 from nearsight.saved.weights import Blueprint, save_model
 from nearsight.training.data import load_pictures
@@ -488,13 +491,41 @@ def test_a_picture_is_upright_square_and_as_the_model_sees_it(tmp_path):
 def test_a_file_is_explored_by_the_models_own_view(tmp_path):
     Image.new("RGB", (50, 40), (255, 0, 0)).save(tmp_path / "red.png")
     model = create_model("sasa_nano", num_classes=3)
-    assert View.of(model) == View(3, 32, (0.5,) * 3, (0.5,) * 3)
+    assert View.of(model).data_config() == resolve_model_data_config(
+        model
+    )  # a run's says how it was trained, this timm's
     page = explore(model, tmp_path / "red.png")
     assert '"height": 32' in page.html
     source = re.search(r"data:image/png;base64,([A-Za-z0-9+/=]+)", page.html)[1]
     pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(source))))
     assert pixels.shape == (32, 32, 3)
     assert (pixels == (255, 0, 0)).all()
+
+
+def test_a_page_says_that_its_network_was_never_trained_where_that_is_known(image):
+    model = create_model("sasa_nano", num_classes=3)
+    page = explore(model, image, transform=None)
+    assert page.title == f"{type(model).__name__}, untrained"
+    assert UNTRAINED in page.html
+    with torch.no_grad():
+        model.head.fc.bias += 1  # as one step of training does
+    page = explore(model, image, transform=None)
+    assert "untrained" not in page.html.lower()
+    mine = nn.Sequential(ns.LocalSelfAttention2d(3, 8, num_heads=2))
+    assert "untrained" not in explore(mine, image, transform=None).html.lower()  # who knows
+
+
+def test_what_a_network_was_given_is_not_untrained(tmp_path):
+    model = create_model("sasa_nano", num_classes=3)
+    assert is_untrained(model)
+    assert not is_untrained(nn.Linear(2, 2))
+    torch.save(model.state_dict(), tmp_path / "weights.pth")
+    assert not is_untrained(create_model("sasa_nano", num_classes=3, checkpoint_path=str(tmp_path / "weights.pth")))
+    other = create_model("sasa_nano", num_classes=3)
+    other.load_state_dict(create_model("sasa_nano", num_classes=3).state_dict())
+    assert not is_untrained(other)
+    with torch.device("meta"):
+        assert not is_untrained(create_model("sasa_nano", num_classes=3))
 
 
 def test_what_cannot_be_explored():

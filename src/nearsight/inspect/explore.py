@@ -22,12 +22,13 @@ from ..errors import DataError, OptionError, ShapeError
 from ..files import write_whole
 from ..finite import why_not_finite
 from ..models.data_config import as_source, class_names, seen
+from ..models.first_weights import is_untrained
 from ..pages.brief import Brief, brief
 from ..pages.csv_json import finite
 from ..pages.html import frame, render
 from ..pages.names import readable
 from ..picture import read_picture
-from ..saved.opened import open_model
+from ..saved.opened import UNTRAINED, open_model
 from ..saved.view import View
 from .equivariance import decisive, equivariance_by_layer
 from .maps import AttentionMap, attention_layers, attention_maps
@@ -99,7 +100,8 @@ def explore(
             picture of Pillow's, an array (H, W) or (H, W, channels), a uint8 tensor (channels, H, W).
         picture: what is shown, (1 or 3, H, W) between 0 and 1; None stretches ``image`` to that range.
         classes: names of the model's outputs; None takes those that it knows (``label_names`` of its ``pretrained_cfg``).
-        title, subtitle: of the page; None says what is known of the model.
+        title, subtitle: of the page; None says what is known of the model, that it was never trained included
+            (:func:`nearsight.models.first_weights.is_untrained`).
         transform: of the image, for the section on equivariance: which layers do not follow it, as
             :func:`nearsight.inspect.equivariance_by_layer` tells. None leaves the section out.
 
@@ -129,8 +131,10 @@ def explore(
     batch = batch.to(next((one for one in model.parameters() if one.is_floating_point()), batch))
     page = _Page(model, batch, batch[0].cpu() if picture is None else picture, stretched=picture is None)
     classes = class_names(model) if classes is None else classes
-    title = title or type(model).__name__
-    return Exploration(page.render(classes, title, subtitle or "", transform), title)
+    untrained = is_untrained(model)
+    title = title or f"{type(model).__name__}{', untrained' if untrained else ''}"
+    subtitle = (UNTRAINED if untrained else "") if subtitle is None else subtitle
+    return Exploration(page.render(classes, title, subtitle, transform), title)
 
 
 # -------------------------------------------------------------------------------------------------------------- page

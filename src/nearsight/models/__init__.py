@@ -16,7 +16,7 @@ from torch import nn
 from ..errors import OptionError
 from ..layers import AttentionStem2d, GlobalSelfAttention2d, HaloSelfAttention2d, LocalSelfAttention2d
 from ..layers.projection import PatchProjection2d
-from . import blocks, halonet, nat, sasa, twins
+from . import blocks, first_weights, halonet, nat, sasa, twins
 from .own import register
 from .spec import ELSEWHERE, parse_spec
 
@@ -105,12 +105,15 @@ def create_model(name: str, **kwargs: Any) -> nn.Module:
     if twice:
         raise OptionError(f"{', '.join(twice)} of model {name!r} is set by what creates it; leave it out of the name")
     try:
-        return timm.create_model(name, **options, **kwargs)
+        model = timm.create_model(name, **options, **kwargs)
     except TypeError as error:
         unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
         if unknown and unknown[1] in options:
             raise OptionError(f"model {name!r} has no option {unknown[1]!r}; received {options}") from error
         raise
+    if not is_saved and not any((options | kwargs).get(weights) for weights in ("pretrained", "checkpoint_path")):
+        first_weights.note(model)
+    return model
 
 
 def input_size(spec: str) -> int:

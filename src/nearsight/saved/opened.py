@@ -15,9 +15,12 @@ from ..errors import NearsightError, OptionError
 from ..files import to_path
 from ..models import create_model, input_size, parse_spec
 from ..models.data_config import class_names
+from ..models.first_weights import is_untrained
 from ..pages.brief import Brief
 from .view import View
 from .weights import load_model
+
+UNTRAINED = "Untrained: what it looks at is what its random weights happen to prefer."
 
 
 @dataclass(frozen=True, repr=False)
@@ -80,9 +83,6 @@ def open_model(given: str | PathLike[str], size: int | None = None) -> OpenedMod
         options = parse_spec(given)[1]
         view = replace(view, size=input_size(given)) if "img_size" in options else view
         origin = "Made by its name, with the weights that it starts with."
-        if not options.get("pretrained"):
-            title, origin = (
-                f"{given}, untrained",
-                "Untrained: what it looks at is what its random weights happen to prefer.",
-            )
+        if is_untrained(network):
+            title, origin = f"{given}, untrained", UNTRAINED
     return OpenedModel(given, network.eval(), replace(view, size=size or view.size), classes, title, origin)
