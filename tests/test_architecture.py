@@ -48,6 +48,7 @@ ROOMS = [
     ("inspect",),
     ("bench",),
     ("training",),
+    ("from_python",),
     ("compat", "commands"),
     ("cli",),
     ("__init__",),

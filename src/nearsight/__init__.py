@@ -21,6 +21,7 @@ if _typing.TYPE_CHECKING:  # for those who read and do not run
         merge_attentions,
     )
     from .conversion import convert
+    from .from_python import train
     from .inspect import (
         attention_maps,
         attention_rollout,
@@ -72,6 +73,7 @@ __all__ = [
     "load",
     "local_attention",
     "merge_attentions",
+    "train",
 ]
 
 # Everything is loaded when it is first asked for, PyTorch included: names by the room that they are in, and rooms.
@@ -85,6 +87,7 @@ _LATER = {
         "merge_attentions",
     ),
     "conversion": ("convert",),
+    "from_python": ("train",),
     "inspect": (
         "attention_maps",
         "attention_rollout",

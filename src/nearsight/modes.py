@@ -54,6 +54,18 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def trying_to_train(model: nn.Module) -> Iterator[None]:
+    """Every module in training mode; afterwards modes, weights and buffers, as batch norms', are what they were before."""
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    try:
+        with keeping_modes(model):
+            model.train()
+            yield
+    finally:
+        model.load_state_dict(state)
+
+
+@contextmanager
 def as_written(model: Any) -> Iterator[None]:
     """Where a module was compiled, as a whole or in parts, it runs as it is written: compiled code calls no hooks."""
     if not isinstance(model, nn.Module) or not any(map(is_compiled, model.modules())):

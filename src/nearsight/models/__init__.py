@@ -18,11 +18,13 @@ from ..layers import AttentionStem2d, GlobalSelfAttention2d, HaloSelfAttention2d
 from ..layers.projection import PatchProjection2d
 from . import blocks, first_weights, halonet, nat, sasa, twins
 from .own import register
-from .spec import ELSEWHERE, parse_spec
+from .spec import ELSEWHERE, GIVEN, given_name, parse_spec
 
 __all__ = [
     "ELSEWHERE",
+    "GIVEN",
     "create_model",
+    "given_name",
     "input_size",
     "list_models",
     "list_twins",
@@ -94,6 +96,11 @@ def create_model(name: str, **kwargs: Any) -> nn.Module:
         torch.Size([2, 10])
     """
     name, options = parse_spec(name)
+    if name.startswith(GIVEN):
+        raise OptionError(
+            f"the network {name.removeprefix(GIVEN)} was given from Python, and no name or file makes it again: make it, "
+            "and take nearsight.load(RUN, model=network), or nearsight.train(model=network, data=...)"
+        )
     is_saved = name.startswith(ELSEWHERE)
     if not is_saved and not timm.is_model(timm.models.split_model_name_tag(name)[0]):
         near = get_close_matches(name.lower().replace("-", "_"), [*list_models(), *timm.list_models()], n=3)

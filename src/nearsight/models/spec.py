@@ -12,6 +12,17 @@ from ..errors import OptionError
 from ..files import read_yaml
 
 ELSEWHERE = ("hf-hub:", "local-dir:")  # what a name begins with that is not a registered one
+GIVEN = "python:"  # and that of a network or data that were there as objects: it stands for what no name makes again
+
+
+def given_name(thing: object) -> str:
+    """What stands where only text fits for an object of Python's: the name of its class.
+
+    Example:
+        >>> given_name(nn.Sequential())
+        'python:Sequential'
+    """
+    return GIVEN + type(thing).__name__
 
 
 def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from os import PathLike
+from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -31,7 +32,11 @@ BATCH = 32  # images that are predicted at a time
 
 
 def load(
-    path: str | PathLike[str], *, device: str | torch.device | None = None, dtype: torch.dtype | None = None
+    path: str | PathLike[str],
+    *,
+    model: nn.Module | None = None,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Trained:
     """A trained network, ready to be used: the module itself, in evaluation mode, with ``classes``, ``view``,
     :meth:`~Trained.preprocess` and :meth:`~Trained.predict`.
@@ -40,12 +45,14 @@ def load(
 
     Args:
         path: a run's folder, or a ``.safetensors`` or ``.ckpt`` file in one.
+        model: a network like the one that :func:`nearsight.train` was given, which no file rebuilds: it gets the weights,
+            and is what comes back. All others are rebuilt, and it is left out.
         device, dtype: where the weights are put, and the floating point kind that they get; None keeps CPU and float32.
 
     Raises:
         DataError: nothing there, an unreadable or damaged file, or one that nearsight did not write.
-        OptionError: a device that there is not.
-        DtypeError: a dtype that is not floating point.
+        OptionError: a device that there is not; a ``model`` where the file rebuilds its own.
+        DtypeError: a dtype that is not floating point; a ``model`` that is no module.
 
     Example:
         >>> model = load("runs/digits")
@@ -54,12 +61,14 @@ def load(
     """
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise DtypeError(f"dtype must be a floating point one of PyTorch's, as torch.bfloat16; received {dtype!r}")
-    network, blueprint = load_model(path)
+    if not isinstance(model, (nn.Module, NoneType)):
+        raise DtypeError(f"model must be a network that is made, as Tiny(); received {model!r:.100}")
+    network, blueprint = load_model(path, model)
     try:
         network.to(device=device, dtype=dtype)
     except (RuntimeError, AssertionError) as error:  # no such device, or PyTorch was built without it
         raise OptionError(f"device must be one that there is; received {device!r}: {_first_line(error)}") from error
-    network.__class__ = trained_class(type(network))
+    network.__class__ = trained_class(getattr(network, "network_class", type(network)))
     assert isinstance(network, Trained)
     network.classes, network.view = blueprint.classes, blueprint.view
     return network

@@ -22,7 +22,7 @@ from torch import nn
 
 from ..errors import OptionError
 from ..files import read_yaml
-from ..models import ELSEWHERE, parse_spec
+from ..models import ELSEWHERE, GIVEN, parse_spec
 
 # Where weights come from, and what is arranged around a network rather than in it: by the signatures that take them.
 _AROUND = (inspect.signature(timm.create_model).parameters.keys() - {"model_name", "kwargs"}) | (
@@ -48,6 +48,8 @@ def check_saved_spec(spec: Any) -> str:
     """
     if not isinstance(spec, str):
         raise OptionError(f"a model is written NAME,option=value,option=value; received {spec!r:.200}")
+    if re.fullmatch(rf"{GIVEN}\w+", spec):  # stands for what its user has, and makes nothing
+        return spec
     name, options = parse_spec(spec)
     rule = "a file may name a registered network and plain options of its own, and nothing that is fetched or read elsewhere"
     base = split_model_name_tag(name)[0]

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from ..conversion import convert
 from ..errors import DataError, NearsightError, OptionError
 from ..files import to_path, write_bytes
-from ..models import create_model, made_for_size, parse_spec, pretrained_value
-from ..modes import evaluating
+from ..models import GIVEN, create_model, made_for_size, parse_spec, pretrained_value
+from ..modes import evaluating, trying_to_train
 from ..own_code import imported, refuse_unimported
 from ..pages.brief import Brief
 from ..pages.names import readable
@@ -98,6 +98,39 @@ class Blueprint(Brief):
             ) from error
         return model
 
+    @property
+    def is_given(self) -> bool:
+        """Whether the network was an object of Python's, which :meth:`build` cannot make."""
+        return self.model.startswith(GIVEN)
+
+    def fitted(self, network: nn.Module) -> nn.Module:
+        """A network that is there already, seen to take the pictures and to tell the classes apart; it stays as it was.
+
+        Raises:
+            OptionError: it has nothing to train or hold, cannot take pictures of this size, or has other outputs, in
+                evaluation or in training.
+        """
+        name, size = self.model.removeprefix(GIVEN), self.view.size
+        shape = (2, self.view.channels, size, size)
+        if not any(parameter.requires_grad for parameter in network.parameters()):
+            raise OptionError(f"a network needs weights that can be trained; {name} has none")
+        for mode in (evaluating, trying_to_train):
+            try:
+                with mode(network), torch.no_grad():
+                    out = network(torch.zeros(shape, device=next(network.parameters()).device))
+            except (NearsightError, MemoryError):
+                raise
+            except Exception as error:  # a network raises what it likes about pictures that it cannot take
+                reason = (str(error) or type(error).__name__).splitlines()[0]
+                raise OptionError(f"the network {name} cannot take float32 images {shape}: {reason}") from error
+            if not isinstance(out, Tensor) or out.shape != (2, len(self.classes)):
+                received = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+                raise OptionError(
+                    f"the network {name} must answer 2 images with a tensor (2, {len(self.classes)}), an output for each "
+                    f"class of {self.data.removeprefix(GIVEN)}; received {received}"
+                )
+        return network
+
     def kept(self, network: nn.Module) -> Blueprint:
         """The same as a file may hold it: without what says where the weights of ``network`` came from.
 
@@ -154,25 +187,34 @@ class Blueprint(Brief):
 
 def save_model(path: str | PathLike[str], model: nn.Module, blueprint: Blueprint) -> None:
     """Write weights and blueprint as safetensors, whole or not at all; the same model gives the same bytes."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    # Each apart from the others: safetensors holds no tensor twice, and weights of one's own may be tied.
+    tensors = {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, tensor in model.state_dict().items()
+    }
     values = json.loads(blueprint.kept(model).to_json())
     # One entry, since safetensors writes several in any order.
     write_bytes(to_path(path), save(tensors, metadata={KEY: json.dumps({**values, DIGEST: _digest(values, tensors)})}))
 
 
-def load_model(path: str | PathLike[str]) -> tuple[nn.Module, Blueprint]:
+def load_model(path: str | PathLike[str], network: nn.Module | None = None) -> tuple[nn.Module, Blueprint]:
     """Rebuild a trained model from a run's folder, a ``.safetensors`` or a ``.ckpt`` file.
 
     Whoever wrote the file, no code of it runs, and nothing is fetched, written or read from elsewhere: docs/security.md.
 
+    Args:
+        network: that the weights are loaded into, where it was given from Python when it was trained.
+
     Raises:
-        DataError: nothing there, an unreadable or damaged file, or one that nearsight did not write.
+        DataError: nothing there, an unreadable or damaged file, or one that nearsight did not write; a network that no file
+            rebuilds, or that the weights do not fit.
+        OptionError: a network where the file says how its own is rebuilt.
     """
     file = _weights_file(to_path(path))
     text, weights = _read_checkpoint_weights(file) if file.suffix == ".ckpt" else _read_safetensors(file)
     try:
         blueprint = Blueprint.from_json(text)
-        model = blueprint.build()
+        model = blueprint.build() if network is None or not blueprint.is_given else blueprint.fitted(network)
         model.load_state_dict(weights)
     except DataError as error:
         raise DataError(f"{file}: {error}") from error
@@ -180,6 +222,8 @@ def load_model(path: str | PathLike[str]) -> tuple[nn.Module, Blueprint]:
         # PyTorch names the module in its first line, and in the next the first tensor that does not fit.
         reason = " ".join(line.strip() for line in str(error).splitlines()[:2])
         raise DataError(f"{file} does not hold a model that can be rebuilt: {reason}") from error
+    if network is not None and network is not model:
+        raise OptionError(f"{file} says how to rebuild its network, {blueprint.model}: leave out model=")
     return model.eval(), blueprint
 
 

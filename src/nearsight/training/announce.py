@@ -12,7 +12,7 @@ from torch import nn
 
 from ..attention.backend import BACKENDS
 from ..flops import count_flops
-from ..modes import evaluating, keeping_modes
+from ..modes import evaluating, trying_to_train
 from ..saved.view import View
 from .batchnorm import PLAIN
 from .data import Pictures, told
@@ -74,12 +74,8 @@ def conclusion(evaluation: Evaluation, seconds: float) -> str:
 
 def backends_used(model: nn.Module, images: torch.Tensor) -> list[str]:
     """The backends that a training step of the network calls, in their order; found by trying one without a loss."""
-    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    try:
-        with _heard() as names, keeping_modes(model):
-            model.train()(images)
-    finally:
-        model.load_state_dict(state)  # the batch norms have seen the images
+    with _heard() as names, trying_to_train(model):
+        model(images)
     return [backend.name for backend in BACKENDS if backend.name in names]
 
 

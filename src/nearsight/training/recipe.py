@@ -182,7 +182,21 @@ class Recipe(Brief):
         values = {name: value for name, value in asdict(replace(self, model=stored)).items() if value is not None}
         values |= noted_imports()
         began = "" if stored == self.model else f"{BEGAN}; for the same add --model {json.dumps(self.model)}\n"
-        return f"{RERUN}\n{began}{yaml.safe_dump(values, sort_keys=False)}"
+        return f"{self.rerun}\n{began}{yaml.safe_dump(values, sort_keys=False)}"
+
+    @property
+    def given(self) -> tuple[str, ...]:
+        """What was given as an object of Python's, of model and data: no file makes it again."""
+        from ..models.spec import GIVEN
+
+        return tuple(name for name in ("model", "data") if getattr(self, name).startswith(GIVEN))
+
+    @property
+    def rerun(self) -> str:
+        """How to run it again, as the first line of its file."""
+        if not self.given:
+            return RERUN
+        return f"# Its {' and '.join(self.given)} came from Python, and no file makes them again: nearsight.train(...) does"
 
 
 def noted_imports() -> dict[str, list[str]]:
@@ -240,7 +254,7 @@ def read_recipe(path: str | PathLike[str], given: Container[str] = ()) -> Recipe
         OptionError: a value outside its range.
     """
     values = read_settings(path, given)
-    wrong = [name for name, value in values.items() if not _is_of(_KINDS[name], value)]
+    wrong = of_wrong_type(values)
     if wrong:
         raise DataError(f"{path} holds a value of the wrong type: {wrong[0]} is {values[wrong[0]]!r:.100}")
     return Recipe(**values)
@@ -276,6 +290,11 @@ def read_settings(path: str | PathLike[str], given: Container[str] = ()) -> dict
             "the file comes from, type it: --data hf:..."
         )
     return values
+
+
+def of_wrong_type(values: Mapping[str, Any]) -> list[str]:
+    """The names of settings whose values are of another type than theirs."""
+    return [name for name, value in values.items() if not _is_of(_KINDS[name], value)]
 
 
 _KINDS = {field.name: (field.metadata["kind"], field.default is None) for field in fields(Recipe)}

@@ -27,12 +27,13 @@ from torch import nn
 from ..errors import DataError, OptionError, TrainingError
 from ..extras import need
 from ..files import make_folder, make_inner_folder, read_text, remove_leftovers, to_path, write_text
-from ..models import ELSEWHERE, input_size, parse_spec
+from ..models import ELSEWHERE, GIVEN, input_size, parse_spec
 from ..pages.brief import Brief
 from ..pages.html import frame
 from ..saved.spec import saved_spec
 from ..saved.timm_folder import write_timm_config
 from ..saved.trained_on import TRAINED_FILE, told_overlap
+from ..saved.view import View
 from ..saved.weights import (
     CHECKPOINT_FILE,
     RECIPE,
@@ -73,11 +74,24 @@ class TrainedRun(Brief):
         return frame(report.read_text(), str(report)) if report.is_file() else f"<pre>{escape(repr(self))}</pre>"
 
 
+@dataclass(frozen=True, repr=False)
+class Given(Brief):
+    """What a recipe only names, because it was there already as objects of Python's; None is found by its name."""
+
+    network: nn.Module | None = None
+    pictures: Pictures | None = None
+
+
+NOTHING = Given()
+
+
 class Interrupted(TrainingError):
     """The user stopped the run; the message says how to go on."""
 
 
-def train(recipe: Recipe, output: str | PathLike[str] | None = None, *, download: bool = False) -> TrainedRun:
+def train(
+    recipe: Recipe, output: str | PathLike[str] | None = None, *, download: bool = False, objects: Given = NOTHING
+) -> TrainedRun:
     """Train as the recipe says; leave config, checkpoint, weights, metrics, timing and report in a folder.
 
     Every file is written whole or not at all. The same recipe gives the same metrics on the same CPU.
@@ -85,6 +99,7 @@ def train(recipe: Recipe, output: str | PathLike[str] | None = None, *, download
     Args:
         output: the run's folder; None takes ``runs/MODEL-DATA``.
         download: fetch data that is missing.
+        objects: network and data that the recipe stands for with names only; see :func:`nearsight.train`.
 
     Raises:
         OptionError: unknown model or data, or a model that cannot take pictures of this size.
@@ -101,15 +116,16 @@ def train(recipe: Recipe, output: str | PathLike[str] | None = None, *, download
         need(("tensorboard",), "--tensorboard", "tensorboard")
     if _is_main_process() and any((output / file).exists() for file in (CHECKPOINT_FILE, WEIGHTS_FILE)):
         raise TrainingError(f"{output} holds a run already: continue it with --resume, or name another --output")
-    return _run(recipe.settled(), output, download=download)
+    return _run(recipe.settled(), output, download=download, objects=objects)
 
 
-def resume(output: str | PathLike[str], given: Mapping[str, Any] | None = None) -> TrainedRun:
+def resume(output: str | PathLike[str], given: Mapping[str, Any] | None = None, objects: Given = NOTHING) -> TrainedRun:
     """Go on from the last checkpoint of a run that was stopped, to the end that it would have had.
 
     Args:
         output: the run's folder.
         given: settings asked for again; None leaves one as it is, and only those that say where it runs may differ.
+        objects: as of :func:`train`.
 
     Raises:
         OptionError: a setting that is not the run's, or data whose classes are not those that it began with.
@@ -138,7 +154,7 @@ def resume(output: str | PathLike[str], given: Mapping[str, Any] | None = None) 
     _check_unchanged(noted, stored.get(RECIPE, {}), output / CONFIG_FILE)
     # The weights are in the checkpoint: those that the run began with are not fetched again.
     recipe = replace(kept, **{**given, "model": saved_spec(kept.model)})
-    return _run(recipe, output, checkpoint, begun=begun)
+    return _run(recipe, output, checkpoint, begun=begun, objects=objects)
 
 
 def _asked(given: Mapping[str, Any], kept: Recipe) -> dict[str, Any]:
@@ -167,14 +183,15 @@ def _check_unchanged(recipe: Recipe, trained: Mapping[str, Any], config: Path) -
 
 def default_output(recipe: Recipe) -> Path:
     """``runs/MODEL-DATA``, with nothing in the names that a folder's name should not hold."""
-    return Path("runs") / re.sub(r"[^\w.-]+", "_", f"{recipe.model}-{recipe.data}").strip("_")
+    model, data = (name.removeprefix(GIVEN) for name in (recipe.model, recipe.data))
+    return Path("runs") / re.sub(r"[^\w.-]+", "_", f"{model}-{data}").strip("_")
 
 
-def image_size(recipe: Recipe, pictures: Pictures) -> int:
+def image_size(recipe: Recipe, pictures: Pictures, network: nn.Module | None = None) -> int:
     """Pixels per side of the pictures that a run with a single model trains on."""
     if isinstance(recipe.size, int):
         return recipe.size
-    made_for = input_size(recipe.model)
+    made_for = input_size(recipe.model) if network is None else View.of(network).size
     return made_for if recipe.size == OWN_SIZE else pictures.fitting(made_for)
 
 
@@ -185,22 +202,23 @@ def _run(
     *,
     begun: Blueprint | None = None,
     download: bool = False,
+    objects: Given = NOTHING,
 ) -> TrainedRun:
-    pictures = load_pictures(recipe.data, recipe.data_root, download)
+    pictures = objects.pictures or load_pictures(recipe.data, recipe.data_root, download)
     pictures = augmented(pictures, recipe.augment, recipe.mirror, recipe.crop)
     check_trainable(pictures)
-    size = image_size(recipe, pictures)
+    size = image_size(recipe, pictures, objects.network)
     recipe = replace(recipe.filled(pictures.defaults), size=size)
     assert recipe.batch_size is not None
     assert recipe.drop_path is not None
     view = replace(pictures.view(size), background=recipe.background)
-    blueprint = Blueprint.of(recipe.model, pictures.classes, view, recipe.data)
+    described = Blueprint.of if objects.network is None else Blueprint
+    blueprint = described(recipe.model, pictures.classes, view, recipe.data)
     if begun is not None:
         check_same_classes(begun, pictures)
         blueprint = replace(blueprint, img_size=begun.img_size)
     L.seed_everything(recipe.seed, workers=True, verbose=False)
-    # Channels last is the faster layout for convolutions and attention alike, and the images follow the weights.
-    model = blueprint.build(recipe.drop_path).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    model = _built(blueprint, recipe.drop_path) if objects.network is None else blueprint.fitted(objects.network)
     blueprint = blueprint.kept(model)
     task = Classifier(model, pictures.augment, blueprint, recipe)
     if _is_main_process():
@@ -227,7 +245,8 @@ def _run(
     evaluation = evaluate(best, loader(test, recipe.batch_size, pictures.test.workers))
     if _is_main_process():
         save_model(output / WEIGHTS_FILE, best, blueprint)
-        write_timm_config(output, best, blueprint)
+        if not blueprint.is_given:
+            write_timm_config(output, best, blueprint)
         print(conclusion(evaluation, seconds), flush=True)
         report = output / REPORT_FILE
         if is_drawn(report, lambda: write_result(report, recipe, evaluation)):
@@ -236,6 +255,11 @@ def _run(
         print(f"report   {report}", flush=True)
         print(told_overlap(output, test.digests(evaluation.places).numpy()), end="", flush=True)
     return TrainedRun(recipe, output, best, evaluation)
+
+
+def _built(blueprint: Blueprint, drop_path: float) -> nn.Module:
+    """Channels last is the faster layout for convolutions and attention alike, and the images follow the weights."""
+    return blueprint.build(drop_path).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
 
 def _began(file: Path) -> str:
@@ -290,18 +314,23 @@ def _fit(trainer: L.Trainer, task: Classifier, data: Batches, checkpoint: Path |
         trainer.fit(task, data, ckpt_path=checkpoint)
     except SystemExit as stop:  # Lightning's answer to Ctrl-C, after which it ignores all further ones
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        advice = (
-            "go on with: nearsight train --resume --output"
-            if (output / CHECKPOINT_FILE).is_file()
-            else ("there is no checkpoint yet; start again with --output")
-        )
-        raise Interrupted(f"stopped in epoch {trainer.current_epoch + 1}; {advice} {output}") from stop
+        advice = _way_on(task.recipe, output)
+        raise Interrupted(f"stopped in epoch {trainer.current_epoch + 1}; {advice}") from stop
     except DataError as error:  # from a worker process it comes with that process's traceback around it
         raise DataError(last_words(error)) from error
     finally:
         launcher = trainer.strategy.launcher  # None where Lightning started no processes
         if sys.exc_info()[0] is not None and launcher is not None:
             launcher.kill(signal.SIGKILL)  # they would wait for this process
+
+
+def _way_on(recipe: Recipe, output: Path) -> str:
+    if not (output / CHECKPOINT_FILE).is_file():
+        return (
+            f"there is no checkpoint yet; start again with {'the same call' if recipe.given else f'--output {output}'}"
+        )
+    by_name = f"nearsight train --resume --output {output}"
+    return f"go on with: {f'the same call, output={str(output)!r}, resume=True' if recipe.given else by_name}"
 
 
 def _is_main_process() -> bool:

@@ -18,6 +18,7 @@ pictures.py   what a data set is to the rest of the training
 arrays.py     those that fit in memory
 decoded.py    those that are decoded when needed; folder:PATH
 hub.py        hf:NAME
+given.py      data sets of PyTorch, given from Python
 shards.py     wds:PATH
 augment.py    how training varies them
 """
@@ -27,10 +28,12 @@ from __future__ import annotations
 from torch import Tensor
 
 from ...errors import OptionError
+from ...models import GIVEN
 from ...saved.view import View
 from .arrays import SOURCES, ArraySplit, RandomAffine
 from .augment import augmented, told
 from .decoded import DecodedSplit, Whole, load_folder, warn_of_broken, whole
+from .given import given_pictures
 from .hub import load_hub
 from .pictures import IGNORED, MAX_BROKEN, PictureDataset, Pictures, Split, SplitSampler, check_trainable, loader
 from .shards import load_shards
@@ -50,6 +53,7 @@ __all__ = [
     "Whole",
     "augmented",
     "check_trainable",
+    "given_pictures",
     "load_pictures",
     "load_whole",
     "loader",
@@ -79,6 +83,11 @@ def load_pictures(name: str, root: str | None = None, download: bool = False) ->
     kind, colon, _ = name.partition(":")
     if colon and kind in FILE_KINDS:
         return FILE_KINDS[kind](name)
+    if name.startswith(GIVEN):
+        raise OptionError(
+            f"the data {name.removeprefix(GIVEN)} was given from Python, and no name makes it again: "
+            "nearsight.train(data=...)"
+        )
     if name not in SOURCES:
         raise OptionError(
             f"data must be one of {', '.join(SOURCES)}, folder:PATH, hf:NAME or wds:PATH; received {name!r}"

@@ -101,16 +101,7 @@ def divided(name: str, classes: tuple[str, ...], stores: Mapping[str, ImageStore
     from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
     splits = {part: DecodedSplit(store, np.arange(len(store.labels))) for part, store in stores.items()}
-    train = splits.pop("train")
-    if not splits:
-        _check_divisible(name, classes, train)
-        train, splits["test"] = train.divide(TEST_SHARE)
-    if len(splits) == 2:
-        validation, test = splits["val"], splits["test"]
-    else:
-        (test,) = splits.values()
-        _check_divisible(name, classes, train)
-        train, validation = train.divide(VALIDATION_SHARE)
+    train, validation, test = in_three(name, classes, splits)
     return Pictures(
         name,
         classes,
@@ -125,9 +116,31 @@ def divided(name: str, classes: tuple[str, ...], stores: Mapping[str, ImageStore
     )
 
 
-def _check_divisible(name: str, classes: tuple[str, ...], train: DecodedSplit) -> None:
+def in_three(name: str, classes: tuple[str, ...], splits: Mapping[str, Divisible]) -> tuple[Any, Any, Any]:
+    """Training, validation and test of what is there of them: see :func:`divided`."""
+    splits = dict(splits)
+    train = splits.pop("train")
+    if not splits:
+        _check_divisible(name, classes, train)
+        train, splits["test"] = train.divide(TEST_SHARE)
+    if len(splits) == 2:
+        return train, splits["val"], splits["test"]
+    (test,) = splits.values()
+    _check_divisible(name, classes, train)
+    return *train.divide(VALIDATION_SHARE), test
+
+
+class Divisible(Split, Protocol):
+    """A split that can be divided in two, every class in proportion."""
+
+    def divide(self, share: float) -> tuple[Any, Any]:
+        """The larger part, and the smaller one."""
+        ...
+
+
+def _check_divisible(name: str, classes: tuple[str, ...], train: Split) -> None:
     """That each class can be in both parts of what is divided."""
-    (alone,) = (np.bincount(train.labels) == 1).nonzero()
+    (alone,) = (np.bincount(np.asarray(train.labels)) == 1).nonzero()
     if len(alone):
         raise DataError(
             f"too few images to split some off every class: {name} has a single one for training of "

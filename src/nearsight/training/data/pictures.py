@@ -82,8 +82,13 @@ def digest(picture: Image) -> int:
 
     Two of n different pictures share one with a chance of about n**2 / 2**64.
     """
-    state = blake2b(f"{picture.mode} {picture.width} {picture.height} ".encode(), digest_size=8)
-    state.update(picture.tobytes())
+    return digest_of_cells(picture.mode, picture.width, picture.height, picture.tobytes())
+
+
+def digest_of_cells(mode: str, width: int, height: int, cells: bytes) -> int:
+    """:func:`digest` of a picture that is there as its parts."""
+    state = blake2b(f"{mode} {width} {height} ".encode(), digest_size=8)
+    state.update(cells)
     return (int.from_bytes(state.digest(), "big") >> 1) or 1
 
 
