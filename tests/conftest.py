@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 import nearsight as ns
+from nearsight import telling
 from nearsight.attention.backend import BACKENDS
 from nearsight.attention.problem import describe
 
@@ -30,6 +31,8 @@ hypothesis.settings.load_profile("ci")
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers are the parallelism
+
+telling.MOMENT = 60.0  # a slow machine adds no lines to those that tests count
 
 # The c in c * eps * max(1, |ref|): how many roundings a result may be away from the oracle. Half precision is held in
 # float32 inside, so that only the rounding of the result is left; see `bound`.

@@ -180,6 +180,28 @@ def test_it_is_the_loop_of_the_command_and_goes_on_where_it_was_stopped(run, tmp
         assert torch.equal(tensor, found.model.state_dict()[name]), name
 
 
+def test_bars_count_epochs_from_one(tmp_path, monkeypatch):
+    """Where Lightning asks for their names, which it does not promise."""
+    from nearsight.training import train as room
+    from nearsight.training.callbacks import Bar
+
+    named = []
+
+    class Noting(Bar):
+        def _add_task(self, total_batches, description, visible=True):
+            named.append(description.strip())
+            return super()._add_task(total_batches, description, visible)
+
+        def _update(self, progress_bar_id, current, visible=True):
+            if self.progress is not None:
+                named.extend(task.description.strip() for task in self.progress.tasks)
+            return super()._update(progress_bar_id, current, visible)
+
+    monkeypatch.setattr(room, "progress", Noting)
+    quietly(model=Tiny(), data=Pictures(), output=tmp_path / "run", epochs=2)
+    assert [name for name in dict.fromkeys(named) if name.startswith("Epoch")] == ["Epoch 1/2", "Epoch 2/2"]
+
+
 # ------------------------------------------------------------------------------------------------- what data may look like
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -53,15 +54,17 @@ def run(arguments: list[str]) -> None:
     from ..bench.timing import using_threads
     from ..files import make_folder
     from ..saved.opened import open_model
+    from ..telling import telling
 
     model = open_model(options.model, options.size)
     if options.output is not None:
         make_folder(options.output)
     with using_threads(options.threads):
         x = torch.randn(options.batch_size, model.view.channels, model.view.size, model.view.size)
-        with model.shown_pictures():
+        with model.shown_pictures(), telling(f"timing the layers of {model.title}"):
             found = profile(model.network, x, rounds=options.rounds)
-        grown = growth(None, **geometry_of(model.network), rounds=options.rounds) if options.growth else None
+        with telling("timing how attention grows") if options.growth else nullcontext():
+            grown = growth(None, **geometry_of(model.network), rounds=options.rounds) if options.growth else None
     _tell_cost(model.title, found, grown, options)
 
 

@@ -24,6 +24,7 @@ from ..finite import why_not_finite
 from ..models import create_model, input_size, made_for_size, parse_spec
 from ..pages.brief import Brief
 from ..pages.csv_json import to_json
+from ..telling import telling
 from .foreign import read_weights
 from .trained_on import TRAINED_FILE, read_trained, write_trained
 from .view import View
@@ -96,7 +97,8 @@ def convert_to_folder(
         raise TrainingError(f"{output} holds a model already: name another --output")
     network, blueprint, trained = _open(model, pretrained, checkpoint, known or Known())
     view = blueprint.view
-    report = convert(network, input_size=(view.channels, view.size, view.size), **options)
+    with telling(f"converting {model}"):
+        report = convert(network, input_size=(view.channels, view.size, view.size), **options)
     if not report.converted:
         raise OptionError(f"{model}: {report.summary()[0]}")
     kept = blueprint.kept(network)

@@ -17,6 +17,7 @@ from ..picture import opaque
 from ..saved.trained_on import TRAINED_FILE, read_trained
 from ..saved.view import View
 from ..saved.weights import Blueprint, load_model
+from ..telling import telling
 from .data import FILE_KINDS, MAX_BROKEN, Pictures, Split, Whole, load_pictures, load_whole, loader
 from .evaluate import Evaluation, evaluate, joined
 from .intervals import Interval, wilson
@@ -161,7 +162,8 @@ def assess(
     found, seen_before = [], []
     for part in chosen:
         images = part.dataset(blueprint.view, training=False, max_broken=max_broken)
-        result = evaluate(model, loader(images, BATCH, part.workers), classes)
+        with telling(f"measuring {len(images)} images of {data}"):
+            result = evaluate(model, loader(images, BATCH, part.workers), classes)
         found.append(result)
         seen_before.append(np.isin(images.digests(result.places).numpy(), [] if known is None else known))
     result, trained = joined(found), torch.from_numpy(np.concatenate(seen_before))
