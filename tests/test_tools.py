@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What tracers, transforms and quantising tools of PyTorch see of a layer is right, or said to be impossible in a line."""
 
+import copy
 import io
+import sys
 import warnings
 
 import onnxruntime
@@ -11,7 +13,9 @@ from torch import nn
 
 import nearsight as ns
 from nearsight.attention import native
+from nearsight.compat.opacus import take_layers_whole
 from nearsight.errors import BackendError
+from nearsight.layers import SelfAttention
 from nearsight.layers.projection import PatchProjection2d
 
 NAT = {"depths": (1, 2), "num_heads": (1, 2), "embed_dim": 16, "kernel_size": 3, "num_classes": 3}
@@ -201,6 +205,64 @@ def test_derivatives_of_derivatives(name):
         torch.func.vmap(lambda v: torch.func.jvp(torch.func.grad(loss), (x,), (v,))[1])(v[None])[0],
     ):
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-3)
+
+
+# ------------------------------------------------------------------------------------------- gradients of single pictures
+
+
+def gradients_of_each(model, pictures, loss=lambda y: y.square().sum()):
+    def of_one(parameters, picture):
+        return loss(torch.func.functional_call(model, parameters, (picture[None],)))
+
+    return torch.func.vmap(torch.func.grad(of_one), (None, 0))(dict(model.named_parameters()), pictures)
+
+
+def by_hooks(model, pictures):
+    """As Opacus 1.6 does where it has no rule of its own: modules that hold parameters, by what went in and came back."""
+    found = {}
+
+    def watch(module, path):
+        copied = copy.deepcopy(module)  # without the hooks
+
+        def back(module, _, grads):
+            pairs = zip(inputs.pop(module), grads[0].detach(), strict=True)
+            parts = [gradients_of_each(copied, x[None], lambda y, g=g: (y * g).sum()) for x, g in pairs]
+            for name in parts[0]:
+                found[f"{path}{name}"] = torch.cat([part[name] for part in parts])
+
+        module.register_forward_hook(lambda module, x, _: inputs.__setitem__(module, x[0].detach()))
+        module.register_full_backward_hook(back)
+
+    def look(module, path=""):
+        if any(parameter.requires_grad for parameter in module.parameters(recurse=False)):
+            watch(module, path)
+            return
+        for name, child in module.named_children():
+            look(child, f"{path}{name}.")
+
+    inputs = {}
+    look(model)
+    model(pictures).square().sum().backward()
+    return found
+
+
+@pytest.mark.parametrize("position", ["relative", "bias", "cpb", "learned", "mixed_rope"])
+def test_tools_that_hook_what_holds_parameters_take_a_layer_whole(monkeypatch, position):
+    """Three pictures, and three entries of a table: of "cpb" the one was taken for the other."""
+    monkeypatch.setattr(SelfAttention, "parameters", SelfAttention.parameters)  # to be put back
+    take_layers_whole()
+    layer = ns.LocalSelfAttention2d(8, kernel_size=3, num_heads=2, position=position, map_size=5, recompute_qkv=True)
+    model, pictures = nn.Sequential(nn.Conv2d(2, 8, 1), layer), torch.randn(3, 2, 5, 4)
+    expected, found = gradients_of_each(model, pictures), by_hooks(model, pictures)
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, atol=1e-4, rtol=1e-3, msg=name)
+
+
+def test_opacus_is_waited_for():
+    waiting = [finder for finder in sys.meta_path if getattr(finder, "name", None) == "opacus"]
+    assert len(waiting) == 1 or "opacus" in sys.modules
+    assert "parameters" not in vars(SelfAttention), "nobody else is told otherwise"
 
 
 # ------------------------------------------------------------------------------------------------------------ quantising

@@ -131,7 +131,8 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__, *_ROOMS, "__version__"})
 
 
-# PyTorch then has our operators, timm our networks, and PyTorch's counter their formulas, whoever imports them and when.
+# PyTorch then has our operators, timm our networks, PyTorch's counter their formulas, and Opacus sees layers whole, whoever
+# imports them and when.
 # Attention stands on modules that import PyTorch themselves: where one of these comes first, it waits until that is whole.
 _BELOW_ATTENTION = [f"{__name__}.{module}" for module in ("precision", "private", "window")]
 _whole: set[str] = set()
@@ -147,3 +148,4 @@ for _module in ("torch", *_BELOW_ATTENTION):
     _when_imported(_module, lambda came=_module: _bring_attention(came))
 _when_imported("timm.models", lambda: _import_module(".models", __name__))
 _when_imported("torch.utils.flop_counter", lambda: _import_module(".flops", __name__))
+_when_imported("opacus", lambda: _import_module(".compat.opacus", __name__).take_layers_whole())

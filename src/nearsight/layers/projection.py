@@ -101,7 +101,8 @@ def is_repeatable(projection: nn.Module, x: Tensor) -> bool:
     """Whether what a module made of x is :func:`project` of it, its weight and its bias, and nothing else."""
     if type(projection) not in POINTWISE.values() or OVERRIDES & vars(projection).keys():
         return False
-    return not has_forward_hooks(projection) and _is_ours(x, projection.get_parameter("weight"))
+    # A parameter, or what functional_call has put in its place.
+    return not has_forward_hooks(projection) and _is_ours(x, projection.weight)  # pyright: ignore[reportArgumentType]
 
 
 def _is_ours(x: Tensor, weight: Tensor) -> bool:
