@@ -347,6 +347,7 @@ class Page(HTMLParser):
 
 def test_the_report_is_one_page_with_described_pictures(run):
     text = (run.output / "report.html").read_text()
+    assert text.count("<svg") == text.count('<div class="scroll" tabindex="0"><svg') > 2  # to be read on a phone
     page = Page(text)
     assert page.open == []
     pictures = [attributes for tag, attributes in page.found if tag == "svg"]
