@@ -5,6 +5,8 @@
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO := runs/demo
+GALLERY := runs/gallery
+IMAGES := docs/images
 # Python files are found where they lie; only these call for another installation. The packages are among them because an
 # editable installation remembers which there were.
 INSTALLED_FROM := pyproject.toml $(wildcard CMakeLists.txt csrc/*.* csrc/*/* src/nearsight/*/__init__.py src/nearsight/*/*/__init__.py)
@@ -15,7 +17,7 @@ WITH_DEV := $(VENV)/.installed-dev
 WORKERS := --numprocesses auto --maxprocesses 4 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all quick check format bench clean distclean sound
+.PHONY: help demo test test-all quick check format bench pictures clean distclean sound
 .NOTPARALLEL:
 
 help: ## show this list
@@ -55,6 +57,16 @@ format: $(WITH_DEV) ## put the code into the house format
 bench: $(WITH_TRAIN) ## measure the speed and memory that the README claims
 	$(BIN)/nearsight bench layers
 	$(BIN)/python bench/unfold.py
+
+# Every picture of the documentation stands here with the command that draws it; a test holds the folder to it. The networks
+# that are looked at are trained where $(GALLERY) does not hold them. The numbers of convert_heads are of a run of 25 minutes:
+# examples/convert_fashion_mnist.py leaves them as heads.csv.
+pictures: $(WITH_DEV) ## draw the pictures of docs/images anew, with the networks in runs/gallery
+	$(BIN)/python examples/gallery.py --runs $(GALLERY) --output $(IMAGES)/gallery
+	$(BIN)/python examples/memory_blocks.py $(GALLERY)/digits $(IMAGES)/memory_blocks.svg
+	$(BIN)/python examples/explorer.py $(GALLERY)/digits $(IMAGES)/explore.png
+	$(BIN)/python examples/windows.py $(IMAGES)/windows.svg
+	$(BIN)/python examples/convert_heads.py $(IMAGES)/convert_heads.csv $(IMAGES)/convert_heads.svg
 
 clean: ## remove caches and build output
 	rm -rf build dist .pytest_cache .ruff_cache .hypothesis lightning_logs

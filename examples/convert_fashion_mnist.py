@@ -5,8 +5,8 @@
 
 For every seed: train a small ResNet on Fashion-MNIST; convert it exactly and compare every prediction on the test images;
 fine-tune both for the same steps on the same images; measure both on clean and on corrupted test images. Stopped at any
-moment, the same command goes on after the last whole step. The folder then holds table.csv, summary.json, heads.svg and for
-every seed the weights and the measurements. docs/convert.md says what came out.
+moment, the same command goes on after the last whole step. The folder then holds table.csv, summary.json, heads.csv with
+heads.svg, and for every seed the weights and the measurements. docs/convert.md says what came out.
 """
 
 from __future__ import annotations
@@ -21,8 +21,10 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+import convert_heads
 import torch
 import torch.nn.functional as F
+from convert_heads import Head
 from safetensors.torch import load_file, save
 from timm.models.resnet import BasicBlock, downsample_conv
 from torch import Tensor, nn
@@ -31,6 +33,7 @@ from torchvision.transforms.v2 import functional as change
 import nearsight as ns
 from nearsight.conversion import ConversionReport, GatedPositionalSelfAttention
 from nearsight.files import make_folder, write_bytes, write_text
+from nearsight.pages.style import to_svg_file
 from nearsight.training.data import Pictures, load_pictures
 
 BATCH_SIZE = 128
@@ -38,7 +41,6 @@ BATCH_SIZE = 128
 TRAIN_LR, TUNE_LR, HEADS_LR = 3e-3, 1e-3, 3e-3
 WEIGHT_DECAY = 0.05
 ARMS = ("trained", "convolution", "attention")
-LONGER = 4  # in the picture, where a move of a tenth of a cell is to be seen
 
 # Images are in [0, 1]; each corruption has five severities.
 CORRUPTIONS: dict[str, tuple[tuple[float, ...], Callable[[Tensor, float], Tensor]]] = {
@@ -256,7 +258,9 @@ def write_results(output: Path, results: dict[int, dict[str, Any]]) -> None:
     for name in (*ARMS, "attention - convolution"):
         cells = [f"{kind} {100 * mean:.2f} +- {100 * sd:.2f}" for kind, (mean, sd) in summary[name].items()]
         print(f"{name}: {', '.join(cells)}", flush=True)
-    write_bytes(output / "heads.svg", draw_heads([found["attention"]["heads"] for found in results.values()]))
+    heads = gathered(results)
+    write_text(output / "heads.csv", convert_heads.to_csv(heads))
+    write_bytes(output / "heads.svg", to_svg_file(convert_heads.draw(heads)))
 
 
 def _rows(seed: int, arm: str, found: dict[str, Any]) -> list[tuple[Any, ...]]:
@@ -277,33 +281,14 @@ def _mean_and_sd(values: list[float]) -> tuple[float, float]:
     return mean(values), stdev(values) if len(values) > 1 else 0.0
 
 
-def draw_heads(seeds: list[dict[str, Any]]) -> bytes:
-    """One panel per layer: from where each head began a line the way it moved, its dot as large as its gate is open."""
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
-    from nearsight.pages.style import BLUE, ORANGE, SKY
-
-    layers = list(seeds[0])
-    figure = Figure(figsize=(2.6 * len(layers), 2.8), layout="constrained")
-    for panel, layer in zip(figure.subplots(1, len(layers), squeeze=False)[0], layers, strict=True):
-        for heads, colour in zip(seeds, (BLUE, ORANGE, SKY) * len(seeds), strict=False):
-            centres = torch.tensor(heads[layer]["centres"])
-            side = round(len(centres) ** 0.5)
-            steps = torch.arange(side) - side // 2
-            home = torch.cartesian_prod(steps, steps)
-            for (y, x), (row, column), gate in zip(home, centres, heads[layer]["gate"], strict=True):
-                column, row = x + LONGER * (column - x), y + LONGER * (row - y)
-                panel.plot([x, column], [y, row], color=colour, linewidth=1)
-                panel.scatter([column], [row], s=8 + 120 * gate, color=colour, alpha=0.7, linewidths=0)
-        panel.set(
-            title=layer, xticks=range(-2, 3), yticks=range(-2, 3), xlim=(-2.3, 2.3), ylim=(2.3, -2.3), aspect="equal"
-        )
-        panel.grid(alpha=0.3)
-    buffer = io.BytesIO()
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "nearsight"}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-    return buffer.getvalue()
+def gathered(results: dict[int, dict[str, Any]]) -> list[Head]:
+    """The heads of every seed, layer by layer, after attention was tuned."""
+    return [
+        Head(seed, layer, number, row, column, gate)
+        for seed, found in results.items()
+        for layer, looked in found["attention"]["heads"].items()
+        for number, ((row, column), gate) in enumerate(zip(looked["centres"], looked["gate"], strict=True), start=1)
+    ]
 
 
 if __name__ == "__main__":

@@ -11,7 +11,9 @@ import sys
 from pathlib import Path
 
 import nearsight as ns
+from nearsight.files import write_bytes
 from nearsight.pages import drawings
+from nearsight.pages.style import to_svg_file
 from nearsight.saved.weights import load_model
 from nearsight.training.data import load_pictures
 
@@ -24,8 +26,7 @@ def main(run: str, output: str, image_index: int = 3, pixel: tuple[int, int] | N
     maps = ns.attention_maps(model, image[None])
     grey = (image * view.std[0] + view.mean[0]).clamp(0, 1)[0].numpy()
     figure = drawings.heads(grey, maps[:2], pixel or (view.size // 2, view.size // 2))
-    figure.set_facecolor("white")
-    figure.savefig(output, metadata={"Date": None})
+    write_bytes(Path(output), to_svg_file(figure))
 
 
 if __name__ == "__main__":

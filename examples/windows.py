@@ -7,14 +7,15 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib import rc_context
+from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 import nearsight as ns
-from nearsight.pages.style import BLUE, GREEN, INK, ORANGE, STYLE
+from nearsight.files import write_bytes
+from nearsight.pages.style import BLUE, GREEN, INK, ORANGE, in_style, new_figure, to_svg_file
 
 SIDE = 12  # cells of the map per axis
 QUERIES = {(5, 5): BLUE, (6, 4): ORANGE, (0, 10): GREEN}
@@ -41,24 +42,27 @@ def seen(window: ns.Window, query: tuple[int, int]) -> np.ndarray:
     return found
 
 
+@in_style
+def draw() -> Figure:
+    figure = new_figure(9.6, 5.6)
+    for axes, (title, code) in zip(figure.subplots(2, 4).flat, WINDOWS.items(), strict=True):
+        window = eval(code, {"ns": ns})
+        for (y, x), colour in QUERIES.items():
+            for row, column in np.argwhere(seen(window, (y, x))):
+                axes.add_patch(Rectangle((column, row), 1, 1, color=colour, alpha=0.35, linewidth=0))
+            axes.plot(x + 0.5, y + 0.5, "o", color=colour, markersize=6)
+        axes.set(xlim=(0, SIDE), ylim=(SIDE, 0), aspect="equal")
+        axes.set_xticks(range(SIDE + 1), labels=[])
+        axes.set_yticks(range(SIDE + 1), labels=[])
+        axes.tick_params(length=0)
+        axes.grid(color=INK, alpha=0.2, linewidth=0.5)
+        axes.spines[:].set_visible(False)
+        axes.set_title(f"{title}\n{code.removeprefix('ns.')}", fontsize=8)
+    return figure
+
+
 def main(output: str) -> None:
-    with rc_context(STYLE):
-        figure, panels = plt.subplots(2, 4, figsize=(9.6, 5.6), layout="constrained")
-        for axes, (title, code) in zip(panels.flat, WINDOWS.items(), strict=True):
-            window = eval(code, {"ns": ns})
-            for (y, x), colour in QUERIES.items():
-                for row, column in np.argwhere(seen(window, (y, x))):
-                    axes.add_patch(Rectangle((column, row), 1, 1, color=colour, alpha=0.35, linewidth=0))
-                axes.plot(x + 0.5, y + 0.5, "o", color=colour, markersize=6)
-            axes.set(xlim=(0, SIDE), ylim=(SIDE, 0), aspect="equal")
-            axes.set_xticks(range(SIDE + 1), labels=[])
-            axes.set_yticks(range(SIDE + 1), labels=[])
-            axes.tick_params(length=0)
-            axes.grid(color=INK, alpha=0.2, linewidth=0.5)
-            axes.spines[:].set_visible(False)
-            axes.set_title(f"{title}\n{code.removeprefix('ns.')}", fontsize=8)
-        figure.set_facecolor("white")
-        figure.savefig(output, metadata={"Date": None})
+    write_bytes(Path(output), to_svg_file(draw()))
 
 
 if __name__ == "__main__":

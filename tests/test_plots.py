@@ -2,8 +2,11 @@
 """Plots: what is drawn stands in the CSV, files come together, and colours can be told apart by everybody."""
 
 import csv
+import importlib
 import io
+import math
 import re
+from collections import Counter
 from itertools import combinations
 from pathlib import Path
 
@@ -178,7 +181,7 @@ def test_the_gallery_s_words_are_its_numbers():
     text = " ".join((ROOT / "docs" / "gallery.md").read_text().split())
     folder = ROOT / "docs" / "images" / "gallery"
     for data, distance, entropy, end in (
-        ("digits", "1.6 to 2.9 on digits", "2.3 to 1.0 bits", "1.3 times the largest logit on digits"),
+        ("digits", "1.7 to 3.3 on digits", "2.1 to 1.3 bits", "1.4 times the largest logit on digits"),
         ("fashion-mnist", "1.9 to 8.4 on Fashion-MNIST", "2.0 to 1.8", "0.34 times the largest on Fashion-MNIST"),
     ):
         lines = [line for line in read((folder / f"{data}-statistics.csv").read_text()) if line[2].startswith("mean")]
@@ -190,3 +193,56 @@ def test_the_gallery_s_words_are_its_numbers():
         number = end.split()[0]
         assert f"{float(last['error']):.{len(number) - 2}f}" == number
         assert end in text
+
+
+# ---------------------------------------------------------------------------------------------------- pictures of the docs
+
+
+def test_every_picture_has_its_command_and_its_place():
+    """`make pictures` names what draws each, the documentation shows each, and no file is left over."""
+    recipe = (ROOT / "Makefile").read_text().partition("\npictures:")[2].partition("\n\n")[0]
+    commands = [line.replace("$(IMAGES)", "docs/images").split() for line in recipe.splitlines()[1:]]
+    assert [command[1] for command in commands if not (ROOT / command[1]).is_file()] == []
+    drawn = {ROOT / word for command in commands for word in command[2:] if word.startswith("docs/images")}
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    shown = {
+        page.parent / place
+        for page in pages
+        for place in re.findall(r"\]\(([\w./-]+\.(?:svg|png))\)", page.read_text())
+    }
+    files = {file for file in (ROOT / "docs" / "images").rglob("*") if file.is_file()}
+    assert {file for file in files if drawn.isdisjoint((file, *file.parents))} == set()
+    assert {file for file in files if file.suffix != ".csv"} == shown
+
+
+@pytest.mark.parametrize("name", ["windows", "convert_heads"])
+def test_what_the_code_draws_today_is_the_picture_that_is_shown(name, monkeypatch):
+    """Its texts and its colours, as often: where exactly they stand is Matplotlib's."""
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    script, images = importlib.import_module(name), ROOT / "docs" / "images"
+    numbers = [script.read((images / f"{name}.csv").read_text())] if name == "convert_heads" else []
+
+    def told(svg):
+        return Counter(re.findall(r"(?:fill|stroke): #\w+|>[^<>\n]+</text>", svg))
+
+    committed = told((images / f"{name}.svg").read_text())
+    assert told(to_svg_file(script.draw(*numbers)).decode()) == committed
+    assert committed.total() > 100
+
+
+def test_the_heads_that_are_told_of_are_those_that_are_drawn(monkeypatch):
+    """The table of docs/convert.md: how far heads moved, how many of them outward, and how many gates are open how far."""
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    script = importlib.import_module("convert_heads")
+    heads = script.read((ROOT / "docs" / "images" / "convert_heads.csv").read_text())
+    assert script.read(script.to_csv(heads)) == heads
+    text = (ROOT / "docs" / "convert.md").read_text()
+    for layer in dict.fromkeys(head.layer for head in heads):
+        its = [(head, script.home(head.head, 9)) for head in heads if head.layer == layer]
+        moved = [math.dist((head.row, head.column), home) for head, home in its]
+        outward = [math.hypot(head.row, head.column) > math.hypot(*home) for head, home in its if home != (0, 0)]
+        gates = [head.gate for head, _ in its]
+        row = next(line for line in text.splitlines() if line.startswith(f"| {layer}")).split(" | ")
+        assert row[1:3] == [f"{np.mean(moved):.2f} ({max(moved):.2f})", f"{sum(outward)} of {len(outward)}"]
+        assert row[4] == (f"{np.count_nonzero(gates)} of {len(gates)}" if any(gates) else "none")
+        assert float(row[5].strip(" |")) == round(max(gates), 2)
