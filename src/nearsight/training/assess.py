@@ -162,7 +162,7 @@ def assess(
     found, seen_before = [], []
     for part in chosen:
         images = part.dataset(blueprint.view, training=False, max_broken=max_broken)
-        with telling(f"measuring {len(images)} images of {data}"):
+        with telling(f"measuring {len(part)} images of {data}"):
             result = evaluate(model, loader(images, BATCH, part.workers), classes)
         found.append(result)
         seen_before.append(np.isin(images.digests(result.places).numpy(), [] if known is None else known))
