@@ -219,8 +219,12 @@ def test_tensors_pass_as_they_are_and_the_network_can_be_shown_pictures():
     data = Pictures(show=partial(scaled, mean=0.5, std=0.25))
     pictures = given_pictures(data, mean=[0.5], std=[0.25])
     items = pictures.train.dataset(pictures.view(8), training=True)
-    (first,) = (index for index in range(32) if torch.equal(items[0][0], data[index][0]))
-    assert items[0][1] == first % 2
+    train: Any = pictures.train
+    for index, place in enumerate(train.chosen):
+        image, label = data[place]
+        for item in (index, index + 5 * len(train)):  # of any epoch
+            assert torch.equal(items[item][0], image)
+            assert items[item][1] == label
     with pytest.raises(OptionError, match=r"between 0 and 1 need mean= and std="):
         given_pictures(data)
     plain = given_pictures(Pictures(show=scaled))
