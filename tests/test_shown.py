@@ -166,6 +166,7 @@ SMALL = {
     "Window",
     "Problem",
     "View",
+    "_Form",
     "LayerError",
     "Exported",
     "Reach",
