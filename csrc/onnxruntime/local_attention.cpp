@@ -212,6 +212,8 @@ struct Call {
         const bool by_offset = a.border[axis] == NEARSIGHT_BORDER_SHIFT || a.shared_by[axis] > 1;
         return by_offset ? 2 * a.kernel[axis] - 1 : a.kernel[axis];
     }
+    // Calls of the kernel: one where every head has a key of its own, else one for each key.
+    int64_t groups() const { return a.kv_heads == a.heads ? 1 : a.kv_heads; }
     int64_t queries(int axis) const { return (key.shape[axis + 2] + a.stride[axis] - 1) / a.stride[axis]; }
 
     void check_shapes() const;
@@ -259,7 +261,7 @@ nearsight_problem Call::problem() const {
     p.element_size = a.dtype == NEARSIGHT_BFLOAT16 ? 2 : 4;
     p.scalar_size = 4;
     p.batch = key.shape[0];
-    p.heads = a.heads / a.kv_heads;
+    p.heads = a.heads / groups();
     p.head_dim = query.shape[1] / a.heads;
     p.value_dim = value.shape[1] / a.kv_heads;
     // Attributes are float32: the usual scale, rounded, stands for what it was.
@@ -308,11 +310,10 @@ void run(const Call& call, const Tensor& out, KernelContext* context) {
     nearsight_tensor query = planar(call.query, a.heads), key = planar(call.key, a.kv_heads);
     nearsight_tensor value = planar(call.value, a.kv_heads), result = planar(out, a.heads);
     const int64_t of_key = key.strides[1], of_value = value.strides[1];
-    if (p.heads > 1) key.strides[1] = value.strides[1] = a.kv_heads == a.heads ? of_key : 0;
-    if (a.kv_heads == 1) key.strides[1] = value.strides[1] = 0;
+    if (a.kv_heads != a.heads) key.strides[1] = value.strides[1] = 0;
     int64_t table = 1;
     for (int i = 0; i < a.rank; ++i) table *= call.entries(i);
-    for (int64_t group = 0; group < a.kv_heads; ++group) {
+    for (int64_t group = 0; group < call.groups(); ++group) {
         nearsight_inputs inputs = {query, key, value, nullptr, {}};
         nearsight_tensor target = result;
         const int64_t head = group * p.heads;
