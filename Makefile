@@ -7,6 +7,7 @@ BIN := $(VENV)/bin
 DEMO := runs/demo
 GALLERY := runs/gallery
 IMAGES := docs/images
+SITE := build/docs/html
 # Python files are found where they lie; only these call for another installation. The packages are among them because an
 # editable installation remembers which there were.
 INSTALLED_FROM := pyproject.toml $(wildcard CMakeLists.txt csrc/*.* csrc/*/* src/nearsight/*/__init__.py src/nearsight/*/*/__init__.py)
@@ -17,7 +18,7 @@ WITH_DEV := $(VENV)/.installed-dev
 WORKERS := --numprocesses auto --maxprocesses 4 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all quick check format bench pictures clean distclean sound
+.PHONY: help demo test test-all quick check format bench pictures docs clean distclean sound
 .NOTPARALLEL:
 
 help: ## show this list
@@ -67,6 +68,11 @@ pictures: $(WITH_DEV) ## draw the pictures of docs/images anew, with the network
 	$(BIN)/python examples/explorer.py $(GALLERY)/digits $(IMAGES)/explore.png
 	$(BIN)/python examples/windows.py $(IMAGES)/windows.svg
 	$(BIN)/python examples/convert_heads.py $(IMAGES)/convert_heads.csv $(IMAGES)/convert_heads.svg
+
+# A page that is not in the menu, a link or a place that is not there, a cell of a notebook that fails: each is an error.
+docs: $(WITH_DEV) ## build the documentation as a site, and run its notebooks
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet docs $(SITE)
+	@echo "The site: $(CURDIR)/$(SITE)/index.html"
 
 clean: ## remove caches and build output
 	rm -rf build dist .pytest_cache .ruff_cache .hypothesis lightning_logs

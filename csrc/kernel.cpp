@@ -3,7 +3,7 @@
 // Local attention for one instruction set: compiled once for each, with NEARSIGHT_KERNEL the name of the table that it
 // exports. Everything else has internal linkage.
 //
-// How it works (docs/kernel.md has the picture). A vector holds neighbouring cells of one row, one channel. Rows are
+// How it works (docs/inside/kernel.md has a picture). A vector holds neighbouring cells of a row, one channel. Rows are
 // packed, channel by channel, into a small cache, which absorbs strides, dtype and border; then for a group of up to
 // three home rows and one vector of lanes
 //     dot   multiplies home channels with shifted away channels, rows x entries sums in registers: the logits;

@@ -6,7 +6,7 @@
 For every seed: train a small ResNet on Fashion-MNIST; convert it exactly and compare every prediction on the test images;
 fine-tune both for the same steps on the same images; measure both on clean and on corrupted test images. Stopped at any
 moment, the same command goes on after the last whole step. The folder then holds table.csv, summary.json, heads.csv with
-heads.svg, and for every seed the weights and the measurements. docs/convert.md says what came out.
+heads.svg, and for every seed the weights and the measurements. docs/howto/convert.md says what came out.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Takes the picture of docs/explore.md: the page that `nearsight explore RUN digits:3` writes, in a browser.
+"""Takes the picture of docs/howto/explore.md: the page that `nearsight explore RUN digits:3` writes, in a browser.
 
 make demo
 .venv/bin/python examples/explorer.py runs/demo docs/images/explore.png

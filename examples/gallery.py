@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draws the pictures of docs/gallery.md, each with its numbers as CSV beside it.
+"""Draws the pictures of docs/gallery/networks.md, each with its numbers as CSV beside it.
 
 .venv/bin/python examples/gallery.py
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""docs/backends.md says what the code does, and what is chosen on which device."""
+"""docs/reference/backends.md says what the code does, and what is chosen on which device."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import nearsight as ns
 from nearsight.attention import natten
 from nearsight.attention.problem import Call
 
-FILE = Path(__file__).parents[1] / "docs" / "backends.py"
+FILE = Path(__file__).parents[1] / "docs" / "reference" / "backends.py"
 spec = importlib.util.spec_from_file_location("docs_backends", FILE)
 assert spec is not None
 assert spec.loader is not None
@@ -23,7 +23,7 @@ spec.loader.exec_module(docs)
 
 
 def test_page_is_current():
-    assert docs.PAGE.read_text() == docs.page(), "run: python docs/backends.py"
+    assert docs.PAGE.read_text() == docs.page(), "run: python docs/reference/backends.py"
 
 
 def test_page_would_notice_a_change(monkeypatch):

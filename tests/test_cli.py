@@ -67,7 +67,7 @@ def test_train_help_has_every_flag_of_the_contract_and_examples(capsys):
 
 
 def test_models_lists_what_matches_and_the_twins(capsys):
-    """GFLOP as docs/models.md has them, where the native kernel is."""
+    """GFLOP as docs/reference/models.md has them, where the native kernel is."""
     assert cli.main(["models", "*nano"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[:4]] == ["model", "sasa_nano", "to", "conv_nano"]

@@ -161,7 +161,7 @@ def test_command_writes_onnx(trained, capsys, tmp_path, monkeypatch):
     (tmp_path / "runs" / "digits").symlink_to(folder)
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)).save("seven.png")
     page: dict = {}
-    exec(lines_of("use.md", "Without nearsight: ONNX"), page)
+    exec(lines_of("howto/use.md", "Without nearsight: ONNX"), page)
     model = ns.load(folder)
     torch.testing.assert_close(torch.from_numpy(page["pictures"]), model.preprocess("seven.png"))
     assert capsys.readouterr().out.strip() == model.predict("seven.png")[0].name

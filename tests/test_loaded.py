@@ -341,11 +341,11 @@ def test_the_page_keeps_its_word(run, cells, tmp_path, monkeypatch, capsys):
     (tmp_path / "runs" / "digits").symlink_to(run())
     for name in ("seven.png", "eight.png"):
         Image.fromarray(cells).save(name)
-    exec(lines_of("use.md", "In Python"))
+    exec(lines_of("howto/use.md", "In Python"))
     said, _ = ns.load("runs/digits").predict(["seven.png", "eight.png"])
     assert capsys.readouterr().out == f"{said.name} {said.probability} {said.top(3)}\n" * 2
     page: dict = {}
-    exec(lines_of("use.md", "With timm"), page)
+    exec(lines_of("howto/use.md", "With timm"), page)
     seen = page["transform"](Image.open("seven.png").convert("L"))[None]
     assert page["names"][page["model"](seen).argmax()] == said.name
 

@@ -49,8 +49,8 @@ def small(name, **kwargs):
 
 
 def documented():
-    """The rows of docs/models.md: name -> parameters, GFLOP, image size."""
-    page = (Path(__file__).parent.parent / "docs" / "models.md").read_text()
+    """The rows of docs/reference/models.md: name -> parameters, GFLOP, image size."""
+    page = (Path(__file__).parent.parent / "docs" / "reference" / "models.md").read_text()
     rows = re.findall(r"^\| `(\w+)` \| ([\d,]+) \| ([\d.]+) \| (\d+) \|", page, re.MULTILINE)
     return {name: (int(count.replace(",", "")), float(gflop), int(size)) for name, count, gflop, size in rows}
 
@@ -361,7 +361,7 @@ def test_compiled_networks_compute_and_train_the_same(name):
 
 @pytest.mark.parametrize("layer", [ns.LocalSelfAttention2d, ns.HaloSelfAttention2d])
 def test_our_layers_in_byobnet(layer):
-    """As docs/models.md says: a Local layer needs its own arguments in place of timm's block_size and halo_size."""
+    """As models.md says: a Local layer needs its own arguments in place of timm's block_size and halo_size."""
     own = {"self_attn_kwargs": {"kernel_size": 5}} if layer is ns.LocalSelfAttention2d else {}
     torch.manual_seed(0)
     model = timm.create_model("halonet26t", self_attn_layer=layer, width_factor=0.125, num_classes=2, **own)

@@ -169,7 +169,9 @@ def test_a_grid_shows_signs_and_sizes():
 def test_the_gallery_is_whole_and_small():
     """Every picture is shown, has its numbers beside it, and none makes the repository heavy."""
     folder = ROOT / "docs" / "images" / "gallery"
-    shown = set(re.findall(r"\(images/gallery/([\w-]+\.svg)\)", (ROOT / "docs" / "gallery.md").read_text()))
+    shown = set(
+        re.findall(r"\(../images/gallery/([\w-]+\.svg)\)", (ROOT / "docs" / "gallery" / "networks.md").read_text())
+    )
     files = {file.name: file.stat().st_size for file in folder.iterdir()}
     assert {name for name in files if name.endswith(".svg")} == shown
     assert set(files) == shown | {name.replace(".svg", ".csv") for name in shown}
@@ -178,7 +180,7 @@ def test_the_gallery_is_whole_and_small():
 
 
 def test_the_gallery_s_words_are_its_numbers():
-    text = " ".join((ROOT / "docs" / "gallery.md").read_text().split())
+    text = " ".join((ROOT / "docs" / "gallery" / "networks.md").read_text().split())
     folder = ROOT / "docs" / "images" / "gallery"
     for data, distance, entropy, end in (
         ("digits", "1.7 to 3.3 on digits", "2.1 to 1.3 bits", "1.4 times the largest logit on digits"),
@@ -204,9 +206,9 @@ def test_every_picture_has_its_command_and_its_place():
     commands = [line.replace("$(IMAGES)", "docs/images").split() for line in recipe.splitlines()[1:]]
     assert [command[1] for command in commands if not (ROOT / command[1]).is_file()] == []
     drawn = {ROOT / word for command in commands for word in command[2:] if word.startswith("docs/images")}
-    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
     shown = {
-        page.parent / place
+        (page.parent / place).resolve()
         for page in pages
         for place in re.findall(r"\]\(([\w./-]+\.(?:svg|png))\)", page.read_text())
     }
@@ -231,12 +233,12 @@ def test_what_the_code_draws_today_is_the_picture_that_is_shown(name, monkeypatc
 
 
 def test_the_heads_that_are_told_of_are_those_that_are_drawn(monkeypatch):
-    """The table of docs/convert.md: how far heads moved, how many of them outward, and how many gates are open how far."""
+    """The table of convert.md: how far heads moved, how many of them outward, and how many gates are open how far."""
     monkeypatch.syspath_prepend(ROOT / "examples")
     script = importlib.import_module("convert_heads")
     heads = script.read((ROOT / "docs" / "images" / "convert_heads.csv").read_text())
     assert script.read(script.to_csv(heads)) == heads
-    text = (ROOT / "docs" / "convert.md").read_text()
+    text = (ROOT / "docs" / "howto" / "convert.md").read_text()
     for layer in dict.fromkeys(head.layer for head in heads):
         its = [(head, script.home(head.head, 9)) for head in heads if head.layer == layer]
         moved = [math.dist((head.row, head.column), home) for head, home in its]

@@ -25,7 +25,7 @@ def test_a_recipe_is_read_builds_its_model_and_is_documented(file):
     recipe = read_recipe(file)
     with torch.device("meta"):
         assert create_model(recipe.model, num_classes=10) is not None
-    assert f"recipes/{file.name}" in (ROOT / "docs" / "training.md").read_text()
+    assert f"recipes/{file.name}" in (ROOT / "docs" / "howto" / "training.md").read_text()
     assert f"--config recipes/{file.name}" in file.read_text()
 
 

@@ -19,7 +19,7 @@ from nearsight.training.train import train
 
 
 def rate(step, steps, share, peak):
-    """As docs/training.md has it: up to the peak in a share of the steps, then half a cosine, to and from a hundredth."""
+    """As training.md has it: up to the peak in a share of the steps, then half a cosine, to and from a hundredth."""
     rising, final = min(math.ceil(share * steps), steps - 1), peak / 100
     if step < rising:
         return final + (peak - final) * step / rising

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What docs/security.md promises of files, folders and pictures that come from elsewhere: a test per promise."""
+"""What docs/reference/security.md promises of files, folders and pictures that come from elsewhere: a test per promise."""
 
 import base64
 import gzip

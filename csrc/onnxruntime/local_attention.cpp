@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// nearsight::LocalAttention, version 1: an operator for onnxruntime, which docs/deploy.md specifies. A session option
+// nearsight::LocalAttention, version 1: onnxruntime runs it as docs/howto/deploy.md specifies. A session option
 // registers this library; it needs nothing of PyTorch, and works on the session's own threads.
 
 #include <math.h>

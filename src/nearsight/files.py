@@ -2,7 +2,7 @@
 """The border to the disk: what may come from elsewhere is read here, and what is written is whole or not there.
 
 Whoever made a file may have meant harm. So only regular files are opened, since a pipe or a device would be waited for, and
-texts of settings are small and hold no references. See docs/security.md.
+texts of settings are small and hold no references. See docs/reference/security.md.
 """
 
 from __future__ import annotations

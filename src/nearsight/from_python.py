@@ -30,7 +30,7 @@ def train(
     download: bool = False,
     **settings: Any,
 ) -> TrainedRun:
-    """Train a network as ``nearsight train`` does, and leave the same folder: docs/training.md.
+    """Train a network as ``nearsight train`` does, and leave the same folder: docs/howto/training.md.
 
     A module given here is trained itself, in one process. No file makes it again: ``nearsight.load(run, model=network)``
     takes one like it, and the folder holds no ``config.json``, by which timm would make it.

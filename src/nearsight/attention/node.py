@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention as one node of an exported graph, ``nearsight::LocalAttention``, which docs/deploy.md specifies.
+"""Attention as one node of an exported graph, ``nearsight::LocalAttention``, which docs/howto/deploy.md specifies.
 
 It is a backend that only an export asks for: inside :func:`as_nodes` whatever can be a node becomes one.
 """

@@ -42,4 +42,6 @@ def run(arguments: list[str]) -> None:
         print(f"height and width are fixed, --size N|HxW takes others; any would be taken but for: {exported.fixed}")
     print(f"run on {tried}: at most {exported.difference:.0e} from the network")
     if options.format == "onnx" and options.operators == "plain":
-        print("any onnxruntime runs it; --operators native is faster there, with nearsight's library (docs/deploy.md)")
+        print(
+            "any onnxruntime runs it; --operators native is faster there, with nearsight's library (docs/howto/deploy.md)"
+        )

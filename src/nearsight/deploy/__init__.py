@@ -13,7 +13,7 @@ def onnxruntime_library() -> str:
     """The library that makes ``nearsight::LocalAttention`` known to onnxruntime 1.17 and later, for its session options.
 
     What ``nearsight export --operators native`` writes asks for it. It needs no PyTorch, runs on the session's own threads,
-    and computes to the bit what the native kernel does here. docs/deploy.md specifies the operator.
+    and computes to the bit what the native kernel does here. docs/howto/deploy.md specifies the operator.
 
     Raises:
         BackendError: it was not built, for lack of a compiler; the message says why.

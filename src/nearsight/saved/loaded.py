@@ -41,7 +41,7 @@ def load(
     """A trained network, ready to be used: the module itself, in evaluation mode, with ``classes``, ``view``,
     :meth:`~Trained.preprocess` and :meth:`~Trained.predict`.
 
-    Whoever made the file, no code in it runs, and nothing is fetched: docs/security.md.
+    Whoever made the file, no code in it runs, and nothing is fetched: docs/reference/security.md.
 
     Args:
         path: a run's folder, or a ``.safetensors`` or ``.ckpt`` file in one.

@@ -135,7 +135,7 @@ class Blueprint(Brief):
         """The same as a file may hold it: without what says where the weights of ``network`` came from.
 
         Raises:
-            OptionError: the model has options that no file may hold; see docs/security.md.
+            OptionError: the model has options that no file may hold; see docs/reference/security.md.
         """
         return replace(self, model=saved_spec(self.model, network))
 
@@ -200,7 +200,7 @@ def save_model(path: str | PathLike[str], model: nn.Module, blueprint: Blueprint
 def load_model(path: str | PathLike[str], network: nn.Module | None = None) -> tuple[nn.Module, Blueprint]:
     """Rebuild a trained model from a run's folder, a ``.safetensors`` or a ``.ckpt`` file.
 
-    Whoever wrote the file, no code of it runs, and nothing is fetched, written or read from elsewhere: docs/security.md.
+    Whoever wrote the file, no code of it runs. Nothing is fetched, written or read elsewhere: docs/reference/security.md.
 
     Args:
         network: that the weights are loaded into, where it was given from Python when it was trained.

@@ -4,7 +4,7 @@
     nearsight.compat.natten.install()
     import natten
 
-What it covers, and what it does not, is in docs/natten.md.
+What it covers, and what it does not, is in docs/howto/natten.md.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes the tables of docs/backends.md by asking each backend about a grid of problems: `python docs/backends.py`.
+"""Writes the tables of backends.md, beside it, by asking each backend about a grid of problems:
+`python docs/reference/backends.py`.
 
 A backend answers for devices that this machine does not have. tests/test_backends.py holds the page to what this writes.
 """
@@ -18,7 +19,7 @@ from nearsight.attention.backend import BACKENDS, Backend
 from nearsight.attention.problem import Problem, describe
 
 PAGE = Path(__file__).with_suffix(".md")
-BEGIN, END = "<!-- from here on written by docs/backends.py -->", "<!-- up to here -->"
+BEGIN, END = "<!-- from here on written by docs/reference/backends.py -->", "<!-- up to here -->"
 
 DEVICES = ("cpu", "cuda", "mps", "xpu")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The documentation site: `make docs` builds it into build/docs/html, asks nothing of a network, and takes no warning."""
+
+import sys
+from importlib.metadata import version as version_of
+from pathlib import Path
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE / "_site"))
+
+project = "nearsight"
+author = "The nearsight authors"
+copyright = author
+version = release = version_of("nearsight")
+root_doc = "index"
+exclude_patterns = ["_*", "images", "**/*.py"]
+
+extensions = [
+    "myst_nb",
+    "sphinx.ext.mathjax",
+    "sphinx_copybutton",
+    "sphinx_design",
+    "notfound.extension",
+    "pages_outside",
+    "mathjax_of_pip",
+    "links_of_html",
+]
+
+# Pages are plain Markdown, which is read where the code is kept as well; those of the course are notebooks.
+myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
+myst_heading_anchors = 4
+nb_execution_mode = "cache"
+nb_execution_cache_path = str(HERE.parent / "build" / "docs" / "cells")
+nb_execution_raise_on_error = True
+nb_execution_timeout = 120
+nb_merge_streams = True
+
+gettext_compact = False
+gettext_uuid = False
+locale_dirs = ["_locale"]
+
+html_theme = "furo"
+html_title = f"nearsight {release}"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+html_copy_source = False
+html_show_sphinx = False
+notfound_urls_prefix = ""
+copybutton_exclude = ".linenos, .gp, .go"
