@@ -100,10 +100,24 @@ def wait_for(file: Path, process: subprocess.Popen) -> None:
         time.sleep(0.02)
 
 
+def children(process: subprocess.Popen) -> list[int]:
+    found = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
+    return [int(number) for number in found.split()]
+
+
+def assert_gone(processes: list[int]) -> None:
+    for _ in range(100):  # the system takes a moment to bury them
+        if not any(Path(f"/proc/{number}/cmdline").exists() for number in processes):
+            break
+        time.sleep(0.1)
+    assert [number for number in processes if Path(f"/proc/{number}/cmdline").exists()] == []
+
+
 @pytest.mark.slow
-def test_two_processes_that_are_killed_and_go_on_give_the_loss_curve_of_one(tmp_path):
-    """The same global batch, augmented alike: as far as float32 sums in another order allow. Where nothing is killed they
-    end with the same bytes, test_resume.py."""
+def test_two_processes_that_are_stopped_and_go_on_give_the_loss_curve_of_one(tmp_path):
+    """SIGTERM stops both with advice. The curve is that of the same global batch, augmented alike, as far as float32 sums in
+    another order allow. Where nothing is stopped they end with the same bytes, and a run that is killed goes on as well:
+    test_resume.py."""
     # Not above: the processes of the test of batch norms read this file, and would wait for Lightning.
     from nearsight.training.recipe import Recipe
     from nearsight.training.train import train
@@ -112,10 +126,17 @@ def test_two_processes_that_are_killed_and_go_on_give_the_loss_curve_of_one(tmp_
     train(Recipe(**values), tmp_path / "1")
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in values.items()]
     two_processes = command(*flags, "--devices=2", f"--output={tmp_path / '2'}")
-    with subprocess.Popen(two_processes, env=environment(), start_new_session=True) as process:
+    with subprocess.Popen(two_processes, env=environment(), stderr=subprocess.PIPE, text=True) as process:
         wait_for(tmp_path / "2" / "last.ckpt", process)
-        os.killpg(process.pid, signal.SIGKILL)
-    assert not (tmp_path / "2" / "model.safetensors").exists(), "it ended before it was killed"
+        others = children(process)
+        assert others
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert f"go on with: nearsight train --resume --output {tmp_path / '2'}" in said.splitlines()[-1]
+    assert "Traceback" not in said
+    assert_gone(others)
+    assert not (tmp_path / "2" / "model.safetensors").exists(), "it ended before it was stopped"
     subprocess.run(command("--resume", f"--output={tmp_path / '2'}"), env=environment(), check=True)
     one, two = rows(tmp_path / "1"), rows(tmp_path / "2")
     assert one[1]["train_loss"] < one[0]["train_loss"]
@@ -123,27 +144,3 @@ def test_two_processes_that_are_killed_and_go_on_give_the_loss_curve_of_one(tmp_
         assert found["train_loss"] == pytest.approx(expected["train_loss"], rel=1e-4)
         assert found["val_loss"] == pytest.approx(expected["val_loss"], rel=1e-4)
         assert found["train_accuracy"] == pytest.approx(expected["train_accuracy"], abs=2 / 1280)
-
-
-def children(process: subprocess.Popen) -> list[int]:
-    found = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
-    return [int(number) for number in found.split()]
-
-
-@pytest.mark.slow
-def test_sigterm_stops_two_processes_with_advice_and_leaves_none_behind(tmp_path):
-    run = command("--devices=2", "--epochs=500", f"--model={SMOOTH}", f"--output={tmp_path}")
-    with subprocess.Popen(run, env=environment(), stderr=subprocess.PIPE, text=True) as process:
-        wait_for(tmp_path / "last.ckpt", process)
-        others = children(process)
-        assert others
-        process.send_signal(signal.SIGTERM)
-        _, said = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert f"go on with: nearsight train --resume --output {tmp_path}" in said.splitlines()[-1]
-    assert "Traceback" not in said
-    for _ in range(100):  # the system takes a moment to bury them
-        if not any(Path(f"/proc/{number}/cmdline").exists() for number in others):
-            break
-        time.sleep(0.1)
-    assert [number for number in others if Path(f"/proc/{number}/cmdline").exists()] == []
