@@ -467,6 +467,16 @@ def test_compiles_with_the_default_backend():
         torch.testing.assert_close(found, ns.local_attention(query, key, value, window))
 
 
+def test_compiles_windows_that_are_arguments():
+    """Of the second of them the compiler holds every field by a symbol."""
+    query, key, value = maps(5, 7)
+    torch._dynamo.reset()
+    compiled = torch.compile(ns.local_attention, fullgraph=True, backend="eager")
+    for window in (ns.Window(3), ns.Window(4, dilation=2, shared_by=2), ns.Window(5, dilation=3, border="wrap")):
+        found = compiled(query, key, value, window, backend="blocked")
+        torch.testing.assert_close(found, ns.local_attention(query, key, value, window))
+
+
 @pytest.mark.sweep
 @by_window
 def test_compiles_to_native_code(name):

@@ -11,6 +11,7 @@ with undilated windows. Every operator used has forward- and reverse-mode deriva
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -53,7 +54,8 @@ def attend(call: Call, problem: Problem) -> tuple[Tensor, Tensor | None]:
         problem = replace(problem, in_size=key.shape[2:-1], out_size=query.shape[2:-1])
     block = BLOCK[problem.rank] if problem.compiling or problem.exporting else _block_size(problem)
     cut = _cut_any_size if problem.exporting else _cut
-    axes = [cut(axis, n, query.device, block) for axis, n in zip(problem.axes, problem.in_size, strict=True)]
+    windows = map(_constant, problem.axes, problem.in_size) if problem.compiling else problem.axes
+    axes = [cut(axis, n, query.device, block) for axis, n in zip(windows, problem.in_size, strict=True)]
     relative = [table.to(dtype) for table in call.relative or ()]
     places = _combine(axes, problem)
     terms = None if bias is None else let_see(_block_bias(bias.to(dtype), axes), places.hidden)
@@ -79,6 +81,18 @@ def attend(call: Call, problem: Problem) -> tuple[Tensor, Tensor | None]:
     found = [attend_images(*part) for part in tensors]
     out, *lse = (torch.cat(part) for part in zip(*found, strict=True))
     return out.to(query.dtype), lse[0] if lse else None
+
+
+def _constant(axis: Axis, cells: Any) -> Axis:
+    """The axis in numbers for a compiler, which knows the fields of a window that it was given as an argument by symbols.
+
+    The block as large as the map stays as open as the map.
+    """
+    numbers = {name: operator.index(getattr(axis, name)) for name in ("stride", "dilation", "shared_by")}
+    kernel_size = axis.kernel_size
+    return replace(
+        axis, **numbers, kernel_size=kernel_size if kernel_size == 2 * cells - 1 else operator.index(kernel_size)
+    )
 
 
 def _slice_sizes(problem: Problem, axes: list[AxisBlocks]) -> tuple[int, int]:
