@@ -14,7 +14,7 @@ from torch import nn
 import nearsight as ns
 from nearsight.attention import native
 from nearsight.compat.opacus import take_layers_whole
-from nearsight.errors import BackendError
+from nearsight.errors import BackendError, DtypeError
 from nearsight.layers import SelfAttention
 from nearsight.layers.projection import PatchProjection2d
 
@@ -275,3 +275,42 @@ def test_quantised_networks_of_positions(dtype):
     found = torch.ao.quantization.quantize_dynamic(layer, {nn.Linear}, dtype=dtype)
     assert not list(found.position.parameters())
     torch.testing.assert_close(found(x), layer(x), atol=0.1, rtol=0)
+
+
+# --------------------------------------------------------------------------------------------------- several processes
+
+
+@pytest.fixture
+def mesh(tmp_path):
+    """Of one process: what is asked of tensors is the same, whatever their number."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    yield torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")
+def test_fully_sharded_networks_have_the_same_gradients(mesh):
+    torch.manual_seed(0)
+    network = NETWORKS["sasa_nano"]()
+    sharded, x = copy.deepcopy(network), torch.randn(2, 3, 16, 16)
+    layers = [module for module in sharded.modules() if isinstance(module, SelfAttention)]
+    assert layers
+    for module in (*layers, sharded):
+        torch.distributed.fsdp.fully_shard(module, mesh=mesh)
+    found, expected = sharded(x), network(x)
+    torch.testing.assert_close(found, expected)
+    for output in (found, expected):
+        output.square().sum().backward()
+    for ours, theirs in zip(sharded.parameters(), network.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad.full_tensor(), theirs.grad)
+
+
+def test_distributed_tensors_are_refused_in_a_line(mesh):
+    shard = torch.distributed.tensor.Shard(0)
+    plain, bias = torch.randn(2, 2, 5, 6, 4), torch.randn(2, 3, 3)
+    maps, table = (torch.distributed.tensor.distribute_tensor(one, mesh, [shard]) for one in (plain, bias))
+    for tensors, options in (((maps,) * 3, {}), ((plain, plain, maps), {}), ((plain,) * 3, {"bias": table})):
+        with pytest.raises(DtypeError, match=r"received a distributed one: .* tensor\.to_local\(\)"):
+            ns.local_attention(*tensors, ns.Window(3), **options)
+    local = ns.local_attention(*(maps.to_local(),) * 3, ns.Window(3))
+    torch.testing.assert_close(local, ns.local_attention(*(plain,) * 3, ns.Window(3)))

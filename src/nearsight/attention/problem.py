@@ -165,17 +165,25 @@ def laid_apart(tensor: Tensor) -> Tensor:
 
 
 def laid_out(name: str, tensor: object) -> None:
-    """Refuse a tensor without a size or strides of its own: a nested or a sparse one.
+    """Refuse a tensor without a size or strides of its own, or that lies in several processes.
 
     Raises:
-        DtypeError: it is one.
+        DtypeError: a nested, sparse or distributed one.
     """
-    if isinstance(tensor, Tensor) and (tensor.is_nested or tensor.layout != torch.strided):
-        kind = "nested" if tensor.is_nested else "sparse"
-        remedy = (
-            "attend to each of its parts, tensor.unbind(), alone" if tensor.is_nested else "convert it with .to_dense()"
+    if not isinstance(tensor, Tensor):
+        return
+    if tensor.is_nested:
+        kind, remedy = "nested", "attend to each of its parts, tensor.unbind(), alone"
+    elif tensor.layout != torch.strided:
+        kind, remedy = "sparse", "convert it with .to_dense()"
+    elif hasattr(tensor, "placements"):  # a DTensor's; its module is a second's import
+        kind, remedy = (
+            "distributed",
+            "where it is sharded by batch or heads, attend to the part here, tensor.to_local()",
         )
-        raise DtypeError(f"{name} must be an ordinary, strided tensor; received a {kind} one: {remedy}")
+    else:
+        return
+    raise DtypeError(f"{name} must be an ordinary, strided tensor; received a {kind} one: {remedy}")
 
 
 def is_exporting() -> bool:
@@ -265,5 +273,6 @@ def _check_table(name: str, table: Any, query: Tensor) -> None:
     if not isinstance(table, Tensor) or not table.is_floating_point():
         received = table.dtype if isinstance(table, Tensor) else type(table).__name__
         raise DtypeError(f"{name} must be a floating point tensor; received {received}")
+    laid_out(name, table)
     if table.device != query.device:
         raise DtypeError(f"{name} must be on the device of query, {query.device}; received {table.device}")
