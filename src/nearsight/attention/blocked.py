@@ -54,7 +54,8 @@ def attend(call: Call, problem: Problem) -> tuple[Tensor, Tensor | None]:
         problem = replace(problem, in_size=key.shape[2:-1], out_size=query.shape[2:-1])
     block = BLOCK[problem.rank] if problem.compiling or problem.exporting else _block_size(problem)
     cut = _cut_any_size if problem.exporting else _cut
-    windows = map(_constant, problem.axes, problem.in_size) if problem.compiling else problem.axes
+    by_symbols = problem.compiling and not problem.exporting  # a program that is exported would keep what is asked here
+    windows = map(_constant, problem.axes, problem.in_size) if by_symbols else problem.axes
     axes = [cut(axis, n, query.device, block) for axis, n in zip(windows, problem.in_size, strict=True)]
     relative = [table.to(dtype) for table in call.relative or ()]
     places = _combine(axes, problem)
