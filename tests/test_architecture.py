@@ -43,7 +43,7 @@ ROOMS = [
     ("recompute",),
     ("layers",),
     ("models",),
-    ("conversion",),
+    ("conversion", "acceleration"),
     ("saved",),
     ("inspect",),
     ("bench",),
@@ -64,6 +64,7 @@ SHARED_WITHIN = (
     "compat",
     "commands",
     "conversion",
+    "acceleration",
     "pages",
     "saved",
 )
@@ -71,7 +72,8 @@ SHARED_WITHIN = (
 OPTIONAL = ("lightning", "matplotlib", "sklearn", "jsonargparse", "torchmetrics", "jinja2", "rich", "PIL")
 LATER = ("timm", "torchvision", "torch._dynamo", "torch._inductor", "torch.utils.flop_counter")
 LATER += tuple(
-    f"nearsight.{room}" for room in ("compat", "conversion", "deploy", "flops", "inspect", "models", "pages", "saved")
+    f"nearsight.{room}"
+    for room in ("acceleration", "compat", "conversion", "deploy", "flops", "inspect", "models", "pages", "saved")
 )
 
 

@@ -12,6 +12,7 @@ if _typing.TYPE_CHECKING:  # for those who read and do not run
     from . import deploy as deploy
     from . import errors as errors
     from . import positions as positions
+    from .acceleration import accelerate
     from .attention import (
         attention_scores,
         attention_weights,
@@ -56,6 +57,7 @@ __all__ = [
     "LocalSelfAttention2d",
     "LocalSelfAttention3d",
     "Window",
+    "accelerate",
     "attention_maps",
     "attention_rollout",
     "attention_scores",
@@ -78,6 +80,7 @@ __all__ = [
 
 # Everything is loaded when it is first asked for, PyTorch included: names by the room that they are in, and rooms.
 _LATER = {
+    "acceleration": ("accelerate",),
     "attention": (
         "attention_scores",
         "attention_weights",

@@ -1,0 +1,24 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The classes of other makers that are known, by name: their packages are not asked for until a model holds one."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+from torch import nn
+
+# Where a class is defined, and the file and the class here that stand in for it.
+KNOWN = {
+    "timm.layers.halo_attn.HaloAttn": ("timm_halo", "HaloAttention"),
+    "timm.models.vision_transformer_sam.Attention": ("timm_sam", "SamAttention"),
+    "timm.models.vision_transformer_sam.Block": ("timm_sam", "SamBlock"),
+}
+
+
+def stand_in_of(module: nn.Module) -> tuple[type, type] | None:
+    """What stands in for the class of a module or for one that it derives from, and that class; None if none is known."""
+    for kind in type(module).__mro__:
+        if (entry := KNOWN.get(f"{kind.__module__}.{kind.__qualname__}")) is not None:
+            file, name = entry
+            return getattr(import_module(f".{file}", __package__), name), kind
+    return None

@@ -1,0 +1,282 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention of other makers, computed by our operation: the same function, gradients and names, and the way back."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+from timm.layers.halo_attn import HaloAttn
+from timm.models.vision_transformer_sam import Attention, Block
+from torch import Tensor, nn
+
+import nearsight as ns
+from nearsight.errors import OptionError
+
+
+def drawn(module: nn.Module) -> nn.Module:
+    """With parameters that are neither zeros nor ones, so that none is without effect."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * max(parameter[0].numel(), 2) ** -0.5)
+    return module.eval()
+
+
+def sam_block(window_size: int, side: int = 6, **options) -> nn.Module:
+    return Block(12, 3, use_rel_pos=True, window_size=window_size, input_size=(side, side), **options)
+
+
+# A module, and the shape of what it takes.
+CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "SAM of timm": (partial(Attention, 12, 3, use_rel_pos=True, input_size=(6, 5)), (2, 6, 5, 12)),
+    "SAM of timm, another size": (partial(Attention, 12, 3, use_rel_pos=True, input_size=(6, 6)), (2, 4, 9, 12)),
+    "SAM of timm, norms": (
+        partial(Attention, 12, 3, use_rel_pos=True, input_size=(5, 5), qk_norm=True, qkv_bias=False),
+        (1, 5, 5, 12),
+    ),
+    "SAM block, windows": (partial(sam_block, 4, init_values=0.5), (2, 6, 9, 12)),
+    "SAM block, windows that fit": (partial(sam_block, 3, qkv_bias=False), (1, 6, 6, 12)),
+    "SAM block, the whole map": (partial(sam_block, 0), (1, 6, 6, 12)),
+    "halo": (partial(HaloAttn, 8, 24, num_heads=2, block_size=4, halo_size=1, dim_head=8), (2, 8, 8, 12)),
+    "halo, scaled, pooled": (
+        partial(HaloAttn, 8, 16, num_heads=2, block_size=3, halo_size=2, stride=2, scale_pos_embed=True, qkv_bias=True),
+        (1, 8, 6, 12),
+    ),
+}
+every_case = pytest.mark.parametrize("case", CASES)
+
+
+def made(case: str) -> tuple[nn.Module, Tensor]:
+    make, shape = CASES[case]
+    torch.manual_seed(0)
+    return drawn(make()), torch.randn(shape, generator=torch.Generator().manual_seed(2))
+
+
+def gradients(module: nn.Module, x: Tensor) -> list[Tensor]:
+    """Of the input and of every parameter; zeros where there is none."""
+    x = x.clone().requires_grad_()
+    out = module(x)
+    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(3))
+    wanted = [x, *module.parameters()]
+    found = torch.autograd.grad((out * weights).sum(), wanted, allow_unused=True)
+    return [torch.zeros_like(one) if grad is None else grad for one, grad in zip(wanted, found, strict=True)]
+
+
+def near(found: Tensor, expected: Tensor, tolerance: float = 1e-5) -> bool:
+    return bool(((found - expected).abs().max() <= tolerance * expected.abs().max().clamp(min=1)).item())
+
+
+@every_case
+def test_it_is_the_same_function_with_the_same_gradients(case):
+    theirs, x = made(case)
+    ours = copy.deepcopy(theirs)
+    report = ns.accelerate(ours)
+    assert report.accelerated, report
+    assert near(ours(x), theirs(x))
+    assert all(map(near, gradients(ours.train(), x), gradients(theirs.train(), x)))
+
+
+@every_case
+def test_the_forward_of_its_makers_is_not_called(case, monkeypatch):
+    """Otherwise the test above would say nothing."""
+    module, x = made(case)
+    ns.accelerate(module)
+
+    def refuse(*_):
+        raise AssertionError("the forward of its makers ran")
+
+    for kind in (HaloAttn, Attention):
+        monkeypatch.setattr(kind, "forward", refuse)
+    module(x)
+
+
+@every_case
+def test_weights_stay_where_they_were_and_all_is_undone(case):
+    module, x = made(case)
+    kinds = [type(one) for one in module.modules()]
+    before = dict(module.state_dict(keep_vars=True))
+    expected = module(x)
+    report = ns.accelerate(module)
+    assert [type(one) for one in module.modules()] != kinds
+    after = dict(module.state_dict(keep_vars=True))
+    assert list(after) == list(before)
+    assert all(after[name] is before[name] for name in before)
+    assert not ns.accelerate(module).accelerated
+    report.restore()
+    assert [type(one) for one in module.modules()] == kinds
+    assert torch.equal(module(x), expected)
+    report.restore()  # which has nothing left to do
+
+
+@every_case
+def test_copies_and_pickles_go_on_with_it(case):
+    module, x = made(case)
+    ns.accelerate(module)
+    for again in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert [type(one) for one in again.modules()] == [type(one) for one in module.modules()]
+        assert torch.equal(again(x), module(x))
+
+
+@every_case
+def test_bfloat16(case):
+    theirs, x = made(case)
+    exact = theirs(x)
+    theirs, x = theirs.bfloat16(), x.bfloat16()
+    ours = copy.deepcopy(theirs)
+    ns.accelerate(ours)
+    error = (ours(x).float() - exact).abs().max()
+    assert ours(x).dtype == torch.bfloat16
+    assert error <= 2 * (theirs(x).float() - exact).abs().max() + 1e-3
+
+
+@pytest.mark.parametrize("case", ["SAM block, windows", "halo"])
+def test_compiled(case):
+    torch.compiler.reset()
+    module, x = made(case)
+    ns.accelerate(module)
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+    assert all(map(near, gradients(compiled, x), gradients(module, x)))
+    with pytest.raises(OptionError, match="accelerate it first"):
+        ns.accelerate(compiled)
+
+
+class OfPictures(nn.Module):
+    """A module as a network of pictures, (B, C, H, W)."""
+
+    def __init__(self, module: nn.Module, x: Tensor) -> None:
+        super().__init__()
+        self.module = module
+        self.channels_last = not isinstance(module, HaloAttn)
+        channels, *size = (x.movedim(-1, 1) if self.channels_last else x).shape[1:]
+        self.pretrained_cfg = {"input_size": (channels, *size)}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.module(x.movedim(1, -1) if self.channels_last else x)
+
+
+@pytest.mark.parametrize("case", ["SAM of timm, another size", "SAM block, windows"])
+def test_one_node_in_onnx(case, tmp_path):
+    import onnx
+
+    module, x = made(case)
+    network = OfPictures(module, x)
+    ns.accelerate(network)
+    size = network.pretrained_cfg["input_size"][1:]
+    exported = ns.export_onnx(network, tmp_path / "model.onnx", operators="native", sizes=size)
+    assert exported.difference < 1e-5
+    nodes = [node.op_type for node in onnx.load(exported.file).graph.node]
+    assert nodes.count("LocalAttention") == 1
+    assert "Softmax" not in nodes
+
+
+# ------------------------------------------------------------------------------------------------------- what stays
+
+
+def of_sam(**options) -> Attention:
+    return Attention(12, 3, use_rel_pos=True, input_size=(5, 5), **options)
+
+
+class Mine(Attention):
+    """Its forward is timm's, but who knows."""
+
+
+def with_hook(module: nn.Module, child: str) -> nn.Module:
+    module.get_submodule(child).register_forward_hook(lambda *_: None)
+    return module
+
+
+def with_forward() -> nn.Module:
+    module = of_sam()
+    module.forward = partial(module.forward)
+    return module
+
+
+def with_lora() -> nn.Module:
+    module = sam_block(3)
+    module.attn.qkv = nn.Sequential(module.attn.qkv)
+    return module
+
+
+STAY = {
+    "a subclass": (lambda: Mine(12, 3, use_rel_pos=True, input_size=(5, 5)), "a subclass of Attention"),
+    "its forward": (with_forward, "its forward was replaced"),
+    "a hook": (lambda: with_hook(of_sam(), "attn_drop"), "its attn_drop carries hooks"),
+    "no position": (lambda: Attention(12, 3), "PyTorch's own attention does the same"),
+    "a parametrisation": (
+        lambda: torch.nn.utils.parametrizations.weight_norm(of_sam(), "rel_pos_h"),
+        "a subclass of Attention",
+    ),
+    "adapters in a block": (with_lora, "its qkv is a Sequential, no plain Linear"),
+    "a hook in a block": (lambda: with_hook(sam_block(3), "attn.proj"), "its proj carries hooks"),
+    "norms in a block": (lambda: sam_block(3, qk_norm=True), "its keys are normalised"),
+    "the whole map": (lambda: sam_block(0), "nothing is cut"),
+    "strided halos": (
+        lambda: HaloAttn(8, 16, num_heads=2, block_size=4, halo_size=1, stride=2),
+        "strided queries",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STAY)
+def test_what_is_more_than_its_class_stays_and_the_report_says_why(name):
+    make, reason = STAY[name]
+    module = make()
+    kind = type(module)
+    report = ns.accelerate(module)
+    assert type(module) is kind
+    assert report.rows[0].outcome == "left alone"
+    assert reason in report.rows[0].note
+    assert reason in str(report)
+
+
+def test_hooks_of_a_module_itself_run_as_before():
+    module, x = made("halo")
+    seen = []
+    module.register_forward_hook(lambda _, args, out: seen.append(out.shape))
+    ns.accelerate(module)
+    module(x)
+    assert seen == [(2, 24, 8, 12)]
+
+
+@pytest.mark.parametrize(("windows", "dropout"), [(0, "attn_drop"), (3, "drop_path"), (3, "attn_drop")])
+def test_dropout_in_training_is_that_of_the_makers(windows, dropout):
+    """The same random numbers drop the same."""
+    module, x = sam_block(windows, **{dropout: 0.5}), torch.randn(2, 6, 6, 12)
+    ours = copy.deepcopy(module)
+    ns.accelerate(ours)
+    found = []
+    for one in (module.train(), ours.train()):
+        torch.manual_seed(3)
+        found.append(one(x))
+    assert near(*found)
+
+
+def test_other_dtypes_and_maps_are_the_makers_own():
+    module, x = made("halo")
+    ns.accelerate(module)
+    with pytest.raises(AssertionError):
+        module(x[:, :, :7])
+    assert module.double()(x.double()).dtype == torch.float64
+
+
+def test_what_is_not_known_has_no_rows():
+    report = ns.accelerate(nn.Sequential(nn.Conv2d(3, 16, 3), ns.LocalSelfAttention2d(16)))
+    assert report.rows == ()
+    assert str(report).endswith("nothing to accelerate: no attention that is known")
+    assert report.to_dict() == {"rows": [], "accelerated": []}
+
+
+def test_checkpoints_load_both_ways():
+    theirs, x = made("SAM block, windows")
+    ours = sam_block(4, init_values=0.5).eval()
+    ns.accelerate(ours)
+    ours.load_state_dict(theirs.state_dict())
+    assert near(ours(x), theirs(x))
+    again = sam_block(4, init_values=0.5).eval()
+    again.load_state_dict(ours.state_dict())
+    assert torch.equal(again(x), theirs(x))
