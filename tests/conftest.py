@@ -5,6 +5,9 @@ from __future__ import annotations
 
 import os
 import re
+import subprocess
+import sys
+import tarfile
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
@@ -156,3 +159,23 @@ def pytest_report_header() -> list[str]:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def sdist(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("sdist")
+    program = "import sys; sys.path.insert(0, 'csrc'); from build_backend import build_sdist; build_sdist(sys.argv[1])"
+    finished = subprocess.run(
+        [sys.executable, "-c", program, folder], cwd=Path(__file__).parents[1], capture_output=True, text=True
+    )
+    assert finished.returncode == 0, finished.stderr
+    (archive,) = folder.iterdir()
+    return archive
+
+
+@pytest.fixture
+def source(sdist, tmp_path) -> Path:
+    """What it holds is all that is needed, and no build touches the working tree."""
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path, filter="data")
+    return tmp_path / sdist.name.removesuffix(".tar.gz")

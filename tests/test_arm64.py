@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The NEON code: compiled for arm64, run under emulation, and held against what this machine's instruction set computes."""
+"""The wheel for arm64: made here, its NEON code run under emulation and held against this machine's instruction set."""
 
 import os
 import shutil
 import subprocess
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from zipfile import ZipFile
 
 import numpy as np
 import pytest
+from test_install import LIBRARY, wheel_of
 
 from nearsight.attention import native
 from nearsight.attention.native import library as lib
@@ -33,42 +34,30 @@ def is_bfloat16(numbers: np.ndarray) -> bool:
     return not np.any(numbers.view(np.int32) & 0xFFFF)
 
 
-def build_for_arm64(compiler: str, folder: Path) -> Path:
-    units = {
-        "csrc/kernel.cpp": ["-O2", "-ffp-contract=fast", "-DNEARSIGHT_KERNEL=kernel_baseline"],
-        **{f"csrc/{file.name}": [] for file in (ROOT / "csrc").glob("*.cpp") if file.stem != "kernel"},
-        "tests/native_driver.cpp": [],
-    }
-
-    def build(source: str) -> Path:
-        target = folder / f"{Path(source).stem}.o"
-        subprocess.run([compiler, *FLAGS, *units[source], "-c", ROOT / source, "-o", target], check=True)
-        return target
-
-    with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(build, units))
-    program = folder / "driver"
-    subprocess.run([compiler, "-static", *objects, "-o", program], check=True)
-    return program
+def build_for_arm64(compiler: str, source: Path, folder: Path) -> Path:
+    """The driver with the library of the wheel that is made for arm64 on this machine."""
+    cross = "-DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_FLAGS_RELEASE=-O1"
+    wheel = wheel_of(source, CXX=compiler, CMAKE_ARGS=cross, _PYTHON_HOST_PLATFORM="linux-aarch64")
+    assert wheel.name.endswith("-py3-none-linux_aarch64.whl")
+    library = Path(ZipFile(wheel).extract(LIBRARY, folder))
+    return build(compiler, library, folder / "driver-there")
 
 
-def build_here(folder: Path) -> Path:
-    """The same driver with the library that is installed."""
-    library = Path(lib.loaded()._name)
-    driver, program = ROOT / "tests" / "native_driver.cpp", folder / "driver-here"
-    run_path = f"-Wl,-rpath,{library.parent}"
-    subprocess.run(["g++", *FLAGS, "-fopenmp", driver, library, run_path, "-o", program], check=True)
+def build(compiler: str, library: Path, program: Path) -> Path:
+    driver, run_path = ROOT / "tests" / "native_driver.cpp", f"-Wl,-rpath,{library.parent}"
+    subprocess.run([compiler, *FLAGS, "-fopenmp", driver, library, run_path, "-o", program], check=True)
     return program
 
 
 @pytest.mark.sweep
 @pytest.mark.skipif(native.unavailable() is not None, reason=str(native.unavailable()))
-def test_arm64_computes_the_same(tmp_path):
+def test_arm64_computes_the_same(source, tmp_path):
     compiler, emulator = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64")
     if not (compiler and emulator):
         pytest.skip("needs the Debian packages g++-aarch64-linux-gnu and qemu-user")
-    there, here = build_for_arm64(compiler, tmp_path), build_here(tmp_path)
-    runs = {"neon": [emulator, there], "auto": [here]}
+    there = build_for_arm64(compiler, source, tmp_path)
+    here = build("g++", Path(lib.loaded()._name), tmp_path / "driver-here")
+    runs = {"neon": [emulator, "-L", "/usr/aarch64-linux-gnu", there], "auto": [here]}
     found = {}
     for isa, command in runs.items():
         file = tmp_path / f"{isa}.bin"
@@ -77,5 +66,6 @@ def test_arm64_computes_the_same(tmp_path):
         found[isa] = results(file)
     assert len(found["neon"]) == len(found["auto"]) > 5 * int(PROBLEMS)
     for ours, theirs in zip(found["neon"], found["auto"], strict=True):
-        rtol = 2**-7 if is_bfloat16(ours) else 1e-5
-        np.testing.assert_allclose(ours, theirs, rtol=rtol, atol=1e-5)
+        # A backward in bfloat16 starts from the output as it was stored, and differences of it cancel.
+        rtol, atol = (2**-7, 2**-13) if is_bfloat16(ours) else (1e-5, 1e-5)
+        np.testing.assert_allclose(ours, theirs, rtol=rtol, atol=atol)

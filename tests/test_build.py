@@ -103,6 +103,40 @@ def test_flags_from_outside_change_neither_arithmetic_nor_instruction_set(tmp_pa
     assert link.rfind("-flto") < link.rfind("-fno-lto")
 
 
+# ------------------------------------------------------------------------------------------------------- other systems
+
+# CMake is told that it builds for a Mac, and tries the compiler on nothing that asks for a Mac's libraries.
+MAC = (
+    *("-DCMAKE_SYSTEM_NAME=Darwin", "-DCMAKE_CXX_COMPILER_WORKS=1", "-DCMAKE_TRY_COMPILE_TARGET_TYPE=STATIC_LIBRARY"),
+    *("-DCMAKE_HAVE_LIBC_PTHREAD=1", "-DCMAKE_CXX_COMPILER=clang++"),
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processor", ["arm64", "x86_64"])
+def test_what_a_mac_would_compile(processor, tmp_path):
+    """OpenMP is compiled in and left open, for PyTorch's own; instruction sets are those of the processor it is for."""
+    tool("clang++")
+    target = f"-DCMAKE_CXX_COMPILER_TARGET={processor}-apple-macos11"
+    # As pip says which of a Mac's two processors it builds for.
+    objects, link = configured(tmp_path, *MAC, target, f"-DCMAKE_OSX_ARCHITECTURES={processor}", CXX="clang++")
+    kernels = {name.split("kernel_")[1].split(".")[0] for name in objects if "/kernel_" in name}
+    assert kernels == {"baseline"} | ({"avx2", "avx512"} if processor == "x86_64" else set())
+    threads = {name: "-Xclang -fopenmp" in command for name, command in objects.items() if "threads" in name}
+    assert threads == {name: "onnxruntime" not in name for name in threads}
+    assert "-dynamiclib" in link
+    assert "dynamic_lookup" in link
+    assert "libnearsight.dylib" in link
+    for flag in ("-march=armv8-a", "-static-libstdc++", "version-script", "gc-sections", "-lomp"):
+        assert flag not in link + "".join(objects.values())
+
+
+def test_windows_is_told_that_there_is_no_kernel(backend, tmp_path):
+    command = [tool("cmake"), "-G", "Unix Makefiles", "-S", ROOT, "-B", tmp_path, "-DCMAKE_SYSTEM_NAME=Windows"]
+    finished = subprocess.run([*command, "-DCMAKE_CXX_COMPILER_WORKS=1"], capture_output=True, text=True)
+    assert backend.reason_in(finished.stderr) == "CMake said: the kernel is not written for Windows yet"
+
+
 LOOSE = ("-ffast-math", "-Ofast", "-funsafe-math-optimizations", "-ffinite-math-only", "-freciprocal-math")
 
 

@@ -1,26 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `pip install .` makes: a kernel where there is a C++ compiler, pure Python where there is none."""
+"""What `pip install .` makes of the sdist: a kernel where there is a C++ compiler, pure Python where there is none."""
 
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import venv
 from pathlib import Path
 from zipfile import ZipFile
 
 import pytest
 import torch
+from elftools.elf.elffile import ELFFile
 
 from nearsight.built import SUFFIX
 
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[1]
-PARTS = ("CMakeLists.txt", "LICENSE", "README.md", "csrc", "pyproject.toml", "src")
 LIBRARY = f"nearsight/attention/native/libnearsight{SUFFIX}"
 QUICKLY = {"CMAKE_ARGS": "-DCMAKE_CXX_FLAGS_RELEASE=-O0"}  # what is built is not timed
 NO_COMPILER = {"CXX": "/bin/false"}
@@ -31,19 +31,6 @@ import torch, nearsight as ns
 ones = torch.ones(1, 1, 5, 5, 4)
 print(ns.__file__, ns.backends()["native"], ns.local_attention(ones, ones, ones, ns.Window(3)).unique().item(), sep="\\n")
 """
-
-
-@pytest.fixture
-def source(tmp_path) -> Path:
-    """A copy, so that no build touches the working tree."""
-    copy = tmp_path / "source"
-    for part in PARTS:
-        if (ROOT / part).is_dir():
-            shutil.copytree(ROOT / part, copy / part, ignore=shutil.ignore_patterns("__pycache__", f"*{SUFFIX}"))
-        else:
-            copy.mkdir(exist_ok=True)
-            shutil.copy(ROOT / part, copy)
-    return copy
 
 
 def pip(*arguments: str | Path, python: Path | str = sys.executable, **environment: str) -> None:
@@ -75,6 +62,30 @@ def answers(python: Path, folder: Path) -> tuple[str, str, str]:
     return file, reason, result
 
 
+def run(*command: str | Path, folder: Path) -> str:
+    finished = subprocess.run(command, capture_output=True, text=True, cwd=folder)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    return finished.stdout
+
+
+def shown_and_needed(library: Path) -> tuple[set[str], set[str]]:
+    """The names that a library for Linux has for others, and the libraries that it asks for."""
+    with library.open("rb") as file:
+        elf = ELFFile(file)
+        symbols = elf.get_section_by_name(".dynsym").iter_symbols()
+        shown = {one.name for one in symbols if one["st_shndx"] != "SHN_UNDEF" and one.name}
+        tags = elf.get_section_by_name(".dynamic").iter_tags("DT_NEEDED")
+        return shown, {tag.needed.split(".so")[0] for tag in tags}
+
+
+def test_the_sdist_holds_what_is_needed_and_no_more(sdist):
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"CMakeLists.txt", "LICENSE", "csrc/nearsight.h", "csrc/exported.map", "tests/check_wheel.py"} <= names
+    assert not [name for name in names if name.endswith((SUFFIX, ".pyc", ".png", ".whl"))]
+    assert sdist.stat().st_size < 3e6
+
+
 def test_with_a_compiler(source, tmp_path):
     wheel = wheel_of(source)
     assert wheel.name.startswith("nearsight-")
@@ -93,6 +104,17 @@ def test_with_a_compiler(source, tmp_path):
     file, reason, result = answers(python, tmp_path)
     assert Path(file).is_relative_to(tmp_path / "venv")
     assert (reason, result) == ("None", "1.0")
+    run(python, ROOT / "tests" / "check_wheel.py", "native", folder=tmp_path)
+    if sys.platform == "linux":  # as far as this machine's compiler allows; a release is built where it allows more
+        told = run(sys.executable, "-m", "auditwheel", "show", wheel, folder=tmp_path)
+        assert "manylinux_2_" in told or "musllinux_1_" in told, told
+        for stem, others in (
+            ("attention/native/libnearsight", set()),
+            ("deploy/libnearsight_onnxruntime", {"RegisterCustomOps"}),
+        ):
+            shown, needed = shown_and_needed(Path(file).parent / f"{stem}{SUFFIX}")
+            assert not {name for name in shown if not name.startswith("nearsight_")} ^ others
+            assert not {"libstdc++", "libgomp"} & needed
 
 
 def test_without_a_compiler(source, tmp_path):

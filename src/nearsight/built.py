@@ -18,6 +18,13 @@ def built(package: str, stem: str) -> Path | None:
 
 
 def why_not_built() -> str:
+    """Why there is no library, and what to do about it."""
+    if sys.platform == "win32":
+        return "it is not written for Windows yet"
+    return f"{_kept_reason()}. {REMEDY}"
+
+
+def _kept_reason() -> str:
     """What csrc/build_backend.py kept of a build that failed: its first line is the reason, the log follows."""
     try:
         installed = metadata.distribution("nearsight")

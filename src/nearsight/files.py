@@ -40,7 +40,7 @@ def open_regular(path: str | PathLike[str]) -> BinaryIO:
     """
     _require_regular(os.stat(path), path)  # opening a device can already do something
     # A pipe that has taken the file's place meanwhile is not waited for either.
-    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0) | os.O_CLOEXEC)
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     try:
         _require_regular(os.fstat(handle), path)
     except OSError:
@@ -128,7 +128,7 @@ def write_whole(path: str | PathLike[str], content: bytes) -> None:
         raise OSError(errno.EINVAL, "what has this name is no regular file", str(path))
     temporary = path.with_name(f".nearsight-{secrets.token_hex(8)}{UNFINISHED}")
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
-    handle = os.open(temporary, flags | os.O_CLOEXEC, 0o666)
+    handle = os.open(temporary, flags, 0o666)
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(content)

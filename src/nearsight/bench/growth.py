@@ -12,6 +12,7 @@ more from h w = k^2 on.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -234,6 +235,8 @@ def _point(case: GrowthCase, attention: str, gflops: float, ms: float | None, ex
 
 def _extra_memory(tasks: Sequence[tuple[GrowthCase, str]]) -> list[int | None]:
     """Bytes that a call of each adds to the peak of a fresh process; None below those of its output, which it must make."""
+    if sys.platform == "win32":  # has no forks, in which they are measured
+        return [None for _ in tasks]
     told = [(asdict(case), attention, torch.get_num_threads()) for case, attention in tasks]
     found = zip(tasks, in_fresh_process(_extra_memory_in_forks, told), strict=True)
     return [extra if extra >= case.output_bytes else None for (case, _), extra in found]
@@ -257,7 +260,7 @@ def _extra_memory_in_forks(tasks: Sequence[tuple[dict[str, int], str, int]]) -> 
     return found
 
 
-def _extra_memory_here(case: dict[str, int], attention: str, threads: int) -> int:
+def _extra_memory_here(case: dict[str, int], attention: str, threads: int) -> float:
     torch.set_num_threads(threads)
     with torch.no_grad():
         small = min(case["size"], case["kernel_size"])

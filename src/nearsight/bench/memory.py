@@ -15,9 +15,11 @@ from typing import Any
 NOTHING_KEPT = {"MALLOC_MMAP_THRESHOLD_": "65536", "THP_MEM_ALLOC_ENABLE": "0"}
 
 
-def peak_memory() -> int:
-    """The largest resident set of this process so far, in bytes."""
-    import resource  # not on Windows
+def peak_memory() -> float:
+    """The largest resident set of this process so far, in bytes; NaN on Windows, which is not asked."""
+    if sys.platform == "win32":
+        return float("nan")
+    import resource
 
     if sys.platform == "linux":  # where getrusage begins with the peak of the process that started this one
         with open("/proc/self/status", encoding="ascii") as status:

@@ -83,7 +83,7 @@ def _contest(
     return {**facts, "faster": final["network"].faster_than(final["yardstick"])}
 
 
-def training_memory(name: str, layout: str, batch: int, size: int, threads: int) -> int:
+def training_memory(name: str, layout: str, batch: int, size: int, threads: int) -> float:
     """Bytes that training steps add to the peak of this process, which must have done nothing else.
 
     These are weights, activations, gradients and what the operators take meanwhile.

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from ..built import REMEDY, built, why_not_built
+from ..built import built, why_not_built
 from ..errors import BackendError
 
 __all__ = ["onnxruntime_library"]
@@ -25,5 +25,5 @@ def onnxruntime_library() -> str:
     """
     path = built(__name__, "libnearsight_onnxruntime")
     if path is None:
-        raise BackendError(f"there is no operator for onnxruntime: {why_not_built()}. {REMEDY}")
+        raise BackendError(f"there is no operator for onnxruntime: {why_not_built()}")
     return str(path)

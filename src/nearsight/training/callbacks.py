@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import io
-import resource
 import signal
 import sys
 import threading
@@ -19,6 +18,7 @@ import torch.distributed as dist
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.plugins.io import CheckpointIO
 
+from ..bench.memory import peak_memory
 from ..files import to_path, write_bytes, write_text
 from ..pages.csv_json import write_csv
 from ..saved.trained_on import write_trained
@@ -27,7 +27,6 @@ from .data import PictureDataset, warn_of_broken
 
 METRICS_FILE = "metrics.csv"
 TIMING_FILE = "timing.csv"
-STATUS = Path("/proc/self/status")
 TIMED_STEPS = (3, 20)  # the time is estimated from the steps after the first of these up to the second
 
 
@@ -203,15 +202,10 @@ def _to_csv(rows: list[dict[str, float]]) -> str:
     return write_csv(list(rows[0]), [list(row.values()) for row in rows])
 
 
-def _peak_memory() -> int:
+def _peak_memory() -> float:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    if STATUS.is_file():  # Linux also counts into ru_maxrss what the process that started this one held
-        return next(
-            int(line.split()[1]) * 1024 for line in STATUS.read_text().splitlines() if line.startswith("VmHWM:")
-        )
-    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return largest if sys.platform == "darwin" else largest * 1024
+    return peak_memory()
 
 
 def _duration(seconds: float) -> str:

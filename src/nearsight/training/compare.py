@@ -199,6 +199,10 @@ def _train(run: Path, recipe: Recipe, lock: int) -> None:
 @contextmanager
 def _alone(output: Path) -> Iterator[int]:
     """Keep other comparisons out of the folder; yields the lock, a file's descriptor."""
+    if sys.platform == "win32":
+        raise TrainingError(
+            "a comparison locks its folder for the runs that it starts, which Windows cannot: use WSL there"
+        )
     import fcntl
 
     try:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...built import REMEDY, built, why_not_built
+from ...built import built, why_not_built
 from ...errors import BackendError
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # of query, key, value, the output and their gradients
@@ -151,7 +151,7 @@ def find() -> ctypes.CDLL | str:
     """The library, or the reason why there is none."""
     path = built(str(__package__), "libnearsight")
     if path is None:
-        return f"there is no native kernel, and 'blocked' serves: {why_not_built()}. {REMEDY}"
+        return f"there is no native kernel, and 'blocked' serves: {why_not_built()}"
     try:
         return load(path)
     except BackendError as error:
@@ -168,7 +168,8 @@ def _note_fork() -> None:
     _forked = True
 
 
-os.register_at_fork(after_in_child=_note_fork)
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_note_fork)
 
 
 def num_threads() -> int:
