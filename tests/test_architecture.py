@@ -65,6 +65,7 @@ SHARED_WITHIN = (
     "commands",
     "conversion",
     "acceleration",
+    "deploy",
     "pages",
     "saved",
 )

@@ -23,6 +23,7 @@ import nearsight as ns
 from nearsight import deploy
 from nearsight.attention import native, node
 from nearsight.attention.problem import Call, describe
+from nearsight.deploy import compiled
 from nearsight.errors import BackendError, DataError, OptionError
 from nearsight.saved.export import export_to_file, onnx_session, to_onnx, trace
 
@@ -34,7 +35,7 @@ def planar(tensor: Tensor) -> Tensor:
     return tensor.movedim(-1, 2).flatten(1, 2).contiguous()
 
 
-def session_of(attributes: dict, inputs: dict[str, Tensor], threads: int = 2) -> onnxruntime.InferenceSession:
+def model_of(attributes: dict, inputs: dict[str, Tensor]) -> bytes:
     """One node of float32 inputs and outputs; what is inside is of the dtype of the query."""
     dtype = inputs["query"].dtype
     casts = [name for name in ("query", "key", "value") if dtype != torch.float32]
@@ -47,14 +48,16 @@ def session_of(attributes: dict, inputs: dict[str, Tensor], threads: int = 2) ->
     values = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape) for name, shape in shapes.items()]
     out = onnx.helper.make_tensor_value_info("out", onnx.TensorProto.FLOAT, None)
     versions = [onnx.helper.make_opsetid("", 20), onnx.helper.make_opsetid(node.DOMAIN, node.VERSION)]
-    model = onnx.helper.make_model(
-        onnx.helper.make_graph(nodes, "one", values, [out]), opset_imports=versions, ir_version=10
-    )
+    graph = onnx.helper.make_graph(nodes, "one", values, [out])
+    return onnx.helper.make_model(graph, opset_imports=versions, ir_version=10).SerializeToString()
+
+
+def session_of(attributes: dict, inputs: dict[str, Tensor], threads: int = 2) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 4
     options.register_custom_ops_library(deploy.onnxruntime_library())
-    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(model_of(attributes, inputs), options, providers=["CPUExecutionProvider"])
 
 
 def node_of(inputs: list[Tensor], window: ns.Window, bias=None, relative=None, scale=None) -> tuple[dict, dict]:
@@ -240,7 +243,7 @@ def test_operators_are_plain_or_native_and_native_are_of_onnx(tmp_path, monkeypa
         export_to_file(tmp_path, "onnx", operators="own")
     with pytest.raises(OptionError, match="--operators native is for --format onnx"):
         export_to_file(tmp_path, "pt2", operators="native")
-    monkeypatch.setattr(deploy, "built", lambda package, stem: None)
+    monkeypatch.setattr(compiled, "built", lambda package, stem: None)
     with pytest.raises(BackendError, match="there is no operator for onnxruntime"):
         export_to_file(tmp_path, "onnx", operators="native")
 

@@ -21,6 +21,8 @@ from nearsight.built import SUFFIX
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[1]
+# What a library is made of on the machine of its user, against the headers of a runtime that is installed there.
+SOURCES = ("nearsight.h", "node.h", "node.cpp", "openvino/local_attention.cpp")
 LIBRARY = f"nearsight/attention/native/libnearsight{SUFFIX}"
 QUICKLY = {"CMAKE_ARGS": "-DCMAKE_CXX_FLAGS_RELEASE=-O0"}  # what is built is not timed
 NO_COMPILER = {"CXX": "/bin/false"}
@@ -95,10 +97,12 @@ def test_with_a_compiler(source, tmp_path):
     assert {
         LIBRARY,
         f"nearsight/deploy/libnearsight_onnxruntime{SUFFIX}",
+        *(f"nearsight/deploy/csrc/{source}" for source in SOURCES),
         "nearsight/pages/templates/explore.js",
         "nearsight/pages/templates/page.css",
     } <= {*names}
-    assert not [name for name in names if name.endswith((".cpp", ".h", ".txt")) and "dist-info" not in name]
+    sources = {name for name in names if name.endswith((".cpp", ".h", ".txt")) and "dist-info" not in name}
+    assert sources == {f"nearsight/deploy/csrc/{source}" for source in SOURCES}
     python = fresh_python(tmp_path / "venv")
     pip("install", "--no-deps", wheel, python=python)
     file, reason, result = answers(python, tmp_path)

@@ -3,10 +3,22 @@
 
 from __future__ import annotations
 
-from ..built import built, why_not_built
-from ..errors import BackendError
+from .compiled import Runtime, kernel_library, library_for
 
-__all__ = ["onnxruntime_library"]
+__all__ = ["onnxruntime_library", "openvino_library"]
+
+OPENVINO = Runtime(
+    name="OpenVINO",
+    package="openvino",
+    extra="openvino",
+    sources=("openvino/local_attention.cpp",),
+    headers="include/openvino/core/op_extension.hpp",
+    include="include",
+    libraries=(
+        *("libs/libopenvino.so*", "libs/libopenvino_onnx_frontend.so*", "libs/libtbb.so*"),
+        *("libs/libopenvino.*dylib", "libs/libopenvino_onnx_frontend.*dylib", "libs/libtbb.*dylib"),
+    ),
+)
 
 
 def onnxruntime_library() -> str:
@@ -23,7 +35,23 @@ def onnxruntime_library() -> str:
         >>> options = onnxruntime.SessionOptions()
         >>> options.register_custom_ops_library(onnxruntime_library())
     """
-    path = built(__name__, "libnearsight_onnxruntime")
-    if path is None:
-        raise BackendError(f"there is no operator for onnxruntime: {why_not_built()}")
-    return str(path)
+    return str(kernel_library("onnxruntime"))
+
+
+def openvino_library() -> str:
+    """The library that makes ``nearsight::LocalAttention`` known to the installed OpenVINO, for ``Core.add_extension``.
+
+    It reads the same ONNX files as :func:`onnxruntime_library`'s. OpenVINO's C++ interface is of one version, so this is
+    compiled on this machine, against the headers of pip's wheel, in 10 seconds; it is kept for the next time. It runs on
+    OpenVINO's own threads.
+
+    Raises:
+        PackageError: OpenVINO is not installed.
+        BackendError: there is no compiler, or it refuses; the message says why.
+
+    Example:
+        >>> import openvino
+        >>> core = openvino.Core()
+        >>> core.add_extension(openvino_library())
+    """
+    return str(library_for(OPENVINO))
