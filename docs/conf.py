@@ -11,16 +11,22 @@ sys.path.insert(0, str(HERE / "_site"))
 project = "nearsight"
 author = "The nearsight authors"
 copyright = author
+highlight_language = "none"
 version = release = version_of("nearsight")
 root_doc = "index"
 exclude_patterns = ["_*", "images", "**/*.py"]
 
 extensions = [
     "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
     "sphinx.ext.mathjax",
+    "sphinx.ext.napoleon",
+    "sphinxarg.ext",
     "sphinx_copybutton",
     "sphinx_design",
     "notfound.extension",
+    "docstrings",
     "pages_outside",
     "mathjax_of_pip",
     "links_of_html",
@@ -34,6 +40,11 @@ nb_execution_cache_path = str(HERE.parent / "build" / "docs" / "cells")
 nb_execution_raise_on_error = True
 nb_execution_timeout = 120
 nb_merge_streams = True
+
+autodoc_typehints = "none"
+autodoc_class_signature = "mixed"
+napoleon_use_ivar = True
+templates_path = ["_templates"]
 
 gettext_compact = False
 gettext_uuid = False

@@ -39,14 +39,15 @@ class LayerOutcome:
 class ConversionReport:
     """What :func:`nearsight.convert` returns. ``print(report)``, or with rich ``rich.print(report)``, shows it as a table.
 
-    init                ``"random"`` or ``"exact"``
-    rows                one per spatial convolution, attention layer, and layer that looks like a convolution and is none
-    options             ``nearsight.convert(another, **report.options)`` converts a model of the same kind in the same way
-    parameters_before, parameters_after     of the whole model
-    flops_before, flops_after   of one picture, two per multiply-add; None without ``input_size``
-    flops_with_content  once all gates of an exact conversion are open; None otherwise
-    error               the largest difference between the outputs before and after, relative to the largest output, in
-                        evaluation mode on one random picture; None without ``input_size`` or with ``init="random"``
+    Attributes:
+        init: ``"random"`` or ``"exact"``.
+        rows: one per spatial convolution, attention layer, and layer that looks like a convolution and is none.
+        options: ``nearsight.convert(another, **report.options)`` converts a model of the same kind in the same way.
+        parameters_before, parameters_after: of the whole model.
+        flops_before, flops_after: of one picture, two per multiply-add; None without ``input_size``.
+        flops_with_content: once all gates of an exact conversion are open; None otherwise.
+        error: the largest difference between the outputs before and after, relative to the largest output, in evaluation
+            mode on one random picture; None without ``input_size`` or with ``init="random"``.
     """
 
     init: str

@@ -32,13 +32,15 @@ GATHERED = 2**20  # weights; above, a layer's queries are asked for in turns, so
 class AttentionMap(Brief):
     """The weights of one layer on a batch of images.
 
-    layer       the module's name in the model
-    weights     (B, N, *out, *kernel_size), each query's weights over the places of its memory block; or
-                (B, N, Q, *kernel_size) where only some queries were asked for
-    window      the memory block
-    map_size    cells of the layer's input
-    image_size  pixels of the image; of a layer whose map has other axes than the image, as tokens have, its own map_size
-    queries     those in ``weights``, an index per axis of the output each; None for all of them
+    Attributes:
+        layer: the module's name in the model.
+        weights: (B, N, *out, *kernel_size), each query's weights over the places of its memory block; or
+            (B, N, Q, *kernel_size) where only some queries were asked for.
+        window: the memory block.
+        map_size: cells of the layer's input.
+        image_size: pixels of the image; of a layer whose map has other axes than the image, as tokens have, its own
+            map_size.
+        queries: those in ``weights``, an index per axis of the output each; None for all of them.
     """
 
     layer: str
