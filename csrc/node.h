@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// nearsight::LocalAttention, version 1, which docs/deploy.md specifies, without a runtime: what it looks at, and how it
-// calls the kernel. A runtime's operator reads attributes and inputs in its own way, and hands them on.
+// nearsight::LocalAttention, version 1, as docs/howto/deploy.md specifies it, without a runtime: what it looks at, and
+// how it calls the kernel. A runtime's operator reads attributes and inputs in its own way, and hands them on.
 
 #ifndef NEARSIGHT_NODE_H
 #define NEARSIGHT_NODE_H

@@ -28,6 +28,7 @@ extensions = [
     "notfound.extension",
     "docstrings",
     "pages_outside",
+    "parsers",
     "mathjax_of_pip",
     "links_of_html",
 ]

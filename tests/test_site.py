@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The documentation's site, as far as it can be told without building it: no public name and no command is missing."""
+"""The documentation's site, as far as it can be told without building it: no public name is missing."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from pathlib import Path
 
 import nearsight as ns
 from nearsight import errors, positions
-from nearsight.cli import COMMANDS
 
 DOCS = Path(__file__).parents[1] / "docs"
 # Rooms whose public names are for users, beside those of the package itself.
@@ -42,8 +41,3 @@ def test_every_public_name_has_a_page():
     assert len(names) == len(set(names))
     assert public() - set(names) == set()
     assert len(public()) > 60
-
-
-def test_every_command_has_its_place():
-    page = (DOCS / "reference" / "commands.rst").read_text()
-    assert re.findall(r":func: (\w+)", page) == list(COMMANDS)

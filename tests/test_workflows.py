@@ -55,4 +55,4 @@ def test_an_issue_comes_with_what_nearsight_info_prints():
     fields = {field.get("id"): field for field in read(ROOT / ".github/ISSUE_TEMPLATE/bug.yml")["body"]}
     assert "`nearsight info`" in fields["info"]["attributes"]["description"]
     assert fields["info"]["validations"]["required"] == "true"
-    assert "docs/security.md" in (ROOT / "SECURITY.md").read_text()
+    assert "docs/reference/security.md" in (ROOT / "SECURITY.md").read_text()

@@ -41,7 +41,8 @@ def _bent(target: str, docs: Path, place: Path, docname: str) -> str:
         file = docs / inside
     if file.is_dir():
         file = next((file / name for name in ("index.md", "README.md", "__init__.py") if (file / name).exists()), file)
-    return os.path.relpath(file, (docs / docname).parent)
+    bent = os.path.relpath(file, (docs / docname).parent)
+    return bent if file.suffix != ".md" or file.is_relative_to(docs) else f"path:{bent}"  # no page: the file itself
 
 
 def setup(app: Any) -> dict[str, bool]:

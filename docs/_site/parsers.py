@@ -1,14 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The parser of each command of ``nearsight``, without running the command: from it its page is written."""
+"""The page of the command line, from the parser of each command of ``nearsight``, which is made without running it."""
 
 from __future__ import annotations
 
 import argparse
 import textwrap
 from importlib import import_module
+from typing import Any
 from unittest.mock import patch
 
 from nearsight.cli import COMMANDS
+
+PAGE = "reference/commands"
+SECTION = """
+{title}
+{line}
+
+.. argparse::
+   :module: parsers
+   :func: {command}
+   :prog: {title}
+   :nodefaultconst:
+"""
 
 
 class _Made(Exception):
@@ -44,3 +57,16 @@ def __getattr__(name: str) -> argparse.ArgumentParser:
     if name in COMMANDS:
         return parser_of(name)
     raise AttributeError(name)
+
+
+def write(app: Any, docname: str, source: list[str]) -> None:
+    """A section for each command, below the head of the page."""
+    if docname == PAGE:
+        for command in COMMANDS:
+            title = f"nearsight {command}"
+            source[0] += SECTION.format(command=command, title=title, line="-" * len(title))
+
+
+def setup(app: Any) -> dict[str, bool]:
+    app.connect("source-read", write)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -10,7 +10,7 @@ examples:
   nearsight deploy onnxruntime    where the library is that nearsight was installed with
   nearsight deploy openvino       compiles one for the installed OpenVINO, once, and says where it is
 
-docs/deploy.md says how each is used.
+docs/howto/deploy.md says how each is used.
 """
 
 
