@@ -382,7 +382,7 @@ def test_the_article_has_its_questions_and_its_models_exist():
     assert all(f"kernel_size={k}" in asked for k in (3, 5, 9, 11))
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_a_comparison_that_was_killed_goes_on_where_it_stopped(tmp_path, monkeypatch):
     """kill -9 of everything in the midst of the second run: the first stays, the second goes on from its checkpoint."""
     one, other = (f"test_vit,patch_size={size}" for size in (8, 4))
