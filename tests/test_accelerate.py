@@ -48,6 +48,16 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
         (1, 8, 6, 12),
     ),
 }
+CASES |= {
+    "halo, strided": (
+        partial(HaloAttn, 8, 24, num_heads=2, block_size=4, halo_size=1, dim_head=8, stride=2),
+        (2, 8, 8, 4),
+    ),
+    "halo, one block": (
+        partial(HaloAttn, 8, 16, num_heads=2, block_size=4, halo_size=2, scale_pos_embed=True, qkv_bias=True),
+        (2, 8, 4, 4),
+    ),
+}
 every_case = pytest.mark.parametrize("case", CASES)
 
 
@@ -215,9 +225,9 @@ STAY = {
     "a hook in a block": (lambda: with_hook(sam_block(3), "attn.proj"), "its proj carries hooks"),
     "norms in a block": (lambda: sam_block(3, qk_norm=True), "its keys are normalised"),
     "the whole map": (lambda: sam_block(0), "nothing is cut"),
-    "strided halos": (
-        lambda: HaloAttn(8, 16, num_heads=2, block_size=4, halo_size=1, stride=2),
-        "strided queries",
+    "a hook in halos": (
+        lambda: with_hook(HaloAttn(8, 16, num_heads=2, block_size=4, halo_size=1), "pos_embed"),
+        "its pos_embed carries hooks",
     ),
 }
 
