@@ -241,7 +241,7 @@ def test_what_cannot_be_exported_is_told_before(changes, error, message):
 def test_operators_are_plain_or_native_and_native_are_of_onnx(tmp_path, monkeypatch):
     with pytest.raises(OptionError, match="--operators must be one of plain, native; received 'own'"):
         export_to_file(tmp_path, "onnx", operators="own")
-    with pytest.raises(OptionError, match="--operators native is for --format onnx"):
+    with pytest.raises(OptionError, match="--operators native is for --format onnx and aoti"):
         export_to_file(tmp_path, "pt2", operators="native")
     monkeypatch.setattr(compiled, "built", lambda package, stem: None)
     with pytest.raises(BackendError, match="there is no operator for onnxruntime"):

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[1]
 # What a library is made of on the machine of its user, against the headers of a runtime that is installed there.
-SOURCES = ("nearsight.h", "node.h", "node.cpp", "openvino/local_attention.cpp")
+SOURCES = ("nearsight.h", "node.h", "node.cpp", "openvino/local_attention.cpp", "pytorch/attend.cpp")
 LIBRARY = f"nearsight/attention/native/libnearsight{SUFFIX}"
 QUICKLY = {"CMAKE_ARGS": "-DCMAKE_CXX_FLAGS_RELEASE=-O0"}  # what is built is not timed
 BESIDE = ("--config-settings=build-dir=build",)  # in the sources' folder: what is made again there is compiled once

@@ -66,6 +66,12 @@ def test_a_private_name_would_be_seen(text):
     )
 
 
+def test_what_cannot_compile_ahead_says_so(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch._inductor", None)
+    with pytest.raises(BackendError, match="take another PyTorch"):
+        private.compiled_ahead(None, "model.pt2", {})
+
+
 @pytest.fixture
 def without(monkeypatch):
     """The file as it is read in a PyTorch that lacks a name, or a module."""

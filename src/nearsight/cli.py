@@ -29,7 +29,7 @@ COMMANDS = {
     "compare": "train several networks with several seeds: a table, plots and a page",
     "convert": "put attention in the place of a network's convolutions",
     "export": "a trained network as an ONNX file, or a program of torch.export",
-    "deploy": "the library that runs attention in onnxruntime or OpenVINO",
+    "deploy": "the library that runs attention in onnxruntime, OpenVINO or C++",
     "explore": "a page that shows where a network looks, from every pixel of an image",
     "profile": "what each layer of a network costs, and how attention grows with the image",
     "models": "list nearsight's networks",

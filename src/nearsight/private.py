@@ -171,6 +171,22 @@ def open_sizes_of_one() -> Iterator[None]:
         config.backed_size_oblivious = before  # pyright: ignore
 
 
+def compiled_ahead(program: Any, path: str, notes: dict[str, str]) -> Callable[..., Any]:
+    """A program of ``torch.export`` as a package of AOTInductor, with notes: written to ``path``, and loaded.
+
+    PyTorch's documented way, whose module is not public by its name. Without it no package is written.
+    """
+    try:
+        from torch._inductor import aoti_compile_and_package, aoti_load_package
+    except ImportError as error:
+        raise BackendError(
+            f"packages are written by torch._inductor.aoti_compile_and_package, which PyTorch {torch.__version__} does not "
+            "have: take another PyTorch"
+        ) from error
+    aoti_compile_and_package(program, package_path=path, inductor_configs={"aot_inductor.metadata": notes})
+    return aoti_load_package(path)
+
+
 # ------------------------------------------------------------------------------------------------- modes and structures
 
 try:

@@ -12,6 +12,7 @@ examples:
   nearsight export runs/demo --format onnx                   writes runs/demo/model.onnx
   nearsight export runs/demo --format onnx --operators native
   nearsight export runs/demo/last.ckpt --format pt2 --output sasa.pt2
+  nearsight export runs/demo --format aoti                   writes runs/demo/model-aoti.pt2, compiled for this machine
 
 The file takes batches and pictures of any size, where the network does, else of its own or of --size N or HxW, and runs
 without nearsight. Before it is written
@@ -22,13 +23,14 @@ it has run on sizes other than the one it was made with, and computed what the n
 def run(arguments: list[str]) -> None:
     parser = parser_of("export", "Write a trained network as one file that runs without nearsight.", EXAMPLES)
     parser.add_argument("run", metavar="DIR|FILE", type=Path, help="folder of a run, a .safetensors or a .ckpt file")
-    parser.add_argument("--format", required=True, choices=("onnx", "pt2"), help="ONNX, or a torch.export program")
+    parser.add_argument(
+        "--format", required=True, choices=("onnx", "pt2", "aoti"), help="ONNX, a torch.export program, or AOTInductor"
+    )
     parser.add_argument("--output", type=Path, metavar="FILE", help="where to write it (default: beside the weights)")
     parser.add_argument(
         "--operators",
         choices=("plain", "native"),
-        default="plain",
-        help="ONNX's own (default), or one node for each attention, which onnxruntime runs by nearsight's kernel",
+        help="the format's own, or one for each attention, which nearsight's kernel runs (default: plain; aoti: native)",
     )
     parser.add_argument("--size", metavar="N|HxW", help="take pictures of this size alone (default: any, where it can)")
     options = parse(parser, arguments)
@@ -41,7 +43,7 @@ def run(arguments: list[str]) -> None:
     if exported.fixed is not None:
         print(f"height and width are fixed, --size N|HxW takes others; any would be taken but for: {exported.fixed}")
     print(f"run on {tried}: at most {exported.difference:.0e} from the network")
-    if options.format == "onnx" and options.operators == "plain":
+    if options.format == "onnx" and options.operators != "native":
         print(
             "any onnxruntime runs it; --operators native is faster there, with nearsight's library (docs/howto/deploy.md)"
         )

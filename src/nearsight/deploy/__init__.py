@@ -5,19 +5,31 @@ from __future__ import annotations
 
 from .compiled import Runtime, kernel_library, library_for
 
-__all__ = ["onnxruntime_library", "openvino_library"]
+__all__ = ["aoti_library", "onnxruntime_library", "openvino_library"]
 
 OPENVINO = Runtime(
     name="OpenVINO",
     package="openvino",
     extra="openvino",
-    sources=("openvino/local_attention.cpp",),
+    sources=("nearsight.h", "node.h", "node.cpp", "openvino/local_attention.cpp"),
     headers="include/openvino/core/op_extension.hpp",
     include="include",
     libraries=(
         *("libs/libopenvino.so*", "libs/libopenvino_onnx_frontend.so*", "libs/libtbb.so*"),
         *("libs/libopenvino.*dylib", "libs/libopenvino_onnx_frontend.*dylib", "libs/libtbb.*dylib"),
     ),
+)
+
+
+PYTORCH = Runtime(
+    name="PyTorch",
+    package="torch",
+    extra=None,
+    sources=("nearsight.h", "pytorch/attend.cpp"),
+    headers="include/torch/csrc/stable/library.h",
+    include="include",
+    libraries=("lib/libtorch_cpu.so", "lib/libtorch_cpu.dylib"),
+    defined=("TORCH_TARGET_VERSION=0x020d000000000000",),  # 2.13 and later have all that is used
 )
 
 
@@ -55,3 +67,22 @@ def openvino_library() -> str:
         >>> core.add_extension(openvino_library())
     """
     return str(library_for(OPENVINO))
+
+
+def aoti_library() -> str:
+    """The library that registers ``nearsight::attend`` with PyTorch from C++: for programs without Python that run what
+    ``nearsight export --format aoti`` wrote, and load this first.
+
+    It is written against PyTorch's stable interface and compiled on this machine, against the headers of the installed
+    PyTorch, in 5 seconds; it is kept for the next time, and serves PyTorch 2.13 and later. It runs on PyTorch's own threads.
+    In Python ``import nearsight`` does as well; whichever is first, the other adds what is lacking.
+
+    Raises:
+        BackendError: there is no compiler, or it refuses; the message says why.
+
+    Example:
+        >>> torch.ops.load_library(aoti_library())
+        >>> run = torch._inductor.aoti_load_package("runs/demo/model-aoti.pt2")
+        >>> logits = run(pictures)
+    """
+    return str(library_for(PYTORCH))

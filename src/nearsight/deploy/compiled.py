@@ -24,7 +24,6 @@ from ..extras import need
 from ..telling import telling
 
 COMPILERS = ("c++", "g++", "clang++")
-NODE, C_INTERFACE = ("node.h", "node.cpp"), "nearsight.h"
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,7 @@ class Runtime:
 
     name: str
     package: str
-    extra: str  # that brings it
+    extra: str | None  # that brings it; None where every installation has it
     sources: tuple[str, ...]  # in csrc/
     headers: str  # in the package's folder, one that must be there
     include: str
@@ -70,7 +69,7 @@ def library_for(runtime: Runtime) -> Path:
             f"the installed {runtime.package} has no headers ({package / runtime.headers}), which the operator for "
             f"{runtime.name} is compiled against: its wheel of pip has them"
         )
-    sources = [kernel.parent / "csrc" / source for source in (C_INTERFACE, *NODE, *runtime.sources)]
+    sources = [kernel.parent / "csrc" / source for source in runtime.sources]
     given = [str(source) for source in sources if source.suffix == ".cpp"]
     command = [*_compiler(runtime), *_flags(runtime, package), *given, *_linked(runtime, kernel, package)]
     digest = sha256(b"\0".join([*map(str.encode, command), *(source.read_bytes() for source in sources)]))
@@ -86,7 +85,8 @@ def library_for(runtime: Runtime) -> Path:
 
 
 def _folder_of(runtime: Runtime) -> Path:
-    need((runtime.package,), f"the operator for {runtime.name}", runtime.extra)
+    if runtime.extra is not None:
+        need((runtime.package,), f"the operator for {runtime.name}", runtime.extra)
     found = find_spec(runtime.package)
     assert found is not None
     assert found.submodule_search_locations is not None

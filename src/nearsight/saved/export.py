@@ -3,8 +3,9 @@
 
 With ``operators="plain"`` the file holds operators of PyTorch or ONNX alone: attention is written out as matrix products
 over blocks of queries, as the backend ``blocked`` computes it. With ``"native"`` an ONNX file has one node for each
-attention, which onnxruntime runs by the library of :func:`nearsight.deploy.onnxruntime_library`. What is written was run
-before and compared with the network.
+attention, which onnxruntime runs by the library of :func:`nearsight.deploy.onnxruntime_library`, and a package of
+AOTInductor calls the operator ``nearsight::attend``, which :func:`nearsight.deploy.aoti_library` brings where there is no
+Python. What is written was run before and compared with the network.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import tempfile
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -22,6 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..attention import native
 from ..attention.node import DOMAIN, as_nodes
 from ..deploy import onnxruntime_library
 from ..errors import DataError, OptionError, TrainingError
@@ -31,12 +34,13 @@ from ..finite import why_not_finite
 from ..models.data_config import class_names
 from ..modes import evaluating
 from ..pages.brief import Brief
-from ..private import open_sizes_of_one
+from ..private import compiled_ahead, open_sizes_of_one
 from ..telling import telling
 from .view import View
 from .weights import KEY, load_model
 
-FORMATS = {"onnx": ".onnx", "pt2": ".pt2"}
+FORMATS = {"onnx": ".onnx", "pt2": ".pt2", "aoti": ".pt2"}
+USUAL_OPERATORS = {"onnx": "plain", "pt2": "plain", "aoti": "native"}
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 OPERATORS = ("plain", "native")
 AXES_OF_PICTURES = {"batch": 0, "height": 2, "width": 3}
@@ -71,20 +75,22 @@ def export_to_file(
     form: str,
     output: str | PathLike[str] | None = None,
     size: int | str | None = None,
-    operators: str = "plain",
+    operators: str | None = None,
 ) -> Exported:
-    """Write the network of a run's folder, or of a file of weights, as ONNX or as a program of torch.export.
+    """Write the network of a run's folder, or of a file of weights, as ONNX, as a program of torch.export, or compiled by
+    AOTInductor for processors like this one.
 
     Batch, height and width stay open. Where the network cannot leave its size open, as with learned absolute positions or
     global attention with tables, the batch alone does; the result's ``shape`` says which.
 
     Args:
         run: what :func:`nearsight.saved.weights.load_model` takes.
-        form: ``"onnx"`` or ``"pt2"``.
+        form: ``"onnx"``, ``"pt2"`` or ``"aoti"``.
         output: the file; None puts it beside the weights.
         size: of the pictures that the file takes, ``N`` or ``"HxW"``; None leaves it open, or takes the network's own where
             it cannot be.
-        operators: ``"plain"``, the format's own, or for ONNX ``"native"``: one node for each attention.
+        operators: ``"plain"``, the format's own; or ``"native"``, one operator of ours for each attention, of ONNX and of
+            packages of AOTInductor. None takes plain ones, but for these packages.
 
     Raises:
         BackendError: ``"native"``, and the operator was not built.
@@ -96,13 +102,15 @@ def export_to_file(
     """
     if form not in FORMATS:
         raise OptionError(f"--format must be one of {', '.join(FORMATS)}; received {form!r}")
+    operators = operators or USUAL_OPERATORS[form]
     _check_operators(operators, form)
     sides = None if size is None else _sides(size)
     if form == "onnx":
         need(ONNX_PACKAGES, "`nearsight export` to ONNX", "export")
     run = to_path(run)
     beside = run if run.is_dir() else run.parent
-    file = beside / f"model{FORMATS[form]}" if output is None else to_path(output)
+    usual = f"model{'-aoti' if form == 'aoti' else ''}{FORMATS[form]}"
+    file = beside / usual if output is None else to_path(output)
     if file.suffix != FORMATS[form]:
         raise OptionError(f"--output must end in {FORMATS[form]} for this format; received {file}")
     _check_folder(file)
@@ -167,8 +175,9 @@ def _written(
     model: nn.Module, subject: Subject, form: str, file: Path, sides: tuple[int, int] | None, operators: str
 ) -> Exported:
     _check_finite(model, subject, sides or (subject.view.size, subject.view.size))
-    with as_nodes() if operators == "native" else nullcontext():
-        content, exported = _made(model, subject, _onnx if form == "onnx" else _pt2, sides)
+    kept = {"onnx": as_nodes, "aoti": native.as_operators}[form] if operators == "native" else nullcontext
+    with kept():
+        content, exported = _made(model, subject, WRITERS[form], sides)
     write_bytes(file, content)
     return replace(exported, file=file)
 
@@ -177,9 +186,9 @@ def _check_operators(operators: str, form: str) -> None:
     if operators not in OPERATORS:
         raise OptionError(f"--operators must be one of {', '.join(OPERATORS)}; received {operators!r}")
     if operators == "native":
-        if form != "onnx":
-            raise OptionError(f"--operators native is for --format onnx; received --format {form}")
-        onnxruntime_library()  # to say now that there is none, and not after the tracing
+        if form == "pt2":
+            raise OptionError(f"--operators native is for --format onnx and aoti; received --format {form}")
+        onnxruntime_library()  # to say now that there is no kernel, and not after the tracing
 
 
 def _sides(size: int | str) -> tuple[int, int]:
@@ -272,9 +281,20 @@ def _pt2(program: Any, subject: Subject) -> tuple[bytes, Program]:
     return buffer.getvalue(), torch.export.load(buffer).module()
 
 
+def _aoti(program: Any, subject: Subject) -> tuple[bytes, Program]:
+    """Compiled for the processor that it is made on. The program lies in a folder of PyTorch's own while it is loaded."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = f"{folder}/model.pt2"
+        run = compiled_ahead(program, path, {KEY: subject.notes})
+        return Path(path).read_bytes(), run
+
+
 def _onnx(program: Any, subject: Subject) -> tuple[bytes, Program]:
     content = to_onnx(program, {KEY: subject.notes}).SerializeToString()
     return content, onnx_session(content)
+
+
+WRITERS = {"onnx": _onnx, "pt2": _pt2, "aoti": _aoti}
 
 
 def to_onnx(program: Any, notes: dict[str, str]) -> Any:

@@ -38,10 +38,13 @@ from .library import (
 _WINDOW = "SymInt[] kernel_size, int[] stride, int[] dilation, int[] causal, int[] shared_by, int[] border"
 _GEOMETRY = f"{_WINDOW}, float scale, int isa"
 _OPERATORS = torch.library.Library("nearsight", "FRAGMENT")
-_OPERATORS.define(
-    f"attend(Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor[] relative, {_GEOMETRY}) -> (Tensor, Tensor)",
-    tags=torch.Tag.pt2_compliant_tag,
-)
+# csrc/pytorch/attend.cpp registers this one too, for processes without Python: where it was first, it stays.
+_FROM_CPP = {"attend"} if hasattr(torch.ops.nearsight, "attend") else set()
+if not _FROM_CPP:
+    _OPERATORS.define(
+        f"attend(Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor[] relative, {_GEOMETRY}) -> (Tensor, Tensor)",
+        tags=torch.Tag.pt2_compliant_tag,
+    )
 # `wanted`: which gradients to return, of query, key, value, bias and relative (all axes or none), in this order.
 _OPERATORS.define(
     "attend_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor[] relative, Tensor out, "
@@ -375,7 +378,8 @@ for _operator, _on_cpu, _autograd, _fake, _mapped in (
     ("attend", _forward, attend_above_autograd, _outputs, _attend_mapped),
     ("attend_backward", _backward, _attend_backward_above_autograd, _fake_backward, _attend_backward_mapped),
 ):
-    _OPERATORS.impl(_operator, _on_cpu, "CPU")
+    if _operator not in _FROM_CPP:
+        _OPERATORS.impl(_operator, _on_cpu, "CPU")
     _OPERATORS.impl(_operator, _autograd, "Autograd")
     torch.library.register_fake(f"nearsight::{_operator}", _fake, lib=_OPERATORS)
     torch.library.register_vmap(f"nearsight::{_operator}", _mapped, lib=_OPERATORS)
