@@ -19,7 +19,8 @@ from nearsight import cli, extras
 SOURCE = Path(ns.__file__).parent
 ROOT = Path(__file__).parents[1]
 PACKAGE_OF = {**extras.PACKAGE_OF, "yaml": "pyyaml"}  # whose modules have another name
-PEERS = {"natten", "natten_mps", "fvcore", "openvino"}  # of which nearsight makes use where they are: never asked for
+# Of these nearsight makes use where they are: they are never asked for.
+PEERS = {"natten", "natten_mps", "fvcore", "openvino", "segment_anything", "transformers"}
 # The extras with which the files of a room are used, each of which has to bring all that they import.
 ROOMS = {
     "inspect": ("explore",),

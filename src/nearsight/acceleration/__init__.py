@@ -4,7 +4,8 @@
 known.py    the classes that are known, and what stands in for each
 plain.py    what has to hold of a module for another forward to compute the same
 report.py   what became of every attention, and the way back
-timm_*.py, torchvision_*.py, transformers_*.py ...   one family of attention each
+segment_anything.py     Segment Anything's attention, and timm_sam.py, transformers_sam.py, original_sam.py its three forms
+timm_halo.py            timm's halo attention
 
 What stands in for a class is a subclass of it with a forward of its own, and a module is given that class. So it keeps its
 parameters, their names, its hooks and its place in the model. A stand-in says ``why_not(module)``, the reason why a module

@@ -9,9 +9,14 @@ from torch import nn
 
 # Where a class is defined, and the file and the class here that stand in for it.
 KNOWN = {
+    "segment_anything.modeling.image_encoder.Attention": ("original_sam", "OriginalAttention"),
+    "segment_anything.modeling.image_encoder.Block": ("original_sam", "OriginalBlock"),
     "timm.layers.halo_attn.HaloAttn": ("timm_halo", "HaloAttention"),
     "timm.models.vision_transformer_sam.Attention": ("timm_sam", "SamAttention"),
     "timm.models.vision_transformer_sam.Block": ("timm_sam", "SamBlock"),
+    "transformers.models.sam.modeling_sam.SamVisionAttention": ("transformers_sam", "SamVisionOurs"),
+    "transformers.models.sam.modeling_sam.SamVisionLayer": ("transformers_sam", "SamVisionLayerOurs"),
+    "transformers.models.sam.modeling_sam.SamVisionSdpaAttention": ("transformers_sam", "SamVisionSdpaOurs"),
 }
 
 

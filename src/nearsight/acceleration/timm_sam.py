@@ -7,8 +7,8 @@ from timm.models.vision_transformer_sam import Attention, Block
 from torch import Tensor, nn
 
 from ..layers.whole import one_node
-from .plain import is_measured, why_not_passed_by, why_not_plain
-from .segment_anything import attend_everywhere, attend_in_windows
+from .plain import is_measured, why_not_passed_by
+from .segment_anything import attend_everywhere, attend_in_windows, why_not_in_place, why_not_relative
 
 
 class SamAttention(Attention):
@@ -18,9 +18,7 @@ class SamAttention(Attention):
 
     @staticmethod
     def why_not(module: Attention) -> str | None:
-        if not module.use_rel_pos:
-            return "without relative positions PyTorch's own attention does the same"
-        return why_not_passed_by(module, "attn_drop")
+        return why_not_relative(module) or why_not_passed_by(module, "attn_drop")
 
     @one_node
     def forward(self, x: Tensor) -> Tensor:
@@ -39,27 +37,18 @@ class SamBlock(Block):
     @staticmethod
     def why_not(module: Block) -> str | None:
         attention = module.attn
-        if not module.window_size:
-            return "its attention is over the whole map: nothing is cut"
-        if type(attention) not in (Attention, SamAttention) or not attention.use_rel_pos:
-            return "its attention is another"
+        if (reason := why_not_in_place(module, (Attention, SamAttention))) is not None:
+            return reason
         if not all(type(norm) is nn.Identity for norm in (attention.q_norm, attention.k_norm)):
             return "its keys are normalised, so that those past the map are no zeros"
-        return (
-            why_not_plain(attention)
-            or why_not_passed_by(module, "attn")
-            or why_not_passed_by(attention, "qkv proj", nn.Linear)
-            or why_not_passed_by(attention, "attn_drop")
-        )
+        return why_not_passed_by(attention, "attn_drop")
 
     @one_node
     def forward(self, x: Tensor) -> Tensor:
         attention = self.attn
         if not is_measured(x) or (self.training and self._has_chance()):
             return super().forward(x)
-        tables = (attention.rel_pos_h, attention.rel_pos_w)
-        heads, scale = attention.num_heads, attention.scale
-        out = attend_in_windows(self.norm1(x), attention.qkv, attention.proj, tables, heads, scale, self.window_size)
+        out = attend_in_windows(self.norm1(x), attention, attention.num_heads, self.window_size)
         x = x + self.drop_path1(self.ls1(attention.proj_drop(out)))
         x = x.flatten(1, 2)  # as in timm, whose MLP is faster so
         x = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
