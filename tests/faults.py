@@ -489,7 +489,7 @@ BACKENDS = (
     Fault(
         "the span of a block that begins within a group is too short",
         f"{ATTENTION}/blocked.py",
-        "(between if begins_with_a_group else between + g - 1) // g * g",
+        "(between if _begins_with_a_group(axis) else between + g - 1) // g * g",
         "between // g * g",
         f"{CONTRACT} -k 'blocked and shared'",
     ),
@@ -527,6 +527,20 @@ BACKENDS = (
         "zip(found, (0, NOTHING), strict=False)",
         "zip(found, (0, 0), strict=False)",
         "tests/test_nothing_seen.py",
+    ),
+    Fault(
+        "plain operators let a query see all of its block's span",
+        f"{ATTENTION}/plain_graph.py",
+        "np.float32(0), NOTHING)",
+        "np.float32(0), np.float32(0))",
+        "tests/test_plain_graph.py -k 'line or volume'",
+    ),
+    Fault(
+        "plain operators take a query that its bias lets see nothing for one that sees all alike",
+        f"{ATTENTION}/plain_graph.py",
+        'out = graph.op("Where", some, out, np.float32(0))',
+        "pass",
+        "tests/test_plain_graph.py::test_bias_that_hides",
     ),
     Fault(
         "a dense mask in half precision",

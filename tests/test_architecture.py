@@ -37,6 +37,7 @@ ROOMS = [
         "attention.natten",
         "attention.node",
     ),
+    ("attention.plain_graph",),
     ("attention.backend",),
     ("attention",),
     ("flops", "modes", "finite"),

@@ -12,9 +12,9 @@ with undilated windows. Every operator used has forward- and reverse-mode deriva
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from math import gcd, isqrt, lcm, prod
 from typing import Any, NamedTuple
 
@@ -53,10 +53,11 @@ def attend(call: Call, problem: Problem) -> tuple[Tensor, Tensor | None]:
     if problem.exporting:  # as a trace follows them
         problem = replace(problem, in_size=key.shape[2:-1], out_size=query.shape[2:-1])
     block = BLOCK[problem.rank] if problem.compiling or problem.exporting else _block_size(problem)
-    cut = _cut_any_size if problem.exporting else _cut
+    cut = cut_any_size if problem.exporting else _cut
     by_symbols = problem.compiling and not problem.exporting  # a program that is exported would keep what is asked here
     windows = map(_constant, problem.axes, problem.in_size) if by_symbols else problem.axes
-    axes = [cut(axis, n, query.device, block) for axis, n in zip(windows, problem.in_size, strict=True)]
+    arange = partial(torch.arange, device=query.device)
+    axes = [cut(axis, n, arange, block) for axis, n in zip(windows, problem.in_size, strict=True)]
     relative = [table.to(dtype) for table in call.relative or ()]
     places = _combine(axes, problem)
     terms = None if bias is None else let_see(_block_bias(bias.to(dtype), axes), places.hidden)
@@ -200,7 +201,7 @@ def _flat_index(indices: list[Tensor], size: Sequence[Any]) -> Tensor:
     return flat
 
 
-def _cut(axis: Axis, cells: Any, device: torch.device, block: int) -> AxisBlocks:
+def _cut(axis: Axis, cells: Any, arange: Callable[[Any], Any], block: int) -> AxisBlocks:
     """Cut the queries of every dilation phase into blocks."""
     queries = axis.output_size(cells)
     groups = smaller(_groups(axis), queries)
@@ -212,17 +213,33 @@ def _cut(axis: Axis, cells: Any, device: torch.device, block: int) -> AxisBlocks
     if axis.masks:
         # No cell outside takes part, so the span need not reach there.
         span = smaller(span, axis.steps(0, cells))
-    return _lay_out(axis, cells, device, groups, blocks, block, span)
+    return _lay_out(axis, cells, arange, groups, blocks, block, span)
 
 
-def _cut_any_size(axis: Axis, cells: Any, device: torch.device, block: int) -> AxisBlocks:
+def cut_any_size(axis: Axis, cells: Any, arange: Callable[[Any], Any], block: int) -> AxisBlocks:
     """The same for a size that is left open: the number of blocks depends on it and nothing else, however small the map.
 
     Every other size is a number then, so that PyTorch has one short formula to reason about.
+
+    Args:
+        cells: a number, or what computes like one; then what ``arange`` makes of it is a tensor, or computes like one.
     """
-    groups, block = _groups(axis), _whole_groups(axis, block)
+    groups, (block, span) = _groups(axis), block_and_span(axis, block)
     blocks = (axis.output_size(cells) + groups * block - 1) // (groups * block)
-    return _lay_out(axis, cells, device, groups, blocks, block, _span(axis, block))
+    return _lay_out(axis, cells, arange, groups, blocks, block, span, whole=True)
+
+
+def all_blocks_alike(axis: Axis) -> bool:
+    """Whether, where the size is left open, a place of the span has the same entry for the n-th query of every block."""
+    if axis.causal:
+        return axis.shared_by == 1
+    return axis.border != "shift" and (axis.shared_by == 1 or _begins_with_a_group(axis))
+
+
+def block_and_span(axis: Axis, block: int) -> tuple[int, int]:
+    """Queries of a block of at least so many, and the cells of its span, where the size is left open."""
+    block = _whole_groups(axis, block)
+    return block, _span(axis, block)
 
 
 def _groups(axis: Axis) -> int:
@@ -251,25 +268,37 @@ def _span(axis: Axis, block: Any) -> Any:
     lies within one.
     """
     between, g = (block - 1) * _apart(axis), axis.shared_by
-    begins_with_a_group = (_groups(axis) - 1) * axis.stride < axis.dilation
-    return (between if begins_with_a_group else between + g - 1) // g * g + axis.kernel_size
+    return (between if _begins_with_a_group(axis) else between + g - 1) // g * g + axis.kernel_size
+
+
+def _begins_with_a_group(axis: Axis) -> bool:
+    """Whether the first query of every phase lies at the start of a group."""
+    return (_groups(axis) - 1) * axis.stride < axis.dilation
 
 
 def _lay_out(
-    axis: Axis, cells: Any, device: torch.device, groups: Any, blocks: Any, block: Any, span: Any
+    axis: Axis,
+    cells: Any,
+    arange: Callable[[Any], Any],
+    groups: Any,
+    blocks: Any,
+    block: Any,
+    span: Any,
+    whole: bool = False,
 ) -> AxisBlocks:
+    """The tables of an axis; ``whole`` spans were not cut to the map."""
     queries = axis.output_size(cells)
-    group = torch.arange(groups, device=device)[:, None, None]
-    nth = torch.arange(blocks * block, device=device).view(1, blocks, block)
+    group = arange(groups)[:, None, None]
+    nth = arange(blocks * block).view(1, blocks, block)
     query = group + groups * nth
     step = query * axis.stride // axis.dilation
     phase = (query * axis.stride % axis.dilation)[..., :1]
     steps = axis.steps(phase, cells)
     first = _settled(axis.first_step(step, steps))
     start = first[..., :1]
-    if axis.masks:
+    if axis.masks and not (whole and all_blocks_alike(axis)):
         start = larger(smaller(start, steps - span), 0 * start)
-    place = start + torch.arange(span, device=device)
+    place = start + arange(span)
     offset = place[..., None, :] - first[..., None]
     visible = (offset >= 0) & (offset < axis.kernel_size)
     inside = (place >= 0) & (place < steps)
@@ -282,12 +311,10 @@ def _lay_out(
     padding = query >= queries
     return AxisBlocks(
         queries=query.clamp(max=queries - 1).flatten(0, 1),
-        out=_out(torch.arange(queries, device=device), groups, blocks * block),
+        out=_out(arange(queries), groups, blocks * block),
         # By a tensor: there is no ONNX for a remainder by a size that is left open.
-        cells=(cell % torch.full_like(cell, cells) if axis.border == "wrap" else cell.clamp(0, cells - 1)).flatten(
-            0, 1
-        ),
-        zero=(~inside if axis.border == "zeros" else torch.zeros_like(inside)).flatten(0, 1),
+        cells=(cell % (0 * cell + cells) if axis.border == "wrap" else cell.clamp(0, cells - 1)).flatten(0, 1),
+        zero=(~inside if axis.border == "zeros" else inside & False).flatten(0, 1),
         # Padding sees everything: what it computes is thrown away, but a softmax over nothing would be NaN.
         visible=(visible | padding[..., None]).flatten(0, 1),
         entries=entries.flatten(0, 1),

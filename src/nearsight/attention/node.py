@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention as one node of an exported graph, ``nearsight::LocalAttention``, which docs/howto/deploy.md specifies.
 
-It is a backend that only an export asks for: inside :func:`as_nodes` whatever can be a node becomes one.
+It is a backend that only an export to ONNX asks for: inside :func:`as_nodes` whatever can be a node becomes one, which
+stays or is written out by plain_graph.py.
 """
 
 from __future__ import annotations
@@ -35,12 +36,14 @@ def as_nodes() -> Iterator[None]:
 
 
 def unavailable() -> str | None:
-    return None if _WANTED.get() else "it only writes graphs, for `nearsight export --operators native`"
+    return None if _WANTED.get() else "it only writes graphs, for `nearsight export --format onnx`"
 
 
 def why_not(problem: Problem) -> str | None:
     if not problem.exporting:
         return "it computes nothing"
+    if not all(isinstance(axis.kernel_size, int) for axis in problem.axes):
+        return "the node's window is of numbers, and this one is as large as a map whose size is left open"
     if problem.dtype not in DTYPES:
         return f"the node is for float32 and bfloat16, not {problem.dtype}"
     return "the node has no log-sum-exp" if problem.lse else None

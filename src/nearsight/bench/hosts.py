@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..attention.node import as_nodes
 from ..saved.export import to_onnx, trace
 
 Step = Callable[[], Any]
@@ -27,7 +28,7 @@ def compiled(model: nn.Module, images: Tensor) -> Step:
 
 
 def onnxruntime(model: nn.Module, images: Tensor) -> Step | str:
-    """PyTorch's own operators as ONNX, by onnxruntime's provider for CPUs."""
+    """ONNX's own operators, by onnxruntime's provider for CPUs."""
     if images.dtype != torch.float32:
         return f"onnxruntime has no convolutions of {_name(images.dtype)} on CPUs"
     import onnxruntime
@@ -77,7 +78,8 @@ def prepared(host: str, model: nn.Module, images: Tensor) -> Step | str:
 
 
 def _as_onnx(model: nn.Module, images: Tensor) -> bytes:
-    return to_onnx(trace(model, images, ()), {}).SerializeToString()
+    with as_nodes():
+        return to_onnx(trace(model, images, ()), {}, "plain").SerializeToString()
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 
 from ..attention import native
 from ..attention.node import DOMAIN, as_nodes
+from ..attention.plain_graph import write_out
 from ..deploy import onnxruntime_library
 from ..errors import DataError, OptionError, TrainingError
 from ..extras import need
@@ -175,9 +177,10 @@ def _written(
     model: nn.Module, subject: Subject, form: str, file: Path, sides: tuple[int, int] | None, operators: str
 ) -> Exported:
     _check_finite(model, subject, sides or (subject.view.size, subject.view.size))
-    kept = {"onnx": as_nodes, "aoti": native.as_operators}[form] if operators == "native" else nullcontext
-    with kept():
-        content, exported = _made(model, subject, WRITERS[form], sides)
+    write = {"onnx": partial(_onnx, operators=operators), "pt2": _pt2, "aoti": _aoti}[form]
+    as_one = {"onnx": as_nodes, "aoti": native.as_operators if operators == "native" else nullcontext}
+    with as_one.get(form, nullcontext)():
+        content, exported = _made(model, subject, write, sides)
     write_bytes(file, content)
     return replace(exported, file=file)
 
@@ -289,19 +292,21 @@ def _aoti(program: Any, subject: Subject) -> tuple[bytes, Program]:
         return Path(path).read_bytes(), run
 
 
-def _onnx(program: Any, subject: Subject) -> tuple[bytes, Program]:
-    content = to_onnx(program, {KEY: subject.notes}).SerializeToString()
+def _onnx(program: Any, subject: Subject, operators: str) -> tuple[bytes, Program]:
+    content = to_onnx(program, {KEY: subject.notes}, operators).SerializeToString()
     return content, onnx_session(content)
 
 
-WRITERS = {"onnx": _onnx, "pt2": _pt2, "aoti": _aoti}
+def to_onnx(program: Any, notes: dict[str, str], operators: str = "native") -> Any:
+    """A program of :func:`trace` as an ONNX model, with notes in its metadata.
 
-
-def to_onnx(program: Any, notes: dict[str, str]) -> Any:
-    """A program of :func:`trace` as an ONNX model, with notes in its metadata."""
+    With ``"plain"`` operators the nodes that :func:`as_nodes` left in the program are written out.
+    """
     model = torch.onnx.export(program, input_names=["pictures"], output_names=["logits"], dynamo=True, verbose=False)
     assert model is not None
     proto = model.model_proto
+    if operators == "plain":
+        write_out(proto)
     _name_axes(proto.graph)
     for name, text in notes.items():
         proto.metadata_props.add(key=name, value=text)
