@@ -221,8 +221,9 @@ def _able(backend: str, check: Check, tensors: Sequence[Tensor], device: str) ->
     reason = None
     for gradients in (True, False):
         moved = [one.to(device, DTYPES[check.dtype]).detach().requires_grad_(gradients) for one in tensors]
-        tables = (moved[3], moved[4:]) if check.tables else (None, None)
-        reason = backends(describe(*moved[:3], check.window, *tables))[backend]
+        query, key, value, *tables = moved
+        bias, relative = (tables[0], tables[1:]) if tables else (None, None)
+        reason = backends(describe(query, key, value, check.window, bias, relative))[backend]
         if reason is None or device == "cuda":
             return reason, gradients
     return reason, False
@@ -233,8 +234,9 @@ def _results(
 ) -> list[Tensor]:
     """The values, and the gradients by everything."""
     moved = [one.to(device, dtype).detach().requires_grad_(gradients) for one in tensors]
-    tables = {"bias": moved[3], "relative": moved[4:]} if check.tables else {}
-    out = local_attention(*moved[:3], check.window, backend=backend, **tables)
+    query, key, value, *tables = moved
+    bias, relative = (tables[0], tables[1:]) if tables else (None, None)
+    out = local_attention(query, key, value, check.window, bias=bias, relative=relative, backend=backend)
     if not gradients:
         return [out]
     # Numbers of both signs that every dtype holds.
@@ -316,7 +318,7 @@ def _step(
     """A call, or a forward and backward under autocast, that ends when the device has done it."""
     training = mode == "training"
     inner = torch.float32 if training else dtype
-    model = model.to(device, inner, memory_format=torch.channels_last).train(training)
+    model = model.to(device, inner).to(memory_format=torch.channels_last).train(training)
     x = torch.randn(images, device=device, dtype=inner).to(memory_format=torch.channels_last)
     # Without a card the logic alone is looked at, and inductor would take a minute.
     run = torch.compile(model, backend="inductor" if device == "cuda" else "eager") if compiled else model
