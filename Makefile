@@ -18,7 +18,7 @@ WITH_DEV := $(VENV)/.installed-dev
 WORKERS := --numprocesses auto --maxprocesses 4 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all quick check format bench pictures docs clean distclean sound
+.PHONY: help demo test test-all quick check format bench pictures weights docs clean distclean sound
 .NOTPARALLEL:
 
 help: ## show this list
@@ -68,6 +68,12 @@ pictures: $(WITH_DEV) ## draw the pictures of docs/images anew, with the network
 	$(BIN)/python examples/explorer.py $(GALLERY)/digits $(IMAGES)/explore.png
 	$(BIN)/python examples/windows.py $(IMAGES)/windows.svg
 	$(BIN)/python examples/convert_heads.py $(IMAGES)/convert_heads.csv $(IMAGES)/convert_heads.svg
+
+# On one thread, where the order of sums is one. Their card, src/nearsight/models/weights/sasa_nano.digits.md, holds the accuracy.
+weights: $(WITH_TRAIN) ## train the weights that come with the package anew
+	rm -rf runs/weights
+	OMP_NUM_THREADS=1 $(BIN)/nearsight train --model sasa_nano --data digits --output runs/weights
+	cp runs/weights/model.safetensors src/nearsight/models/weights/sasa_nano.digits.safetensors
 
 # A page that is not in the menu, a link or a place that is not there, a cell of a notebook that fails: each is an error.
 docs: $(WITH_DEV) ## build the documentation as a site, and run its notebooks

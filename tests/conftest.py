@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import subprocess
 import sys
 import tarfile
@@ -135,12 +136,22 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """A test that waits for a graphics card is not one of this machine's: it is left out, and counted as such."""
+    """A test that waits for a graphics card, or for a network, is left out where there is none, and counted as such."""
     if not torch.cuda.is_available():
         leave_out(config, items, lambda item: item.get_closest_marker("gpu") is not None)
+    if any(item.get_closest_marker("network") for item in items) and not hub_is_there():
+        leave_out(config, items, lambda item: item.get_closest_marker("network") is not None)
     if config.option.share:
         share, shares = map(int, config.option.share.split("/"))
         leave_out(config, items, lambda item: crc32(item.nodeid.encode()) % shares != share % shares)
+
+
+def hub_is_there() -> bool:
+    try:
+        socket.create_connection(("huggingface.co", 443), timeout=3).close()
+    except OSError:
+        return False
+    return True
 
 
 def leave_out(config: pytest.Config, items: list[pytest.Item], unwanted: Callable[[pytest.Item], bool]) -> None:

@@ -13,7 +13,7 @@ from .arguments import parse, parser_of
 
 EXAMPLES = """\
 examples:
-  nearsight explore runs/demo digits:3                       the fourth test image of the digits
+  nearsight explore sasa_nano digits:3                       the fourth test image of the digits; weights come along
   nearsight explore runs/photos cat.jpg --output cat.html
   nearsight explore nat_mini,pretrained=false cat.jpg --size 224
 
@@ -43,7 +43,7 @@ def run(arguments: list[str]) -> None:
     from ..picture import read_picture
     from ..saved.opened import open_model
 
-    model = open_model(options.model, options.size)
+    model = open_model(options.model, options.size, trained=True)
     view = replace(model.view, background=options.background or model.view.background)
     subtitle = model.origin
     if Path(options.image).exists() or not re.fullmatch(r".+:\d+", options.image):

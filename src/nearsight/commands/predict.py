@@ -14,6 +14,7 @@ from .arguments import parse, parser_of
 EXAMPLES = """\
 examples:
   nearsight predict runs/photos cat.jpg
+  nearsight predict sasa_nano seven.png                      its weights, of digits, come along
   nearsight predict runs/photos ~/new-photos --top 3         every picture in a folder
   nearsight predict runs/photos *.png --csv > said.csv
 
@@ -26,7 +27,7 @@ BATCH = 32  # pictures that are read, and then told, at a time
 
 def run(arguments: list[str]) -> None:
     parser = parser_of("predict", "What a trained network says of pictures.", EXAMPLES)
-    parser.add_argument("run", metavar="DIR|FILE", help="folder of a run, a .safetensors or a .ckpt file")
+    parser.add_argument("run", metavar="DIR|FILE", help="folder of a run, a .safetensors or a .ckpt file, or sasa_nano")
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="a picture, or a folder with some, at any depth")
     parser.add_argument("--top", type=int, default=1, metavar="N", help="the likeliest N classes of each (default: 1)")
     parser.add_argument("--csv", action="store_true", help=f"print CSV: {', '.join(COLUMNS)}")

@@ -115,7 +115,7 @@ def explore(
         PosixPath('page.html')
     """
     if isinstance(model, (str, PathLike)):
-        opened = open_model(model)
+        opened = open_model(model, trained=True)
         title, subtitle = title or opened.title, opened.origin if subtitle is None else subtitle
         model, classes = opened.network, opened.classes if classes is None else classes
     if not (isinstance(image, Tensor) and image.is_floating_point()):

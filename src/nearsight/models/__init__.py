@@ -4,20 +4,24 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any
 
 import timm
-from timm.models import get_pretrained_cfg, model_entrypoint, register_notrace_module
-from torch import nn
+from timm.models import get_pretrained_cfg, load_checkpoint, model_entrypoint, register_notrace_module
+from torch import Tensor, nn
 
 from ..errors import OptionError
 from ..layers import AttentionStem2d, GlobalSelfAttention2d, HaloSelfAttention2d, LocalSelfAttention2d
 from ..layers.projection import PatchProjection2d
-from . import blocks, first_weights, halonet, nat, sasa, twins
+from . import blocks, first_weights, halonet, nat, published, sasa, twins
+from .backbone import Backbone
+from .checkpoints import fitting, reading
 from .own import register
+from .shipped import MADE_BY, TAGS, shipped
 from .spec import ELSEWHERE, GIVEN, given_name, parse_spec
 
 __all__ = [
@@ -33,6 +37,7 @@ __all__ = [
     "pretrained_value",
     "refuse_ignored",
     "register",
+    "shipped",
 ]
 
 _FAMILIES = (halonet, nat, sasa)
@@ -87,13 +92,17 @@ def create_model(name: str, **kwargs: Any) -> nn.Module:
             and what the network itself takes.
 
     Raises:
-        OptionError: no such network, and the message names the nearest; or an option in ``name`` that it does not take.
+        OptionError: no such network, and the message names the nearest; an option in ``name`` that it does not take; a tag
+            that it has not; ``pretrained`` where there are no weights.
+        DataError: weights that cannot be fetched or read, that would run code, or that are another network's.
 
     Example:
         >>> create_model("sasa_nano", num_classes=10, in_chans=1)(torch.randn(2, 1, 28, 28)).shape
         torch.Size([2, 10])
         >>> create_model("sasa_nano,kernel_size=3,position=none", num_classes=10)(torch.randn(2, 3, 28, 28)).shape
         torch.Size([2, 10])
+        >>> create_model("sasa_nano", pretrained=True).pretrained_cfg["label_names"][7]
+        '7'
     """
     name, options = parse_spec(name)
     if name.startswith(GIVEN):
@@ -102,25 +111,70 @@ def create_model(name: str, **kwargs: Any) -> nn.Module:
             "and take nearsight.load(RUN, model=network), or nearsight.train(model=network, data=...)"
         )
     is_saved = name.startswith(ELSEWHERE)
-    if not is_saved and not timm.is_model(timm.models.split_model_name_tag(name)[0]):
+    base, tag = timm.models.split_model_name_tag(name)
+    if not is_saved and not timm.is_model(base):
         near = get_close_matches(name.lower().replace("-", "_"), [*list_models(), *timm.list_models()], n=3)
         advice = (
             f"did you mean {', '.join(near)}?" if near else "`nearsight models` lists ours, timm.list_models() theirs"
         )
         raise OptionError(f"there is no model {name!r}; {advice}")
+    if not is_saved and tag and name not in timm.list_models(f"{base}.*", include_tags=True):
+        tags = [one.partition(".")[2] for one in timm.list_models(f"{base}.*", include_tags=True)]
+        raise OptionError(f"{base} has no tag {tag!r}; it has {', '.join(sorted(tags)) or 'none'}")
     twice = sorted(options.keys() & kwargs.keys())
     if twice:
         raise OptionError(f"{', '.join(twice)} of model {name!r} is set by what creates it; leave it out of the name")
+    asked = options | kwargs
+    file, pretrained = asked.pop("checkpoint_path", None), bool(asked.get("pretrained"))
+    if pretrained:
+        _refuse_weightless(name, asked)
     try:
-        model = timm.create_model(name, **options, **kwargs)
+        with reading(name) if pretrained or is_saved else nullcontext():
+            model = _create(name, asked) if is_saved else timm.create_model(name, **asked)
     except TypeError as error:
         unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
         if unknown and unknown[1] in options:
             raise OptionError(f"model {name!r} has no option {unknown[1]!r}; received {options}") from error
         raise
-    if not is_saved and not any((options | kwargs).get(weights) for weights in ("pretrained", "checkpoint_path")):
+    if file:
+        with reading(f"{name} in {file}"):
+            load_checkpoint(model, str(file), filter_fn=_of_file if isinstance(model, Backbone) else None)
+    if not is_saved and not pretrained and not file:
         first_weights.note(model)
     return model
+
+
+def _of_file(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """What a file holds, by our names, once all of it fits."""
+    return fitting(published.renamed(state) if isinstance(model, nat.Nat) else state, model, adapted=False)
+
+
+def _create(name: str, asked: Mapping[str, Any]) -> nn.Module:
+    """One from a folder or a repository, which timm wrote or transformers."""
+    architecture, arguments = published.resolve(name, asked.get("cache_dir")) or (name, {})
+    return timm.create_model(architecture, **{**arguments, **asked})
+
+
+def _refuse_weightless(name: str, asked: Mapping[str, Any]) -> None:
+    """Refuse pretrained weights of a network of ours that has none, and say how to come by some.
+
+    Raises:
+        OptionError: there are none, and nothing in ``asked`` says where others are.
+    """
+    base, tag = timm.models.split_model_name_tag(name)
+    if (
+        base not in [*list_models(), *list_twins()]
+        or asked.get("pretrained_cfg")
+        or asked.get("pretrained_cfg_overlay")
+    ):
+        return
+    config = get_pretrained_cfg(f"{base}.{TAGS[base]}" if base in TAGS and not tag else name)
+    if config is None or not config.has_weights:
+        command, folder = MADE_BY.get(base, (f"nearsight train --model {base} --data DATA", f"runs/{base}-DATA"))
+        raise OptionError(
+            f"{name} comes without weights: leave out pretrained, or make some with `{command}`, which leaves them in "
+            f'{folder}, for nearsight.load("{folder}")'
+        )
 
 
 def input_size(spec: str) -> int:

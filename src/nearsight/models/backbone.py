@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..errors import OptionError
 from ..positions import UNNAMED_POSITION, no_weight_decay_in
 from ..window import plain
+from .checkpoints import fitting, reading
 
 
 class Backbone(nn.Module, PyTorchModelHubMixin, library_name="nearsight", license="apache-2.0", tags=["timm"]):
@@ -133,6 +134,16 @@ class Backbone(nn.Module, PyTorchModelHubMixin, library_name="nearsight", licens
             # The classifier may have been reset since.
             config = {**self._hub_mixin_config, "num_classes": self.num_classes}
         return super().save_pretrained(save_directory, config=config, **kwargs)
+
+    @classmethod
+    def _from_pretrained(cls, *, model_id: str, strict: bool = True, **kwargs: Any) -> Backbone:
+        """What ``from_pretrained`` makes; huggingface_hub's own leaves a network random where no name fits.
+
+        Raises:
+            DataError: weights that cannot be read or are another network's.
+        """
+        with reading(model_id):
+            return super()._from_pretrained(model_id=model_id, strict=strict, **kwargs)
 
     def _run(self, blocks: nn.Sequential, x: Tensor) -> Tensor:
         return checkpoint_seq(blocks, x) if self.grad_checkpointing else blocks(x)
@@ -427,7 +438,7 @@ def config(
     classifier: str = "head.fc",
     **kwargs: Any,
 ) -> dict[str, Any]:
-    """A timm configuration of a network without published weights that takes images of any size.
+    """A timm configuration of a network that takes images of any size.
 
     Args:
         size: of the pictures that it is made for; the last map then has ``ceil(size / reduction)`` cells per axis.
@@ -453,5 +464,5 @@ def config(
 def build(cls: type[Backbone], variant: str, pretrained: bool, maps: int, **kwargs: Any) -> nn.Module:
     """The network through timm's builder, which knows ``features_only`` (of ``maps`` maps), ``pretrained_cfg`` and kin."""
     features = {"feature_cls": "getter", "out_indices": tuple(range(maps))}
-    kwargs = {name: plain(value) for name, value in kwargs.items()}
+    kwargs = {"pretrained_filter_fn": fitting, **{name: plain(value) for name, value in kwargs.items()}}
     return build_model_with_cfg(cls, variant, pretrained, feature_cfg=features, **kwargs)

@@ -7,9 +7,12 @@ Hassani, Shi 2022, "Dilated Neighborhood Attention Transformer", arXiv:2209.1500
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from timm.layers import DropPath, Mlp, SelectAdaptivePool2d, trunc_normal_
 from timm.models import generate_default_cfgs, register_model
@@ -23,6 +26,8 @@ from ..positions import Tables
 from ..private import unflatten
 from ..window import Window
 from .backbone import Backbone, Pace, build, check_pool, config, drop_path_rates, paces, take_indices
+from .checkpoints import reading
+from .published import from_published, refuse_other, resolve
 
 __all__ = [
     "Nat",
@@ -161,6 +166,18 @@ class Nat(Backbone):
         if num_classes:
             self.head = nn.Linear(self.head_hidden_size, num_classes, device=like.device, dtype=like.dtype)
             _initialise(self.head)
+
+    @classmethod
+    def _from_pretrained(cls, *, model_id: str, cache_dir: Any = None, **kwargs: Any) -> Backbone:
+        """A folder or repository that transformers wrote is read as one; others as huggingface_hub does."""
+        source = "local-dir" if Path(model_id).is_dir() else "hf-hub"
+        found = resolve(f"{source}:{model_id}", cache_dir)
+        if found is None:
+            return super()._from_pretrained(model_id=model_id, cache_dir=cache_dir, **kwargs)
+        name, arguments = found
+        options = {key: value for key, value in kwargs.items() if key in inspect.signature(cls.__init__).parameters}
+        with reading(model_id):
+            return timm.create_model(name, pretrained=True, cache_dir=cache_dir, **{**arguments, **options})  # pyright: ignore
 
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
@@ -306,9 +323,9 @@ def _initialise(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
-def _dilations(depths: Sequence[int]) -> list[list[int]]:
+def _dilations(depths: Sequence[int], widest: Sequence[int] = (8, 4, 2, 1)) -> list[list[int]]:
     """DiNAT's: every second block of a level looks across the whole map of an image of 224 pixels, 56, 28, 14, 7 cells."""
-    return [[1, widest] * (depth // 2) + [1] * (depth % 2) for depth, widest in zip(depths, (8, 4, 2, 1), strict=False)]
+    return [[1, wide] * (depth // 2) + [1] * (depth % 2) for depth, wide in zip(depths, widest, strict=False)]
 
 
 _TINY = {"num_heads": (2, 4, 8, 16), "embed_dim": 64, "mlp_ratio": 3.0, "drop_path_rate": 0.2}
@@ -318,25 +335,61 @@ _LARGE = {"num_heads": (6, 12, 24, 48), "embed_dim": 192, "mlp_ratio": 2.0, "dro
 _SHALLOW, _DEEP = (3, 4, 6, 5), (3, 4, 18, 5)
 
 _PAPERS = {"nat": "arXiv:2204.07143", "dinat": "arXiv:2209.15001"}
-default_cfgs = generate_default_cfgs(
-    {
-        f"{name}.untrained": config(
-            224, first_conv="patch_embed.proj.0", classifier="head", paper_ids=_PAPERS[name.partition("_")[0]]
-        )
-        for name in __all__
-        if name != "Nat"
-    }
-)
+# The authors' repositories on the Hugging Face Hub. What they hold is named as in transformers.
+_HUB = {
+    "nat_mini.in1k": "nat-mini-in1k-224",
+    "nat_tiny.in1k": "nat-tiny-in1k-224",
+    "nat_small.in1k": "nat-small-in1k-224",
+    "nat_base.in1k": "nat-base-in1k-224",
+    "dinat_mini.in1k": "dinat-mini-in1k-224",
+    "dinat_tiny.in1k": "dinat-tiny-in1k-224",
+    "dinat_small.in1k": "dinat-small-in1k-224",
+    "dinat_base.in1k": "dinat-base-in1k-224",
+    "dinat_large.in22k_ft_in1k": "dinat-large-in22k-in1k-224",
+    "dinat_large.in22k_ft_in1k_384": "dinat-large-in22k-in1k-384",
+    "dinat_large.in22k_ft_in1k_384_11x11": "dinat-large-11x11-in22k-in1k-384",
+}
+# On their own site alone, named as here.
+_SITE = {"dinat_large.in22k": "https://shi-labs.com/projects/dinat/checkpoints/imagenet22k/dinat_large_in22k_224.pth"}
+
+
+def _published(name: str) -> dict[str, Any]:
+    where = {"hf_hub_id": f"shi-labs/{_HUB[name]}"} if name in _HUB else {"url": _SITE[name], "num_classes": 21841}
+    size = 384 if "_384" in name else 224
+    return config(
+        size,
+        first_conv="patch_embed.proj.0",
+        classifier="head",
+        paper_ids=_PAPERS[name.partition("_")[0]],
+        **{"license": "mit", "crop_pct": 1.0 if size == 384 else 0.875, **where},
+    )
+
+
+default_cfgs = generate_default_cfgs({name: _published(name) for name in [*_HUB, *_SITE]})
+
+
+def _tagged(tag: str, depths: Sequence[int]) -> dict[str, Any]:
+    """What a tag's network is made with in place of its family's: the same shapes say nothing of dilations."""
+    if tag == "in22k_ft_in1k_384":
+        return {"dilations": _dilations(depths, (13, 6, 3, 1))}
+    return {"kernel_size": 11} if tag == "in22k_ft_in1k_384_11x11" else {}
 
 
 def _create(variant: str, pretrained: bool, size: dict[str, Any], **kwargs: Any) -> nn.Module:
-    arguments = {**size, **kwargs}
-    return build(Nat, variant, pretrained, len(arguments["depths"]), **arguments)
+    given = kwargs.get("pretrained_cfg")
+    tag = given if isinstance(given, str) else (given or {}).get("tag")
+    arguments = {**size, **_tagged(tag or "", kwargs.get("depths", size["depths"])), **kwargs}
+    if pretrained:
+        where = {name: kwargs.get(name) for name in ("pretrained_cfg", "pretrained_cfg_overlay")}
+        made_with = {"kernel_size": 7, "dilations": [[1] * depth for depth in arguments["depths"]], **arguments}
+        refuse_other(variant, made_with, where, kwargs.get("cache_dir"))
+    maps = len(arguments["depths"])
+    return build(Nat, variant, pretrained, maps, pretrained_filter_fn=from_published, **arguments)
 
 
 def _create_dilated(variant: str, pretrained: bool, size: dict[str, Any], **kwargs: Any) -> nn.Module:
-    depths = kwargs.get("depths", size["depths"])
-    return _create(variant, pretrained, size, **{"dilations": _dilations(depths), **kwargs})
+    size = {"dilations": _dilations(kwargs.get("depths", size["depths"])), **size}
+    return _create(variant, pretrained, size, **kwargs)
 
 
 @register_model

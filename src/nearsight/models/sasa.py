@@ -20,6 +20,7 @@ from ..positions import PositionLike, name_of, refuse_instance, refuse_shared
 from ..window import plain
 from .backbone import Bottleneck, BottleneckNet, build, config, known, one_per_stage, paces
 from .blocks import BLOCKS, Dilation
+from .shipped import SOURCES, TAGS, shipped
 from .stem import build_stem
 
 __all__ = [
@@ -253,7 +254,19 @@ _PAPER = "arXiv:1906.05909"
 _OURS = (f"ours, after {_PAPER}",)
 default_cfgs = generate_default_cfgs(
     {
-        "sasa_nano.untrained": config(32, 10, reduction=4, notes=_OURS),
+        "sasa_nano.digits": config(
+            8,
+            10,
+            reduction=4,
+            file=str(shipped("sasa_nano")),
+            input_size=(1, 8, 8),
+            mean=(0.305,),
+            std=(0.376,),
+            interpolation="bilinear",
+            label_names=tuple("0123456789"),
+            notes=_OURS,
+        ),
+        "sasa_nano.untrained*": config(32, 10, reduction=4, notes=_OURS),  # also what the plain name is without weights
         "sasa_micro.untrained": config(32, 10, reduction=8, notes=_OURS),
         "sasa_resnet26_small.untrained": config(32, 10, reduction=8, notes=_OURS),
         "sasa_resnet26.untrained": config(224, paper_ids=_PAPER),
@@ -273,6 +286,8 @@ def create(variant: str, pretrained: bool, defaults: Mapping[str, Any], **kwargs
     stem = joined.get("stem") or default_stem([1] if attending is None else attending, joined.get("stem_stride", 4))
     overlay = {"first_conv": READERS.get(stem, "stem.0"), **(joined.pop("pretrained_cfg_overlay", None) or {})}
     maps = len(joined["depths"])
+    if pretrained and not joined.get("pretrained_cfg") and not overlay.keys() & SOURCES:
+        joined["pretrained_cfg"] = TAGS.get(variant)
     return build(SasaResNet, variant, pretrained, maps, pretrained_cfg_overlay=overlay, **joined)
 
 

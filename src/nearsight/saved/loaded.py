@@ -44,7 +44,8 @@ def load(
     Whoever made the file, no code in it runs, and nothing is fetched: docs/reference/security.md.
 
     Args:
-        path: a run's folder, or a ``.safetensors`` or ``.ckpt`` file in one.
+        path: a run's folder, or a ``.safetensors`` or ``.ckpt`` file in one; or the name of a network whose weights come
+            with the package, ``"sasa_nano"``, where nothing on the disk is called so.
         model: a network like the one that :func:`nearsight.train` was given, which no file rebuilds: it gets the weights,
             and is what comes back. All others are rebuilt, and it is left out.
         device, dtype: where the weights are put, and the floating point kind that they get; None keeps CPU and float32.
@@ -58,6 +59,8 @@ def load(
         >>> model = load("runs/digits")
         >>> model.predict("seven.png")
         [Prediction('7', 99.1 %)]
+        >>> load("sasa_nano").classes[:3]
+        ('0', '1', '2')
     """
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise DtypeError(f"dtype must be a floating point one of PyTorch's, as torch.bfloat16; received {dtype!r}")

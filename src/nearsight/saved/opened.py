@@ -13,7 +13,7 @@ from torch import nn
 
 from ..errors import NearsightError, OptionError
 from ..files import to_path
-from ..models import create_model, input_size, parse_spec
+from ..models import create_model, input_size, parse_spec, shipped
 from ..models.data_config import class_names
 from ..models.first_weights import is_untrained
 from ..pages.brief import Brief
@@ -56,24 +56,26 @@ class OpenedModel(Brief):
             raise OptionError(f"{self.given} cannot take {size}x{size} images: {reason}") from error
 
 
-def open_model(given: str | PathLike[str], size: int | None = None) -> OpenedModel:
+def open_model(given: str | PathLike[str], size: int | None = None, *, trained: bool = False) -> OpenedModel:
     """A trained network, or one by its name with the weights that it starts with.
 
     Args:
         given: what :func:`nearsight.saved.weights.load_model` takes, or what :func:`nearsight.create_model` does.
         size: of the pictures that it is to see; None takes its own.
+        trained: whether a plain name stands for the weights that come with the package, where some do.
 
     Raises:
         DataError: a folder or file that cannot be read.
         OptionError: no such network.
 
     Example:
-        >>> open_model("sasa_nano").view.size
-        32
+        >>> open_model("sasa_nano").view.size, open_model("sasa_nano", trained=True).view.size
+        (32, 8)
     """
     given = os.fspath(given)
     path = to_path(given)
-    if path.exists() or path.suffix in (".safetensors", ".ckpt") or (os.sep in given and ":" not in given):
+    is_ours = trained and shipped(given) is not None
+    if is_ours or path.exists() or path.suffix in (".safetensors", ".ckpt") or (os.sep in given and ":" not in given):
         network, blueprint = load_model(path)
         view, classes, title = blueprint.view, blueprint.classes, blueprint.model
         origin = "" if blueprint.data == "nothing" else f"Trained on {blueprint.data}."

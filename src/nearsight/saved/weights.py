@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from ..conversion import convert
 from ..errors import DataError, NearsightError, OptionError
 from ..files import to_path, write_bytes
-from ..models import GIVEN, create_model, made_for_size, parse_spec, pretrained_value
+from ..models import GIVEN, create_model, made_for_size, parse_spec, pretrained_value, shipped
 from ..modes import evaluating, trying_to_train
 from ..own_code import imported, refuse_unimported
 from ..pages.brief import Brief
@@ -198,7 +198,8 @@ def save_model(path: str | PathLike[str], model: nn.Module, blueprint: Blueprint
 
 
 def load_model(path: str | PathLike[str], network: nn.Module | None = None) -> tuple[nn.Module, Blueprint]:
-    """Rebuild a trained model from a run's folder, a ``.safetensors`` or a ``.ckpt`` file.
+    """Rebuild a trained model from a run's folder, a ``.safetensors`` or a ``.ckpt`` file, or by the name of a network whose
+    weights come with the package.
 
     Whoever wrote the file, no code of it runs. Nothing is fetched, written or read elsewhere: docs/reference/security.md.
 
@@ -288,6 +289,8 @@ def _weights_file(path: Path) -> Path:
     for file in candidates:
         if file.is_file():
             return file
+    if not path.exists() and (ours := shipped(str(path))) is not None:
+        return ours
     raise DataError(f"there is no {' or '.join(str(file) for file in candidates)}; `nearsight train` leaves them")
 
 
