@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from nearsight.attention import local_attention
-from nearsight.bench import core, hosts, layers, models, run
+from nearsight.bench import core, deploy, hosts, layers, models, run
 from nearsight.bench.memory import in_fresh_process, peak_memory
 from nearsight.bench.timing import Times, passes, race
 from nearsight.cli import main
@@ -83,6 +83,38 @@ def test_hosts_that_are_not_installed_are_named(monkeypatch):
         "onnxruntime", nn.Identity(), torch.ones(1)
     )
     assert hosts.NEEDS.keys() <= hosts.HOSTS.keys()
+
+
+@pytest.mark.slow
+def test_deploy_has_a_row_for_every_runtime_and_says_what_is_missing(tmp_path, monkeypatch, capsys):
+    elsewhere = deploy.Runtime(None, "", lambda *_: lambda: None, ("nowhere",))
+    chosen = {name: deploy.RUNTIMES[name] for name in ("eager", "onnxruntime native")}
+    monkeypatch.setattr(deploy, "RUNTIMES", {**chosen, "elsewhere": elsewhere})
+    monkeypatch.setattr(deploy, "PAIRS", (("sasa_nano", "sasa_nano of convolutions", 32),))
+    monkeypatch.setattr(deploy, "in_fresh_process", lambda function, *asked: function(*asked))
+    file = tmp_path / "deploy.json"
+    run("deploy", threads=1, quick=True, json_file=file)
+    rows = {(row["runtime"], row["dtype"]): row for row in json.loads(file.read_text())["runs"][0]["rows"]}
+    assert len(rows) == 6
+    for dtype in ("float32", "bfloat16"):
+        assert rows["elsewhere", dtype]["why_not"] == "nowhere is not installed"
+        assert (
+            f"elsewhere           {dtype:10}nowhere is not installed" in capsys.readouterr().out or dtype == "bfloat16"
+        )
+    assert rows["onnxruntime native", "bfloat16"]["why_not"] == hosts.NO_CONVOLUTIONS
+    assert rows["eager", "float32"]["network"]["difference"] == 0
+    assert 1e-4 < rows["eager", "bfloat16"]["network"]["difference"] < 0.1
+    native = rows["onnxruntime native", "float32"]
+    assert native["network"]["difference"] < 1e-5
+    assert native["network"]["images_per_second"] == pytest.approx(8e3 / native["network"]["median_ms"])
+    assert native["yardstick"]["name"] == "sasa_nano of convolutions"
+
+
+def test_the_memory_of_a_session_is_that_of_its_network():
+    """A larger batch of larger pictures asks for more, though this process has held much more."""
+    assert torch.ones(1 << 28).sum() > 0
+    small, large = (in_fresh_process(deploy.session_memory, "eager", "sasa_nano", False, n, 1) for n in (32, 128))
+    assert 3 * small < large < peak_memory()
 
 
 # What compiles for seconds, once; in the other dtype in the sweeps.
@@ -174,7 +206,7 @@ def test_passes_take_every_gradient():
 
 
 def test_mistakes():
-    with pytest.raises(OptionError, match="no bench 'cor'; there are core, layers, models"):
+    with pytest.raises(OptionError, match="no bench 'cor'; there are core, layers, models, deploy"):
         run("cor")
     with pytest.raises(OptionError, match="threads must be at least 1; received 0"):
         run("core", threads=0)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `nearsight bench` measures: the operation, the layers that take the place of a convolution, and whole networks."""
+"""What `nearsight bench` measures: the operation, the layers that take the place of a convolution, and whole networks, in
+PyTorch and where they are deployed."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from typing import Any
 from ..errors import DataError, OptionError
 from ..files import write_whole
 
-BENCHES = ("core", "layers", "models")  # files of this folder
+BENCHES = ("core", "layers", "models", "deploy")  # files of this folder
 
 
 def run(bench: str, *, threads: int | None = None, quick: bool = False, json_file: str | Path | None = None) -> None:

@@ -14,6 +14,7 @@ examples:
   nearsight bench core               the operation: our backends and the ways of others, beside a convolution
   nearsight bench layers --threads 1 --json layers.json
   nearsight bench models             SASA-ResNets against ResNets, HaloNet against timm's: speed, training memory
+  nearsight bench deploy             the same in onnxruntime, OpenVINO and AOTInductor: speed, memory, outputs
   nearsight bench card --output card a CUDA card in five minutes: is it right, how fast is it; one page and one JSON file
 """
 
