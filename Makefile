@@ -18,7 +18,7 @@ WITH_DEV := $(VENV)/.installed-dev
 WORKERS := --numprocesses auto --maxprocesses 4 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all quick check format bench pictures weights docs clean distclean sound
+.PHONY: help demo test test-all quick check format bench pictures weights docs french clean distclean sound
 .NOTPARALLEL:
 
 help: ## show this list
@@ -76,9 +76,15 @@ weights: $(WITH_TRAIN) ## train the weights that come with the package anew
 	cp runs/weights/model.safetensors src/nearsight/models/weights/sasa_nano.digits.safetensors
 
 # A page that is not in the menu, a link or a place that is not there, a cell of a notebook that fails: each is an error.
+# French first, since the links of both languages are checked with the English pages; what ran for one serves the other.
 docs: $(WITH_DEV) ## build the documentation as a site, and run its notebooks
-	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet docs $(SITE)
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet --tag french \
+		--doctree-dir build/docs/read-fr docs $(SITE)/fr
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet --doctree-dir build/docs/read docs $(SITE)
 	@echo "The site: $(CURDIR)/$(SITE)/index.html"
+
+french: $(WITH_DEV) ## bring the French catalogues up to the English pages, and list what has no French
+	$(BIN)/python docs/_site/update_french.py
 
 clean: ## remove caches and build output
 	rm -rf build dist .pytest_cache .ruff_cache .hypothesis lightning_logs

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The documentation site: `make docs` builds it into build/docs/html, asks nothing of a network, and takes no warning."""
+"""The documentation site: `make docs` builds it into build/docs/html, asks nothing of a network, and takes no warning.
+
+With `-t french` it is the pages that are in French: those that have a catalogue in docs/_locale.
+"""
 
 import sys
 from importlib.metadata import version as version_of
@@ -30,6 +33,7 @@ extensions = [
     "pages_outside",
     "parsers",
     "mathjax_of_pip",
+    "languages",
     "links_of_html",
 ]
 
@@ -59,3 +63,24 @@ html_copy_source = False
 html_show_sphinx = False
 notfound_urls_prefix = ""
 copybutton_exclude = ".linenos, .gp, .go"
+html_sidebars = {
+    "**": [
+        "sidebar/brand.html",
+        "sidebar/language.html",
+        "sidebar/search.html",
+        "sidebar/scroll-start.html",
+        "sidebar/navigation.html",
+        "sidebar/scroll-end.html",
+    ]
+}
+
+if tags.has("french"):  # noqa: F821, which Sphinx gives to this file
+    from french import pages
+
+    language = "fr"
+    copyright = "Les auteurs de nearsight"
+    include_patterns = [f"{page}.md" for page in pages(HERE)]
+    extensions.remove("notfound.extension")
+    extensions[extensions.index("links_of_html")] = "french"  # links are checked when both languages are there
+    suppress_warnings = ["toc.not_readable"]  # the menu leads to pages that are in French
+    nb_code_prompt_show, nb_code_prompt_hide = "Afficher le code", "Masquer le code"
