@@ -28,6 +28,7 @@ COMMANDS = {
     "predict": "what a trained network says of pictures",
     "compare": "train several networks with several seeds: a table, plots and a page",
     "convert": "put attention in the place of a network's convolutions",
+    "accelerate": "other people's attention on nearsight's operation: what it gains a network",
     "export": "a trained network as an ONNX file, or a program of torch.export",
     "deploy": "the library that runs attention in onnxruntime, OpenVINO or C++",
     "explore": "a page that shows where a network looks, from every pixel of an image",
@@ -143,7 +144,7 @@ def _keep_freed_memory() -> None:
 
 def _run(arguments: list[str]) -> None:
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(OVERVIEW.format(commands="\n".join(f"  {name:10}{does}" for name, does in COMMANDS.items())))
+        print(OVERVIEW.format(commands="\n".join(f"  {name:11}{does}" for name, does in COMMANDS.items())))
     elif arguments[0] == "--version":
         from importlib.metadata import version
 

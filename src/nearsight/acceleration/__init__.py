@@ -6,6 +6,7 @@ plain.py    what has to hold of a module for another forward to compute the same
 report.py   what became of every attention, and the way back
 segment_anything.py     Segment Anything's attention, and timm_sam.py, transformers_sam.py, original_sam.py its three forms
 timm_halo.py            timm's halo attention
+swin.py                 Swin's windows, and timm_swin.py, torchvision_swin.py its forms
 
 What stands in for a class is a subclass of it with a forward of its own, and a module is given that class. So it keeps its
 parameters, their names, its hooks and its place in the model. A stand-in says ``why_not(module)``, the reason why a module
@@ -62,7 +63,7 @@ def accelerate(model: nn.Module) -> AccelerationReport:
         rows.append(Outcome(name, type(module).__name__, *outcome))
         if outcome[0] == ACCELERATED:
             originals.append((module, type(module), stand_in))
-            module.__class__ = stand_in
+            module.__class__ = stand_in  # pyright: ignore[reportAttributeAccessIssue]
     return AccelerationReport(tuple(rows), originals)
 
 

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 from transformers.models.sam.modeling_sam import SamVisionAttention, SamVisionLayer, SamVisionSdpaAttention
 
@@ -33,7 +35,7 @@ class SamVisionSdpaOurs(SamVisionSdpaAttention):
     does = "no table of all pairs of cells, in place of an attention mask"
     why_not = staticmethod(why_not_relative)
 
-    def forward(self, hidden_states: Tensor, output_attentions: bool = False) -> tuple[Tensor, None]:
+    def forward(self, hidden_states: Tensor, output_attentions: bool = False) -> Any:
         if output_attentions or not is_measured(hidden_states):
             return super().forward(hidden_states, output_attentions)
         return _attend(self, hidden_states), None
@@ -49,7 +51,7 @@ class SamVisionLayerOurs(SamVisionLayer):
         kinds = (SamVisionAttention, SamVisionSdpaAttention, SamVisionOurs, SamVisionSdpaOurs)
         return why_not_in_place(module, kinds)
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
+    def forward(self, hidden_states: Tensor) -> Any:
         attention = self.attn
         chance = self.training and attention.dropout and not isinstance(attention, SamVisionSdpaAttention)
         if chance or has_forward_hooks(attention) or not is_measured(hidden_states):

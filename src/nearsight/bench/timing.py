@@ -23,7 +23,7 @@ SHORTEST = 2e-3  # seconds: what is faster is repeated within a round
 
 @dataclass(frozen=True)
 class Times:
-    """Wall-clock milliseconds of one contender, one number per round."""
+    """Milliseconds of one contender, one number per round."""
 
     ms: list[float]
 
@@ -42,7 +42,12 @@ class Times:
         return {"median_ms": self.median, "min_ms": min(self.ms), "max_ms": max(self.ms), "ms": self.ms}
 
 
-def race(contenders: dict[str, Callable[[], Any]], rounds: int, seconds: float) -> dict[str, Times]:
+def race(
+    contenders: dict[str, Callable[[], Any]],
+    rounds: int,
+    seconds: float,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, Times]:
     """Time every contender once per round, after a round to warm up.
 
     A contender that has used ``seconds`` sits out the rest, so that a slow peer does not decide how long it all takes.
@@ -50,19 +55,19 @@ def race(contenders: dict[str, Callable[[], Any]], rounds: int, seconds: float) 
     repeats: dict[str, int] = {}
     for name, contender in contenders.items():
         contender()
-        start = time.perf_counter()
+        start = clock()
         contender()
-        repeats[name] = max(1, int(SHORTEST / (time.perf_counter() - start)))
+        repeats[name] = max(1, int(SHORTEST / max(clock() - start, 1e-9)))
     found: dict[str, list[float]] = {name: [] for name in contenders}
     used = dict.fromkeys(contenders, 0.0)
     for _ in range(rounds):
         for name, contender in contenders.items():
             if found[name] and used[name] >= seconds:
                 continue
-            start = time.perf_counter()
+            start = clock()
             for _ in range(repeats[name]):
                 contender()
-            elapsed = time.perf_counter() - start
+            elapsed = clock() - start
             used[name] += elapsed
             found[name].append(elapsed / repeats[name] * 1e3)
     return {name: Times(ms) for name, ms in found.items()}
