@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 from typing import Any
+from unicodedata import combining, normalize
 
 from babel.messages.pofile import read_po
 from docutils import nodes
@@ -29,6 +30,7 @@ ResNet Swin timm Vaswani Convolution Convolutions Installation"""
 SAME = frozenset(NAMES.split())
 # French sets a space that does not break before these, and within its quotation marks.
 UNSPACED = re.compile(r"(?<![\u202f\u00a0])([;:!?](?=[\s*)_]|$)|»)|«(?![\u202f\u00a0])")
+GLOSSARY = "learn/glossary"
 PROMPTS = {"Answer": "Réponse"}
 
 
@@ -83,10 +85,18 @@ def after_reading(app: Any, document: nodes.document) -> None:
             place = f"#{link['reftargetid']}" if link.get("reftargetid") else ""
             target = f"{up}{link['reftarget']}.html{place}"
             link.replace_self(nodes.reference("", "", *link.children, refuri=target, classes=["english"]))
+    if name == GLOSSARY:
+        for words in document.findall(nodes.definition_list):
+            words[:] = sorted(words, key=_in_french_order)
     for cell in document.findall(nodes.container):
         for prompt in ("prompt_show", "prompt_hide"):
             if prompt in cell:
                 cell[prompt] = PROMPTS.get(cell[prompt], cell[prompt])
+
+
+def _in_french_order(word: nodes.Node) -> str:
+    """A dictionary's: accents do not count."""
+    return "".join(letter for letter in normalize("NFD", word.astext().lower()) if not combining(letter))
 
 
 def report(app: Any, error: Exception | None) -> None:
