@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from io import StringIO
 from pathlib import Path
@@ -179,3 +180,33 @@ def test_catalogues_follow_the_pages(docs, tmp_path):
 def test_what_is_french(english, translation, fault):
     found = french.faults(english, translation)
     assert (found == []) if fault is None else fault in found[0]
+
+
+def blocks(text: str) -> list[str]:
+    return re.findall(r"^```.*?^```$", text, re.MULTILINE | re.DOTALL)
+
+
+def numbers(text: str) -> set[str]:
+    """Those of the prose, each in the English way."""
+    prose = re.sub(r"^```.*?^```$|`[^`]*`|\]\([^)]*\)|https?://\S+", "", text, flags=re.MULTILINE | re.DOTALL)
+    return {number.replace(",", ".") for number in re.findall(r"\d+(?:[.,]\d+)?", prose)}
+
+
+def readme_faults(english: str, translation: str) -> list[str]:
+    """What README.fr.md has that README.md has not."""
+    found = [f"no block of README.md: {block}" for block in blocks(translation) if block not in blocks(english)]
+    found += [f"README.md has no {number}" for number in sorted(numbers(translation) - numbers(english))]
+    for paragraph in re.split(r"\n{2,}", re.sub(r"^```.*?^```$", "", translation, flags=re.MULTILINE | re.DOTALL)):
+        found += french.faults("A paragraph.", paragraph) if paragraph.strip() else []
+    return found
+
+
+def test_the_french_readme_shows_the_code_and_the_numbers_of_the_english_one():
+    english, translation = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "README.fr.md"))
+    assert len(blocks(translation)) == 2
+    assert "(README.fr.md)" in english
+    assert "(README.md)" in translation
+    assert readme_faults(english, translation) == []
+    assert "README.md has no 1.4" in readme_faults(english, translation.replace("1,3 fois", "1,4 fois"))
+    assert "no block" in readme_faults(english, translation.replace("stride=2", "stride=4"))[0]
+    assert "space" in readme_faults(english, translation.replace("\u00a0:", " :"))[0]
