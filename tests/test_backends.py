@@ -53,7 +53,8 @@ def chosen(**changes) -> str:
 def test_choice_by_device(grad):
     assert chosen(device="cuda", needs_grad=grad) == "flex"
     assert chosen(device="cuda", needs_grad=grad, dtype=torch.float64) == "blocked"
-    assert chosen(device="cuda", needs_grad=grad, compiling=True) == "blocked"
+    assert chosen(device="cuda", needs_grad=grad, compiling=True) == "flex"
+    assert chosen(device="cuda", needs_grad=grad, compiling=True, exporting=True) == "blocked"
     assert chosen(device="mps", needs_grad=grad) == chosen(device="xpu", needs_grad=grad) == "blocked"
     assert chosen(device="cpu", needs_grad=grad) == "native"
     assert chosen(device="cpu", compiling=True, exporting=True) == "blocked"

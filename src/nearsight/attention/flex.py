@@ -1,18 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """FlexAttention: the graphics card's default. PyTorch compiles a kernel out of the window's mask and the position terms.
 
-The map is laid out as a row of cells. Which pairs a window holds is a comparison of three numbers per axis, taken from the
-geometry of :mod:`nearsight.window`; which blocks of pairs are empty is worked out once per problem and kept. Position terms
-are added to the scores, bias by its table and q.r from a product per axis, so that both have their gradients. The borders
-"zeros" and "wrap" lay the cells off the map beside it: a margin of zeros, or of the cells that follow around the torus.
+The map is taken as a row of cells, where it lies. Which pairs a window holds is a comparison of three numbers per axis,
+taken from the geometry of :mod:`nearsight.window`; which blocks of pairs are held is listed from the windows' own cells, in
+time and memory that grow with the map and not with its square, and kept for each size. Position terms are added to the
+scores, bias by its table and q.r from a product per axis, so that both have their gradients. The borders "zeros" and "wrap"
+lay the cells off the map beside it: a margin of zeros, or of the cells that follow around the torus.
 
-On the CPU PyTorch has its forward alone, written out over every pair, and there it runs only when it is named.
+A kernel serves every batch and size of a problem. Within ``torch.compile`` the same lines are traced, and the lists are an
+operator of their own: what is compiled for open sizes asks it for them when it runs.
+
+On the CPU PyTorch has the forward alone, written out over every pair, and there it runs only when it is named.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import lru_cache
 from math import prod
 from types import FunctionType
@@ -22,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..window import Axis, smaller
+from ..window import BORDERS, Axis, smaller
 from .any_order import of_any_order
 from .problem import Call, Problem, laid_apart
 
@@ -32,6 +35,7 @@ takes_groups = True
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BLOCK = 128  # queries and cells of a block, of which the kernel skips those without a pair
 LEAST_CHANNELS = 16  # of a matrix product on a graphics card
+PAIRS_AT_ONCE = 1 << 22  # of a query and a cell, while the blocks that hold one are listed
 
 
 def unavailable() -> str | None:
@@ -49,8 +53,10 @@ def why_not(problem: Problem) -> str | None:
         return "FlexAttention is not for torch.func and has no forward-mode derivative"
     if problem.head_dim < 1 or problem.value_dim < 1:
         return "FlexAttention takes vectors of at least one channel"
-    if problem.compiling:
-        return "FlexAttention's block masks are kept from call to call, which code inside torch.compile cannot do"
+    if problem.exporting:
+        return "an exported program is of PyTorch's own operators, and FlexAttention is a program of its own"
+    if problem.compiling and problem.device == "cpu":
+        return "PyTorch's compiler for the CPU fails on FlexAttention where sizes are left open"
     return None
 
 
@@ -68,27 +74,32 @@ def attend(call: Call, problem: Problem) -> tuple[Tensor, Tensor | None]:
 
 def _attend(call: Call, problem: Problem) -> tuple[Tensor, Tensor | None]:
     query, key, value, bias, relative, scale = call
-    plan = _plan(problem.axes, problem.in_size, query.device)
-    run = _flex if problem.device == "cpu" else _compiled(replace(problem, batch=1), query.device)
     if not problem.needs_grad:
         query, key, value = (one.detach() for one in (query, key, value))
-    # A masked pair has weight 0, but 0 * inf is NaN: what is not finite is carried by its key, whose score is masked.
-    key = key + (value.detach() * 0).sum(-1, keepdim=True)
-    value = torch.where(value.isfinite(), value, 0)
     key, value = (_with_margin(tensor, problem) for tensor in (key, value))
-    query, key, value = (_row(tensor) for tensor in (query, key, value))
-    terms = _terms(query, problem, bias, relative, scale)
-    score = _score(plan, *terms)
-    out, lse = run(query, key, value, score, plan.blocks, scale, problem.groups > 1, problem.lse)
-    out = out[..., : problem.value_dim].unflatten(2, problem.out_size)
-    return out, None if lse is None else lse.unflatten(2, problem.out_size)
+    plan = (_traced_plan if problem.compiling else _plan)(problem.axes, problem.in_size, query.device)
+    asked = Asked(problem.table_size, scale, problem.groups > 1, problem.lse)
+    run = _program if problem.compiling or problem.device == "cpu" else _compiled(_kind(problem), asked)
+    query, key, value = (tensor.flatten(2, -2) for tensor in (query, key, value))
+    out, lse = run(query, key, value, bias, list(relative or ()), plan, asked)
+    return out.unflatten(2, problem.out_size), None if lse is None else lse.unflatten(2, problem.out_size)
 
 
-# ------------------------------------------------------------------------------------------------------------- geometry
+def _kind(problem: Problem) -> tuple[Any, ...]:
+    """What a kernel is compiled for: all of a problem but the sizes of batch and map."""
+    channels = problem.num_heads, problem.groups, problem.head_dim, problem.value_dim
+    tables = problem.bias, problem.relative, problem.needs_grad
+    return problem.axes, problem.dtype, problem.device, *channels, *tables
+
+
+# --------------------------------------------------------------------------------------------------------------- geometry
 
 
 class Line(NamedTuple):
-    """One axis: the cell at ``place`` is in the window of a query if ``first <= place < end``."""
+    """One axis: the cell at ``place`` is in the window of a query if ``first <= place < end``.
+
+    As a part of a :class:`Plan` it is that of the flattened map: a number per query, a number per cell.
+    """
 
     first: Tensor  # (queries,)
     end: Tensor  # (queries,)
@@ -96,33 +107,38 @@ class Line(NamedTuple):
     place: Tensor  # (cells,)
 
 
+class Blocks(NamedTuple):
+    """Blocks of one side that see blocks of the other, as BlockMask has them: how many (blocks,), which (blocks, others)."""
+
+    count: Tensor
+    which: Tensor
+
+
 class Plan(NamedTuple):
-    """All that follows from the geometry. Lines are those of the flattened map: a number per query, a number per cell."""
+    """All that follows from the geometry and the size."""
 
     lines: tuple[Line, ...]
-    table_size: tuple[int, ...]
-    blocks: Any  # PyTorch's BlockMask
+    cells: Blocks  # of each block of queries, the blocks of cells
+    queries: Blocks  # of each block of cells, the blocks of queries
 
 
 @lru_cache(maxsize=128)
 def _plan(axes: tuple[Axis, ...], in_size: tuple[int, ...], device: torch.device) -> Plan:
-    from torch.nn.attention.flex_attention import BlockMask
-
     lines = [_line(axis, n, device) for axis, n in zip(axes, in_size, strict=True)]
-    out_size, cells = [line.first.numel() for line in lines], [line.place.numel() for line in lines]
+    out_size, cells = _sizes(axes, in_size)
     flat = tuple(
         Line(*(_flat(one, axis, size) for one, size in zip(line, (*[out_size] * 3, cells), strict=True)))
         for axis, line in enumerate(lines)
     )
-    held = _held_blocks([(line.first[:, None] <= line.place) & (line.place < line.end[:, None]) for line in lines])
-    blocks = BlockMask.from_kv_blocks(
-        held.sum(-1, dtype=torch.int32)[None, None],
-        held.int().argsort(dim=-1, descending=True, stable=True).int()[None, None],
-        BLOCK_SIZE=BLOCK,
-        mask_mod=_mask(flat),
-        seq_lengths=(prod(out_size), prod(cells)),
-    )
-    return Plan(flat, tuple(axis.table_size for axis in axes), blocks)
+    held = _held(axes, in_size, device)
+    blocks = [-(-prod(size) // BLOCK) for size in (out_size, cells)]
+    return Plan(flat, _listed(held, *blocks), _listed(held.flip(1), *reversed(blocks)))
+
+
+def _sizes(axes: Sequence[Axis], in_size: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+    """Queries and cells, margin and all, per axis."""
+    pairs = list(zip(axes, in_size, strict=True))
+    return [axis.output_size(n) for axis, n in pairs], [n + sum(_margin(axis)) for axis, n in pairs]
 
 
 def _line(axis: Axis, cells: int, device: torch.device) -> Line:
@@ -156,20 +172,104 @@ def _flat(numbers: Tensor, axis: int, size: Sequence[int]) -> Tensor:
     return numbers.int().view(shape).expand(*size).flatten()
 
 
-def _held_blocks(holds: list[Tensor]) -> Tensor:
-    """Whether any of a block's queries sees any of a block's cells: (blocks of queries, blocks of cells)."""
-    out_size, letters = [one.shape[0] for one in holds], "xyz"[: len(holds)]
-    queries = torch.arange(prod(out_size), device=holds[0].device)
+# -------------------------------------------------------------------------------------------------- blocks that hold a pair
+
+
+def _held(axes: Sequence[Axis], in_size: Sequence[int], device: torch.device) -> Tensor:
+    """Every block of queries with every block of cells of which it sees one: (pairs, 2), in order."""
+    out_size, size = _sizes(axes, in_size)
+    seen = [_seen(axis, n, device) for axis, n in zip(axes, in_size, strict=True)]
+    at_once = max(
+        1, PAIRS_AT_ONCE // prod(one.shape[1] * (one.shape[0] if axis else 1) for axis, one in enumerate(seen))
+    )
+    blocks = -(-prod(size) // BLOCK)
     found = []
-    for block in queries.split(BLOCK):
-        index = torch.unravel_index(block, out_size)
-        seen = [one[i].float() for one, i in zip(holds, index, strict=True)]
-        cells = torch.einsum(f"{','.join(f'q{letter}' for letter in letters)}->{letters}", *seen).flatten()
-        found.append(F.pad(cells, (0, -cells.numel() % BLOCK)).view(-1, BLOCK).amax(-1) > 0)
-    return torch.stack(found)
+    for some in torch.arange(out_size[0], device=device).split(at_once):
+        query, cell, inside = some[:, None], seen[0][some], seen[0][some] >= 0
+        for queries, cells, one in zip(out_size[1:], size[1:], seen[1:], strict=True):
+            query = (query[:, None] * queries + torch.arange(queries, device=device)[:, None]).flatten(0, 1)
+            cell = (cell[:, None, :, None] * cells + one[:, None]).flatten(2).flatten(0, 1)
+            inside = (inside[:, None, :, None] & (one >= 0)[:, None]).flatten(2).flatten(0, 1)
+        found.append((query // BLOCK * blocks + cell // BLOCK)[inside].unique())
+    both = torch.cat(found).unique()
+    return torch.stack((both // blocks, both % blocks), 1)
 
 
-def _mask(lines: tuple[Line, ...]) -> Callable[..., Tensor]:
+def _seen(axis: Axis, cells: int, device: torch.device) -> Tensor:
+    """The cells that each query sees along an axis, counted from the margin's first: (queries, places); -1 is none."""
+    before, _ = _margin(axis)
+    query = torch.arange(axis.output_size(cells), device=device)[:, None] * axis.stride
+    step, phase = query // axis.dilation, query % axis.dilation
+    steps = axis.steps(phase, cells)
+    first, places = axis.first_step(step, steps), axis.kernel_size
+    end = first + places
+    if axis.masks:
+        first, end, places = first.clamp(min=0), smaller(end, steps), min(places, cells)
+    place = first + torch.arange(places, device=device)
+    visible = (place < end) & (place <= step if axis.causal else place == place)
+    return torch.where(visible, phase + place * axis.dilation + before, -1)
+
+
+def _listed(held: Tensor, blocks: int, others: int) -> Blocks:
+    """The lists of the first of each pair: the second ones in order. PyTorch wants a place for every block there is."""
+    mine, theirs = held[torch.argsort(held[:, 0], stable=True)].unbind(1)
+    count = torch.bincount(mine, minlength=blocks)
+    nth = torch.arange(len(mine), device=held.device) - (count.cumsum(0) - count)[mine]
+    which = torch.zeros(blocks, others, dtype=torch.int32, device=held.device)
+    which[mine, nth] = theirs.int()
+    return Blocks(count.int(), which)
+
+
+# ------------------------------------------------------------------------------------------------------------- when compiled
+
+
+def _traced_plan(axes: tuple[Axis, ...], in_size: tuple[Any, ...], device: torch.device) -> Plan:
+    """The plan as an operator, which a compiled program asks for the sizes that it meets."""
+    numbers = [[int(getattr(axis, name)) for axis in axes] for name in ("stride", "dilation", "causal", "shared_by")]
+    borders = [BORDERS.index(axis.border) for axis in axes]
+    tensors = _plan_of([axis.kernel_size for axis in axes], *numbers, borders, list(in_size), device)
+    lines = tuple(Line(*tensors[4 * axis : 4 * axis + 4]) for axis in range(len(axes)))
+    return Plan(lines, Blocks(*tensors[-4:-2]), Blocks(*tensors[-2:]))
+
+
+@torch.library.custom_op("nearsight::flex_plan", mutates_args=())
+def _plan_of(
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    causal: Sequence[int],
+    shared_by: Sequence[int],
+    border: Sequence[int],
+    in_size: Sequence[int],
+    device: torch.device,
+) -> list[Tensor]:
+    plan = _plan(_axes(kernel_size, stride, dilation, causal, shared_by, border), tuple(in_size), device)
+    # Copies: a compiled program may write its next result over what it has read.
+    return [one.clone() for one in (*sum(plan.lines, ()), *plan.cells, *plan.queries)]
+
+
+@_plan_of.register_fake
+def _(*geometry_and_device: Any) -> list[Tensor]:
+    *geometry, in_size, device = geometry_and_device
+    axes = _axes(*geometry)
+    out_size, cells = _sizes(axes, in_size)
+    blocks = [(prod(size) + BLOCK - 1) // BLOCK for size in (out_size, cells)]
+    shapes = [*[[prod(out_size)]] * 3, [prod(cells)]] * len(axes)
+    shapes += [blocks[:1], blocks, blocks[1:], blocks[::-1]]
+    return [torch.empty(shape, dtype=torch.int32, device=device) for shape in shapes]
+
+
+def _axes(*geometry: Sequence[int]) -> tuple[Axis, ...]:
+    return tuple(
+        Axis(kernel_size, stride, dilation, BORDERS[border], bool(causal), shared_by)
+        for kernel_size, stride, dilation, causal, shared_by, border in zip(*geometry, strict=True)
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------- scores, margin
+
+
+def _mask(lines: Sequence[Line]) -> Callable[..., Tensor]:
     def mask(batch: Tensor, head: Tensor, query: Tensor, cell: Tensor) -> Tensor:
         held = query >= 0
         for line in lines:
@@ -179,23 +279,12 @@ def _mask(lines: tuple[Line, ...]) -> Callable[..., Tensor]:
     return mask
 
 
-# --------------------------------------------------------------------------------------------------------- scores, maps
-
-
-def _terms(
-    query: Tensor, problem: Problem, bias: Tensor | None, relative: Sequence[Tensor] | None, scale: float
-) -> tuple[Tensor | None, list[Tensor]]:
-    """The bias (N, entries of all axes), and q.r for every entry of each axis (B, N, queries, entries)."""
-    dtype = problem.compute_dtype
-    query = query[..., : problem.head_dim].to(dtype)
-    flat = None if bias is None else bias.to(dtype).flatten(1)
-    return flat, [scale * (query @ table.to(dtype).mT) for table in relative or ()]
-
-
-def _score(plan: Plan, bias: Tensor | None, relative: list[Tensor]) -> Callable[..., Tensor] | None:
+def _score(
+    lines: Sequence[Line], table_size: Sequence[int], bias: Tensor | None, relative: Sequence[Tensor]
+) -> Callable[..., Tensor] | None:
+    """Adds the bias (N, entries of all axes), and q.r for every entry of each axis (B, N, queries, entries)."""
     if bias is None and not relative:
         return None
-    lines, table_size = plan.lines, plan.table_size
 
     def score(logit: Tensor, batch: Tensor, head: Tensor, query: Tensor, cell: Tensor) -> Tensor:
         # Pairs that no window holds have no entry; they are masked, but have to read one.
@@ -226,38 +315,77 @@ def _with_margin(tensor: Tensor, problem: Problem) -> Tensor:
     return tensor
 
 
-def _row(tensor: Tensor) -> Tensor:
-    """(B, N, *map, D) -> (B, N, cells, D) with channels side by side, and as many as the kernel needs."""
-    tensor = tensor.flatten(2, -2)
-    if tensor.device.type == "cuda" and tensor.shape[-1] < LEAST_CHANNELS:
-        return F.pad(tensor, (0, LEAST_CHANNELS - tensor.shape[-1]))
-    return laid_apart(tensor) if tensor.stride(-1) == 1 else tensor.contiguous()
+# ----------------------------------------------------------------------------------------------------------------- running
 
 
-# --------------------------------------------------------------------------------------------------------------- running
+class Asked(NamedTuple):
+    """What a program is compiled for beside the shapes of its tensors."""
+
+    table_size: tuple[int, ...]
+    scale: float
+    grouped: bool
+    lse: bool
 
 
-def _flex(
+def _program(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    score: Callable[..., Tensor] | None,
-    blocks: Any,
-    scale: float,
-    grouped: bool,
-    with_lse: bool,
+    bias: Tensor | None,
+    relative: Sequence[Tensor],
+    plan: Plan,
+    asked: Asked,
 ) -> tuple[Tensor, Tensor | None]:
+    """The operation on rows, (B, N, queries or cells, D)."""
     from torch.nn.attention import flex_attention as flex
 
-    options = {"score_mod": score, "block_mask": blocks, "scale": scale, "enable_gqa": grouped}
-    if not with_lse:
-        return flex.flex_attention(query, key, value, **options), None
+    # A masked pair has weight 0, but 0 * inf is NaN: what is not finite is carried by its key, whose score is masked.
+    key = key + (value.detach() * 0).sum(-1, keepdim=True)
+    value_dim, value = value.shape[-1], torch.where(value.isfinite(), value, 0)
+    wide = torch.promote_types(query.dtype, torch.float32)
+    products = [asked.scale * (query.to(wide) @ table.to(wide).mT) for table in relative]
+    flat = None if bias is None else bias.to(wide).flatten(1)
+    if query.device.type == "cpu" and torch.compiler.is_compiling() and not torch.is_grad_enabled():
+        # PyTorch's compiler for CPUs reads them from memory alone.
+        products = [torch.ops.nearsight.written_out(one) for one in products]
+        flat = None if flat is None else torch.ops.nearsight.written_out(flat)
+    mask = flex.BlockMask(
+        (query.shape[2], key.shape[2]),
+        kv_num_blocks=plan.cells.count[None, None],
+        kv_indices=plan.cells.which[None, None],
+        full_kv_num_blocks=None,
+        full_kv_indices=None,
+        q_num_blocks=plan.queries.count[None, None],
+        q_indices=plan.queries.which[None, None],
+        full_q_num_blocks=None,
+        full_q_indices=None,
+        BLOCK_SIZE=(BLOCK, BLOCK),
+        mask_mod=_mask(plan.lines),
+    )
+    options: dict[str, Any] = {
+        "score_mod": _score(plan.lines, asked.table_size, flat, products),
+        "block_mask": mask,
+        "scale": asked.scale,
+        "enable_gqa": asked.grouped,
+    }
+    query, key, value = (_row(tensor) for tensor in (query, key, value))
+    if not asked.lse:
+        return flex.flex_attention(query, key, value, **options)[..., :value_dim], None
     out, auxiliary = flex.flex_attention(query, key, value, **options, return_aux=flex.AuxRequest(lse=True))
-    return out, auxiliary.lse
+    return out[..., :value_dim], auxiliary.lse
+
+
+def _row(tensor: Tensor) -> Tensor:
+    """The same with channels side by side, and as many as the kernel needs. Heads stay where they lie, last or first."""
+    if tensor.device.type == "cuda" and tensor.shape[-1] < LEAST_CHANNELS:
+        return F.pad(tensor, (0, LEAST_CHANNELS - tensor.shape[-1]))
+    if torch.compiler.is_compiling():
+        return tensor
+    return laid_apart(tensor) if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 @lru_cache(maxsize=128)
-def _compiled(problem: Problem, device: torch.device) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    """A kernel for one problem, whatever its batch. torch.compile counts compilations per code object, and gives up after
-    a few: so each has its own."""
-    return torch.compile(FunctionType(_flex.__code__.replace(), globals(), _flex.__name__))
+def _compiled(kind: tuple[Any, ...], asked: Asked) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """A kernel for one kind of problem, whatever its batch and map. torch.compile counts compilations per code object, and
+    gives up after a few: so each has its own."""
+    return torch.compile(FunctionType(_program.__code__.replace(), globals(), _program.__name__))
