@@ -9,6 +9,7 @@ from collections.abc import Callable
 from functools import partial
 
 import pytest
+import timm
 import torch
 from timm.layers.halo_attn import HaloAttn
 from timm.models.vision_transformer_sam import Attention, Block
@@ -306,7 +307,7 @@ def test_what_is_not_known_has_no_rows():
     report = ns.accelerate(nn.Sequential(nn.Conv2d(3, 16, 3), ns.LocalSelfAttention2d(16)))
     assert report.rows == ()
     assert str(report).endswith("nothing to accelerate: no attention that is known")
-    assert report.to_dict() == {"rows": [], "accelerated": []}
+    assert report.to_dict() == {"rows": [], "accelerated": [], "folded": [], "unfolded": None}
 
 
 def test_checkpoints_load_both_ways():
@@ -318,3 +319,66 @@ def test_checkpoints_load_both_ways():
     again = sam_block(4, init_values=0.5).eval()
     again.load_state_dict(ours.state_dict())
     assert torch.equal(again(x), theirs(x))
+
+
+# --------------------------------------------------------------------------------------------------------- batch norms
+
+
+class Twice(nn.Module):
+    """Norms that cannot be folded, but for the last: after what is looked at elsewhere, before a convolution, used twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen, self.after_seen = nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3)
+        self.before, self.conv = nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1)
+        self.shared, self.first, self.second = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+        self.last = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))
+
+    def forward(self, x: Tensor, scale: float = 2.0) -> Tensor:
+        y = self.seen(x)
+        y = self.conv(self.before(self.after_seen(y) + y))
+        return scale * self.last(self.second(self.shared(self.first(self.shared(y)))))
+
+
+class Unfollowed(nn.Sequential):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) if input.sum() > 1e9 else input
+
+
+def with_statistics(model: nn.Module) -> nn.Module:
+    """Running means and variances that are neither zeros nor ones."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.running_mean, std=0.3)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+            nn.init.normal_(module.weight, 1, 0.3)
+    return model.eval()
+
+
+@pytest.mark.parametrize(
+    ("make", "folded"),
+    [
+        (lambda: timm.create_model("resnet10t"), 14),
+        (lambda: timm.create_model("resnetv2_18"), 8),
+        (Twice, 1),
+    ],
+    ids=["all", "norms before convolutions", "what cannot be"],
+)
+def test_batch_norms_are_folded_and_come_back(make, folded):
+    model, x = with_statistics(make()), torch.randn(2, 3, 64, 64)
+    names, expected = list(model.state_dict()), model(x)
+    report = ns.accelerate(model, inference=True)
+    assert len(report.folded) == folded, report.folded
+    assert near(model(x), expected)
+    report.restore()
+    assert list(model.state_dict()) == names
+    assert torch.equal(model(x), expected)
+
+
+def test_what_torch_fx_cannot_follow_is_not_folded():
+    model = Unfollowed(nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3)).eval()
+    report = ns.accelerate(model, inference=True)
+    assert report.folded == ()
+    assert "no batch norm folded: torch.fx cannot follow the model" in str(report)
+    with pytest.raises(OptionError, match=r"model\.eval"):
+        ns.accelerate(model.train(), inference=True)

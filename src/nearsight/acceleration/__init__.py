@@ -6,6 +6,7 @@ plain.py    what has to hold of a module for another forward to compute the same
 report.py   what became of every attention, and the way back
 segment_anything.py     Segment Anything's attention, and timm_sam.py, transformers_sam.py, original_sam.py its three forms
 timm_halo.py            timm's halo attention
+folding.py              batch norms, folded into convolutions
 swin.py                 Swin's windows, and timm_swin.py, torchvision_swin.py its forms
 
 What stands in for a class is a subclass of it with a forward of its own, and a module is given that class. So it keeps its
@@ -20,6 +21,7 @@ from torch import nn
 
 from ..errors import OptionError
 from ..private import is_compiled
+from .folding import fold_batch_norms
 from .known import stand_in_of
 from .plain import why_not_plain
 from .report import ACCELERATED, ALREADY, LEFT, AccelerationReport, Outcome
@@ -27,7 +29,7 @@ from .report import ACCELERATED, ALREADY, LEFT, AccelerationReport, Outcome
 __all__ = ["AccelerationReport", "accelerate"]
 
 
-def accelerate(model: nn.Module) -> AccelerationReport:
+def accelerate(model: nn.Module, *, inference: bool = False) -> AccelerationReport:
     """Have the attention of other makers in a model computed by nearsight's operation. The model is changed in place.
 
     What is known stands in docs/howto/accelerate.md, with what was measured: Segment Anything's image encoder and timm's
@@ -39,11 +41,15 @@ def accelerate(model: nn.Module) -> AccelerationReport:
     optimizers, checkpoints, ``copy.deepcopy`` and ``pickle`` go on working. A module that is more than its class says (a
     subclass, a forward of its own, hooks or computed weights where we pass by) stays as it is, and the report says why.
 
+    Args:
+        inference: also fold batch norms into the convolutions before them, in any network that torch.fx can follow. Until
+            ``restore()`` the model holds other weights, under other names, and is not to be trained.
+
     Returns:
         What became of every attention that is known; its ``restore()`` undoes all.
 
     Raises:
-        OptionError: the model was compiled already.
+        OptionError: the model was compiled already; ``inference=True`` for a model that is not in evaluation mode.
 
     Example:
         >>> import timm
@@ -55,6 +61,8 @@ def accelerate(model: nn.Module) -> AccelerationReport:
     """
     if any(map(is_compiled, model.modules())):
         raise OptionError("the model is compiled already, which would not hear of another forward: accelerate it first")
+    if inference and any(module.training for module in model.modules()):
+        raise OptionError("inference=True is for a model in evaluation mode, all of it: model.eval() first")
     found = [(name, module, *_judge(module)) for name, module in model.named_modules()]
     rows, originals = [], []
     for name, module, stand_in, outcome in found:
@@ -64,7 +72,8 @@ def accelerate(model: nn.Module) -> AccelerationReport:
         if outcome[0] == ACCELERATED:
             originals.append((module, type(module), stand_in))
             module.__class__ = stand_in  # pyright: ignore[reportAttributeAccessIssue]
-    return AccelerationReport(tuple(rows), originals)
+    folded, undo, unfolded = fold_batch_norms(model) if inference else ([], [], None)
+    return AccelerationReport(tuple(rows), tuple(folded), unfolded, originals, undo)
 
 
 def _judge(module: nn.Module) -> tuple[type | None, tuple[str, str] | None]:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -35,11 +35,16 @@ class Outcome:
 class AccelerationReport:
     """What :func:`nearsight.accelerate` returns. ``print(report)`` shows it as a table.
 
-    rows    one per attention module that is known
+    rows        one per attention module that is known
+    folded      the names of the batch norms that became part of a convolution, with ``inference=True``
+    unfolded    why torch.fx could not follow the model, so that none did
     """
 
     rows: tuple[Outcome, ...]
+    folded: tuple[str, ...]
+    unfolded: str | None
     _originals: list[tuple[nn.Module, type, type]] = field(repr=False)
+    _unfold: list[Callable[[], None]] = field(repr=False)
 
     @property
     def accelerated(self) -> tuple[str, ...]:
@@ -47,7 +52,9 @@ class AccelerationReport:
         return tuple(row.name for row in self.rows if row.outcome == ACCELERATED)
 
     def restore(self) -> None:
-        """Give every module the forward of its makers back; weights stay what they are by now."""
+        """Give every module the forward of its makers back, and the model its norms; weights stay what they are by now."""
+        while self._unfold:
+            self._unfold.pop()()
         while self._originals:
             module, original, stand_in = self._originals.pop()
             if type(module) is stand_in:  # and nothing that was made of it since
@@ -55,7 +62,8 @@ class AccelerationReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, fit for JSON."""
-        return {"rows": [asdict(row) for row in self.rows], "accelerated": list(self.accelerated)}
+        facts = {"folded": list(self.folded), "unfolded": self.unfolded}
+        return {"rows": [asdict(row) for row in self.rows], "accelerated": list(self.accelerated), **facts}
 
     def summary(self) -> list[str]:
         """What became of the model, in a line or two."""
@@ -69,6 +77,10 @@ class AccelerationReport:
             yield f"nothing accelerated: {left} left alone, {len(self.rows) - left} accelerated before"
         else:
             yield f"{len(self.accelerated)} accelerated, {left} left alone"
+        if self.folded:
+            yield f"{len(self.folded)} batch norms folded into convolutions"
+        if self.unfolded is not None:
+            yield f"no batch norm folded: torch.fx cannot follow the model: {self.unfolded}"
 
     def __repr__(self) -> str:
         return f"AccelerationReport({'; '.join(self._summary())})"
