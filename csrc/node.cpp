@@ -202,7 +202,7 @@ void Node::run(void* out, const nearsight_executor& executor, int threads) const
     const int64_t of_key = key.strides[1], of_value = value.strides[1];
     if (a.num_kv_heads != a.num_heads) key.strides[1] = value.strides[1] = 0;
     int64_t table = 1;
-    for (int i = 0; i < a.rank; ++i) table *= entries(i);
+    for (int i = 0; i < a.rank && inputs[kBias].given; ++i) table *= entries(i);
     for (int64_t group = 0; group < groups(); ++group) {
         nearsight_inputs given = {query, key, value, nullptr, {}};
         nearsight_tensor target = result;

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import MappingProxyType
 
 import numpy as np
@@ -170,6 +171,34 @@ def test_inputs_are_refused_in_a_line_when_the_session_runs(name):
     named = {**{k: named.get(k) for k in ("query", "key", "value", "bias")}, **inputs}
     with pytest.raises(Exception, match=reason):
         answer(session_of({**attributes, **changes}, named), named)
+
+
+def test_registered_twice_with_the_same_options_it_is_refused_by_onnxruntime():
+    attributes, named = node_of(*a_call())
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    for _ in range(2):
+        options.register_custom_ops_library(deploy.onnxruntime_library())
+    with pytest.raises(Exception, match="Domain already set"):
+        onnxruntime.InferenceSession(model_of(attributes, named), options)
+
+
+@pytest.mark.sweep
+def test_under_sanitizers(tmp_path):
+    """The operator's own code, in the hands of a driver that stands for onnxruntime: right and wrong nodes."""
+    root, library = Path(__file__).parents[1], Path(deploy.onnxruntime_library())
+    sources = [
+        root / "csrc/node.cpp",
+        root / "csrc/onnxruntime/local_attention.cpp",
+        root / "tests/onnxruntime_driver.cpp",
+    ]
+    checks = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    kernel = [library, f"-Wl,-rpath,{library.parent}"]  # which has a test of its own
+    flags = ["-std=c++17", "-g1", "-O1", "-pthread", "-I", root / "csrc"]
+    subprocess.run(["g++", *flags, *checks, *sources, *kernel, "-o", tmp_path / "driver"], check=True)
+    finished = subprocess.run([tmp_path / "driver", "2000"], capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stdout[-2000:] + finished.stderr[-6000:]
+    assert "2000 nodes" in finished.stdout
 
 
 # -------------------------------------------------------------------------------------------------------------- exports

@@ -206,7 +206,11 @@ Domain* make_domain() {
 // What SessionOptions.register_custom_ops_library and RegisterCustomOpsLibrary_V2 call.
 extern "C" NEARSIGHT_API Status* RegisterCustomOps(SessionOptions* options, const ApiBase* base) {
     const Api* found = base->get_api(kVersion);
-    if (!found) return nullptr;  // the session then says that it does not know the operator
+    if (!found) {  // every one has the first version, and in it the way to say so
+        const std::string text = "nearsight::LocalAttention needs onnxruntime 1.17 or later; this is ";
+        const Api* first = base->get_api(1);
+        return first ? create_status(first, kFail, (text + base->get_version_string()).c_str()) : nullptr;
+    }
     api = found;
     return guarded([&] {
         static Domain* const domain = make_domain();  // of the process: sessions only refer to it

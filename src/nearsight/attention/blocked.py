@@ -314,7 +314,7 @@ def _lay_out(
         out=_out(arange(queries), groups, blocks * block),
         # By a tensor: there is no ONNX for a remainder by a size that is left open.
         cells=(cell % (0 * cell + cells) if axis.border == "wrap" else cell.clamp(0, cells - 1)).flatten(0, 1),
-        zero=(~inside if axis.border == "zeros" else inside & False).flatten(0, 1),
+        zero=(~inside if axis.border == "zeros" else inside & ~inside).flatten(0, 1),
         # Padding sees everything: what it computes is thrown away, but a softmax over nothing would be NaN.
         visible=(visible | padding[..., None]).flatten(0, 1),
         entries=entries.flatten(0, 1),
