@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import lines_of
 from test_contract import Case, tensors_of
 from test_deploy import CASES, a_call
 from torch import nn
@@ -142,9 +143,9 @@ torch.save([run(one) for one in torch.load("pictures.pt")], "found.pt")
 @pytest.fixture(scope="module")
 def package(tmp_path_factory) -> tuple[nn.Module, Path]:
     torch.manual_seed(0)
-    attention = ns.LocalSelfAttention2d(3, 16, 3, num_heads=2)
+    attention = ns.LocalSelfAttention2d(1, 16, 3, num_heads=2)
     model = nn.Sequential(attention, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 5)).eval()
-    notes = json.dumps({"classes": list("abcde"), "view": {"mean": [0.5] * 3, "std": [0.25] * 3}})
+    notes = json.dumps({"classes": list("abcde"), "view": {"mean": [0.5], "std": [0.25]}})
     subject = export.Subject("a network", View.of(model), notes)
     folder = tmp_path_factory.mktemp("package")
     export._written(model, subject, "aoti", folder / "model.pt2", None, "native")
@@ -155,8 +156,21 @@ def package(tmp_path_factory) -> tuple[nn.Module, Path]:
 @torch.no_grad()
 def test_a_package_of_aotinductor_in_a_process_without_nearsight(package):
     model, folder = package
-    pictures = [torch.randn(1, 3, 20, 9), torch.randn(3, 3, 8, 8)]
+    pictures = [torch.randn(1, 1, 20, 9), torch.randn(3, 1, 8, 8)]
     torch.save(pictures, folder / "pictures.pt")
     run_program(LOADING, folder, deploy.aoti_library())
     for found, one in zip(torch.load(folder / "found.pt"), pictures, strict=True):
         torch.testing.assert_close(found, model(one))
+
+
+@pytest.mark.sweep
+@torch.no_grad()
+def test_the_lines_of_the_page(package, tmp_path, monkeypatch):
+    model, folder = package
+    (tmp_path / "runs" / "demo").mkdir(parents=True)
+    (tmp_path / "runs" / "demo" / "model-aoti.pt2").symlink_to(folder / "model.pt2")
+    monkeypatch.chdir(tmp_path)
+    page: dict = {}
+    exec(lines_of("howto/deploy.md", "AOTInductor, and C++ without Python"), page)
+    torch.testing.assert_close(page["logits"], model(torch.zeros(2, 1, 8, 8)))
+    assert json.loads(page["notes"])["classes"] == list("abcde")

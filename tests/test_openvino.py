@@ -10,6 +10,7 @@ from pathlib import Path
 import openvino
 import pytest
 import torch
+from conftest import lines_of
 from test_contract import Case, tensors_of
 from test_deploy import CASES, WRONG_ATTRIBUTES, WRONG_INPUTS, a_call, as_in_pytorch, model_of, node_of
 from torch import Tensor, nn
@@ -112,10 +113,10 @@ def test_other_elements_are_refused(core):
 @pytest.fixture(scope="module")
 def network() -> tuple[nn.Module, bytes]:
     torch.manual_seed(0)
-    attention = ns.LocalSelfAttention2d(3, 16, 3, num_heads=2)
+    attention = ns.LocalSelfAttention2d(1, 16, 3, num_heads=2)
     model = nn.Sequential(attention, nn.Conv2d(16, 16, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
     with node.as_nodes():
-        program = trace(model, torch.zeros(2, 3, 16, 24))
+        program = trace(model, torch.zeros(2, 1, 16, 24))
     return model, to_onnx(program, {}).SerializeToString()
 
 
@@ -126,7 +127,7 @@ def test_the_same_file_with_open_sizes_and_as_openvino_keeps_it(core, network, t
     openvino.save_model(read, tmp_path / "model.xml", compress_to_fp16=False)
     for one in (read, core.read_model(tmp_path / "model.xml")):
         compiled_model = core.compile_model(one, "CPU", PRECISE)
-        for shape in ((1, 3, 20, 9), (3, 3, 8, 8)):
+        for shape in ((1, 1, 20, 9), (3, 1, 8, 8)):
             pictures = torch.randn(shape)
             found = torch.from_numpy(compiled_model(pictures.numpy())[0])
             torch.testing.assert_close(found, model(pictures), rtol=1e-5, atol=1e-5)
@@ -140,7 +141,7 @@ def test_in_bfloat16_the_node_stays_right(core, network):
     notes = [one.get_rt_info() for one in compiled_model.get_runtime_model().get_ops()]
     types = [note["runtimePrecision"].astype(str) for note in notes if note["layerType"].astype(str) == "Reference"]
     assert types == ["f32"]
-    pictures = torch.randn(3, 3, 24, 24)
+    pictures = torch.randn(3, 1, 24, 24)
     expected = model(pictures)
     found = torch.from_numpy(compiled_model(pictures.numpy())[0])
     assert ((found - expected).abs().max() / expected.abs().max()).item() < 0.02
@@ -151,10 +152,22 @@ def test_in_bfloat16_the_node_stays_right(core, network):
 @pytest.mark.filterwarnings("ignore")
 def test_a_network_is_converted_by_its_example(network):
     model, _ = network
-    pictures = torch.randn(2, 3, 16, 24)
+    pictures = torch.randn(2, 1, 16, 24)
     converted = openvino.convert_model(model, example_input=pictures)
     found = openvino.compile_model(converted, "CPU", PRECISE)(pictures.numpy())[0]
     torch.testing.assert_close(torch.from_numpy(found), model(pictures), rtol=1e-5, atol=1e-5)
+
+
+def test_the_lines_of_the_page(network, tmp_path, monkeypatch):
+    model, content = network
+    (tmp_path / "runs" / "demo").mkdir(parents=True)
+    (tmp_path / "runs" / "demo" / "model.onnx").write_bytes(content)
+    monkeypatch.chdir(tmp_path)
+    page: dict = {}
+    exec(lines_of("howto/deploy.md", "OpenVINO"), page)
+    with torch.no_grad():
+        expected = model(torch.from_numpy(page["pictures"]))
+    torch.testing.assert_close(torch.from_numpy(page["logits"]), expected)
 
 
 # ---------------------------------------------------------------------------------------------------------- the library
