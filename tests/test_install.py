@@ -23,6 +23,7 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
 # What a library is made of on the machine of its user, against the headers of a runtime that is installed there.
 SOURCES = ("nearsight.h", "node.h", "node.cpp", "openvino/local_attention.cpp", "pytorch/attend.cpp")
+WEIGHTS = "nearsight/models/weights/sasa_nano.digits.safetensors"
 LIBRARY = f"nearsight/attention/native/libnearsight{SUFFIX}"
 QUICKLY = {"CMAKE_ARGS": "-DCMAKE_CXX_FLAGS_RELEASE=-O0"}  # what is built is not timed
 BESIDE = ("--config-settings=build-dir=build",)  # in the sources' folder: what is made again there is compiled once
@@ -102,6 +103,7 @@ def test_with_a_compiler(source, tmp_path):
         *(f"nearsight/deploy/csrc/{source}" for source in SOURCES),
         "nearsight/pages/templates/explore.js",
         "nearsight/pages/templates/page.css",
+        WEIGHTS,
     } <= {*names}
     sources = {name for name in names if name.endswith((".cpp", ".h", ".txt")) and "dist-info" not in name}
     assert sources == {f"nearsight/deploy/csrc/{source}" for source in SOURCES}
@@ -127,7 +129,9 @@ def test_with_a_compiler(source, tmp_path):
 def test_without_a_compiler(source, tmp_path):
     wheel = wheel_of(source, **NO_COMPILER)
     assert wheel.name.endswith("-py3-none-any.whl")
-    assert not [name for name in ZipFile(wheel).namelist() if name.endswith(SUFFIX)]
+    names = ZipFile(wheel).namelist()
+    assert not [name for name in names if name.endswith(SUFFIX)]
+    assert WEIGHTS in names
     python = fresh_python(tmp_path / "venv")
     pip("install", "--no-deps", wheel, python=python)
     file, reason, result = answers(python, tmp_path)
