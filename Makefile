@@ -18,7 +18,7 @@ WITH_DEV := $(VENV)/.installed-dev
 WORKERS := --numprocesses auto --maxprocesses 4 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all quick check format bench pictures weights docs french clean distclean sound
+.PHONY: help demo test test-all quick check format bench pictures weights docs walk french clean distclean sound
 .NOTPARALLEL:
 
 help: ## show this list
@@ -78,13 +78,16 @@ weights: $(WITH_TRAIN) ## train the weights that come with the package anew
 # A page that is not in the menu, a link or a place that is not there, a cell of a notebook that fails: each is an error.
 # French first, since the links of both languages are checked with the English pages; what ran for one serves the other.
 docs: $(WITH_DEV) ## build the documentation as a site, and run its notebooks
-	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet --tag french \
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet --jobs 2 --tag french \
 		--doctree-dir build/docs/read-fr docs $(SITE)/fr
-	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet --doctree-dir build/docs/read docs $(SITE)
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet --jobs 2 --doctree-dir build/docs/read docs $(SITE)
 	@echo "The site: $(CURDIR)/$(SITE)/index.html"
 
 french: $(WITH_DEV) ## bring the French catalogues up to the English pages, and list what has no French
 	$(BIN)/python docs/_site/update_french.py
+
+walk: docs ## look at every page of the site in a browser, wide and narrow
+	$(BIN)/python -m pytest docs/_site/test_walk.py $(PYTEST_ARGS)
 
 clean: ## remove caches and build output
 	rm -rf build dist .pytest_cache .ruff_cache .hypothesis lightning_logs

@@ -4,12 +4,15 @@
 With `-t french` it is the pages that are in French: those that have a catalogue in docs/_locale.
 """
 
+import os
 import sys
 from importlib.metadata import version as version_of
 from pathlib import Path
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE / "_site"))
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the notebooks: two at a time, one core each
 
 project = "nearsight"
 author = "The nearsight authors"
@@ -34,6 +37,7 @@ extensions = [
     "parsers",
     "mathjax_of_pip",
     "languages",
+    "llms",
     "links_of_html",
 ]
 
@@ -43,7 +47,7 @@ myst_heading_anchors = 4
 nb_execution_mode = "cache"
 nb_execution_cache_path = str(HERE.parent / "build" / "docs" / "cells")
 nb_execution_raise_on_error = True
-nb_execution_timeout = 120
+nb_execution_timeout = 900  # of a cell, on a machine that does other things as well
 nb_merge_streams = True
 
 autodoc_typehints = "none"

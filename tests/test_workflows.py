@@ -36,14 +36,16 @@ def test_what_a_workflow_names_is_there(file):
             assert re.search(r"@(v\d|release/v\d)", step.get("uses", "@v0")), step
 
 
-def test_only_a_tag_publishes():
+def test_only_a_tag_publishes_a_package():
     may_publish = [
         (file.stem, name, job.get("if"), job.get("environment"))
         for file in WORKFLOWS
         for name, job in read(file)["jobs"].items()
         if "id-token" in job.get("permissions", {}) or "gh-action-pypi-publish" in str(job)
     ]
-    assert may_publish == [("wheels", "publish", "github.ref_type == 'tag'", "pypi")]
+    site, package = may_publish
+    assert site == ("docs", "publish", "github.ref == 'refs/heads/main'", "github-pages")
+    assert package == ("wheels", "publish", "github.ref_type == 'tag'", "pypi")
     assert set(read(ROOT / ".github/workflows/wheels.yml")["jobs"]["publish"]["needs"]) == {
         "sdist",
         "wheels",
