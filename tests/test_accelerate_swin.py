@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Swin's windows in inference: the same function by PyTorch's fused attention, and the makers' own in training."""
+"""Attention that is accelerated in inference alone, above all Swin's windows; in training it is the makers' own."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 import timm
 import torch
 import torchvision
+from timm.layers.bottleneck_attn import BottleneckAttn
 from torch import Tensor, nn
 
 import nearsight as ns
@@ -84,3 +85,19 @@ def test_bfloat16(case):
         before = (model.bfloat16()(x.bfloat16()).float() - exact).abs().max()
         ns.accelerate(model)
         assert (model(x.bfloat16()).float() - exact).abs().max() < 2 * before
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"stride": 2, "scale_pos_embed": True, "qkv_bias": True}], ids=["plain", "scaled"]
+)
+def test_bottleneck_attention(options, monkeypatch):
+    theirs = BottleneckAttn(8, 24, feat_size=(6, 4), num_heads=2, dim_head=8, **options).eval()
+    ours, x = copy.deepcopy(theirs), torch.randn(2, 8, 6, 4)
+    ns.accelerate(ours)
+    assert torch.equal(ours(x), theirs(x))  # recorded by autograd
+    with torch.no_grad():
+        expected = theirs(x)
+        with pytest.raises(AssertionError):
+            ours(torch.randn(2, 8, 4, 6))
+        monkeypatch.delattr(BottleneckAttn, "forward")
+        assert (ours(x) - expected).abs().max() < 1e-5

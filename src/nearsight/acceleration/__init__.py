@@ -6,6 +6,7 @@ plain.py    what has to hold of a module for another forward to compute the same
 report.py   what became of every attention, and the way back
 segment_anything.py     Segment Anything's attention, and timm_sam.py, transformers_sam.py, original_sam.py its three forms
 timm_halo.py            timm's halo attention
+timm_bottleneck.py      timm's bottleneck attention
 folding.py              batch norms, folded into convolutions
 swin.py                 Swin's windows, and timm_swin.py, torchvision_swin.py its forms
 

@@ -11,6 +11,7 @@ from torch import nn
 KNOWN = {
     "segment_anything.modeling.image_encoder.Attention": ("original_sam", "OriginalAttention"),
     "segment_anything.modeling.image_encoder.Block": ("original_sam", "OriginalBlock"),
+    "timm.layers.bottleneck_attn.BottleneckAttn": ("timm_bottleneck", "BottleneckAttention"),
     "timm.layers.halo_attn.HaloAttn": ("timm_halo", "HaloAttention"),
     "timm.models.swin_transformer.WindowAttention": ("timm_swin", "SwinAttention"),
     "timm.models.swin_transformer_v2.WindowAttention": ("timm_swin", "SwinV2Attention"),

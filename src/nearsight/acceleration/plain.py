@@ -39,3 +39,9 @@ def why_not_passed_by(module: nn.Module, names: str, kind: type[nn.Module] | Non
 def is_measured(x: Tensor) -> bool:
     """Whether our operation was measured on what such a tensor asks for: CPUs, in float32 and bfloat16."""
     return x.device.type == "cpu" and x.dtype in DTYPES
+
+
+def is_inference(module: nn.Module, x: Tensor) -> bool:
+    """Whether a call is inference on what was measured, for attention that gains nothing in training."""
+    recorded = torch.is_grad_enabled() and (x.requires_grad or any(one.requires_grad for one in module.parameters()))
+    return is_measured(x) and not recorded and not module.training

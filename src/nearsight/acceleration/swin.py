@@ -10,19 +10,10 @@ gains nothing, and the makers' forward runs.
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-
-from .plain import is_measured
+from torch import Tensor
 
 DOES = "PyTorch's fused attention in inference, in place of logits and weights that are written out"
-
-
-def gains(module: nn.Module, x: Tensor) -> bool:
-    """Whether what is called is inference on what was measured."""
-    recorded = torch.is_grad_enabled() and (x.requires_grad or any(one.requires_grad for one in module.parameters()))
-    return is_measured(x) and not recorded and not module.training
 
 
 def attend(qkv: Tensor, bias: Tensor, mask: Tensor | None, num_heads: int, logit_scale: Tensor | None = None) -> Tensor:

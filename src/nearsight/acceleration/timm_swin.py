@@ -11,7 +11,7 @@ from timm.models import swin_transformer, swin_transformer_v2
 from torch import Tensor
 
 from . import swin
-from .plain import why_not_passed_by
+from .plain import is_inference, why_not_passed_by
 
 
 class SwinAttention(swin_transformer.WindowAttention):
@@ -26,7 +26,7 @@ class SwinAttention(swin_transformer.WindowAttention):
         return why_not_passed_by(module, "softmax attn_drop")
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        if not swin.gains(self, x):
+        if not is_inference(self, x):
             return super().forward(x, mask)
         out = swin.attend(self.qkv(x), self._get_rel_pos_bias(), mask, self.num_heads)
         return self.proj_drop(self.proj(out))
@@ -42,7 +42,7 @@ class SwinV2Attention(swin_transformer_v2.WindowAttention):
         return why_not_passed_by(module, "softmax attn_drop")
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        if not swin.gains(self, x):
+        if not is_inference(self, x):
             return super().forward(x, mask)
         qkv = self.qkv(x)
         if self.q_bias is not None:

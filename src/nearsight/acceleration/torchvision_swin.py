@@ -12,7 +12,7 @@ from torchvision.models.swin_transformer import ShiftedWindowAttention, ShiftedW
 
 from ..layers.whole import one_node
 from . import swin
-from .plain import why_not_passed_by
+from .plain import is_inference, why_not_passed_by
 
 APART = -100.0  # what torchvision adds to the logits of cells that only the shift brought into one window
 
@@ -28,7 +28,7 @@ class ShiftedAttention(ShiftedWindowAttention):
 
     @one_node
     def forward(self, x: Tensor) -> Tensor:
-        return _forward(self, x) if swin.gains(self, x) else super().forward(x)
+        return _forward(self, x) if is_inference(self, x) else super().forward(x)
 
 
 class ShiftedAttentionV2(ShiftedWindowAttentionV2):
@@ -42,7 +42,7 @@ class ShiftedAttentionV2(ShiftedWindowAttentionV2):
 
     @one_node
     def forward(self, x: Tensor) -> Tensor:
-        return _forward(self, x) if swin.gains(self, x) else super().forward(x)
+        return _forward(self, x) if is_inference(self, x) else super().forward(x)
 
 
 def _forward(module: ShiftedWindowAttention, x: Tensor) -> Tensor:
