@@ -85,6 +85,7 @@ if tags.has("french"):  # noqa: F821, which Sphinx gives to this file
     copyright = "Les auteurs de nearsight"
     include_patterns = [f"{page}.md" for page in pages(HERE)]
     extensions.remove("notfound.extension")
+    extensions.remove("llms")
     extensions[extensions.index("links_of_html")] = "french"  # links are checked when both languages are there
     suppress_warnings = ["toc.not_readable"]  # the menu leads to pages that are in French
     nb_code_prompt_show, nb_code_prompt_hide = "Afficher le code", "Masquer le code"

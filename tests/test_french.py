@@ -210,3 +210,19 @@ def test_the_french_readme_shows_the_code_and_the_numbers_of_the_english_one():
     assert "README.md has no 1.4" in readme_faults(english, translation.replace("1,3 fois", "1,4 fois"))
     assert "no block" in readme_faults(english, translation.replace("stride=2", "stride=4"))[0]
     assert "space" in readme_faults(english, translation.replace("\u00a0:", " :"))[0]
+
+
+def test_the_glossary_has_the_words_of_the_design():
+    """Each word of the design's table, by the name that it has there."""
+    table = (DOCS / "design.md").read_text().partition("## The words")[2].partition("\n\nLetters")[0]
+    cells = re.findall(r"^\| (?!word|-)(.*?) \|", table, re.MULTILINE)
+    glossary = (DOCS / "learn" / "glossary.md").read_text().lower()
+    for word in [word for cell in cells for word in cell.replace("`", "").split(", ")]:
+        assert word.lower() in glossary, word
+    assert len(cells) > 10
+
+
+def test_what_one_begins_and_learns_with_is_in_french():
+    pages = [file for pattern in update_french.PAGES for file in DOCS.glob(pattern)]
+    assert {page.relative_to(DOCS).with_suffix("").as_posix() for page in pages} - set(french.pages(DOCS)) == set()
+    assert len(pages) > 10
