@@ -173,6 +173,9 @@ SMALL = {
     "Shape",
     "Times",
     "ModelResult",
+    "Check",
+    "Runtime",
+    "Pair",
 }  # a few
 
 

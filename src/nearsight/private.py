@@ -177,13 +177,20 @@ def compiled_ahead(program: Any, path: str, notes: dict[str, str]) -> Callable[.
     PyTorch's documented way, whose module is not public by its name. Without it no package is written.
     """
     try:
-        from torch._inductor import aoti_compile_and_package, aoti_load_package
+        from torch._inductor import aoti_compile_and_package
     except ImportError as error:
         raise BackendError(
             f"packages are written by torch._inductor.aoti_compile_and_package, which PyTorch {torch.__version__} does not "
             "have: take another PyTorch"
         ) from error
     aoti_compile_and_package(program, package_path=path, inductor_configs={"aot_inductor.metadata": notes})
+    return loaded_ahead(path)
+
+
+def loaded_ahead(path: str) -> Callable[..., Any]:
+    """What :func:`compiled_ahead` wrote, loaded again; as public as that is."""
+    from torch._inductor import aoti_load_package
+
     return aoti_load_package(path)
 
 

@@ -13,6 +13,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from ..attention import backends, local_attention
 from ..attention.problem import describe
 from ..errors import BackendError, OptionError
-from ..files import make_folder, write_text
+from ..files import make_folder, to_path, write_text
 from ..layers import LocalSelfAttention2d
 from ..models import create_model
 from ..pages.csv_json import to_json
@@ -118,7 +119,7 @@ def races(device: str) -> list[tuple[Pair, str, bool]]:
     ]
 
 
-def run_card(device: str, folder: Path) -> None:
+def run_card(device: str, folder: str | PathLike[str]) -> None:
     """Measure, print, and write ``card.json`` and ``card.html`` into the folder.
 
     Raises:
@@ -130,6 +131,7 @@ def run_card(device: str, folder: Path) -> None:
         raise OptionError(f"--device must be cuda or cpu; received {device!r}")
     if device == "cuda" and not torch.cuda.is_available():
         raise OptionError("PyTorch sees no CUDA card; --device cpu shows that everything runs, on small sizes")
+    folder = to_path(folder)
     make_folder(folder)
     begin = time.perf_counter()
     report: dict[str, Any] = {"device": device, **_card(device), **setting(), "backends": backends()}
@@ -287,7 +289,7 @@ def _races(device: str, begin: float) -> Iterator[dict[str, Any]]:
                 yield row | _race(pair, DTYPES[dtype], compiled, mode, device)
             except Exception as error:  # as above
                 yield row | failure(error)
-            torch._dynamo.reset() if compiled else None
+            torch.compiler.reset() if compiled else None
             torch.cuda.empty_cache() if device == "cuda" else None
 
 

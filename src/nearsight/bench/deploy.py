@@ -22,7 +22,7 @@ from ..attention import native
 from ..attention.node import as_nodes
 from ..deploy import onnxruntime_library, openvino_library
 from ..errors import NearsightError
-from ..private import compiled_ahead
+from ..private import compiled_ahead, loaded_ahead
 from ..saved.export import to_onnx, trace
 from .hosts import NEEDS, NO_CONVOLUTIONS, Step, not_installed, run_onnxruntime, run_openvino
 from .memory import in_fresh_process, peak_memory
@@ -66,9 +66,7 @@ def _open_openvino(file: str, images: Tensor, *, native: bool) -> Step | str:
 
 
 def _open_aoti(file: str, images: Tensor) -> Step:
-    from torch._inductor import aoti_load_package
-
-    run = aoti_load_package(file)
+    run = loaded_ahead(file)
     return lambda: run(images)
 
 
