@@ -110,6 +110,7 @@ def test_deploy_has_a_row_for_every_runtime_and_says_what_is_missing(tmp_path, m
     assert native["yardstick"]["name"] == "sasa_nano of convolutions"
 
 
+@pytest.mark.sweep
 def test_the_memory_of_a_session_is_that_of_its_network():
     """A larger batch of larger pictures asks for more, though this process has held much more."""
     assert torch.ones(1 << 28).sum() > 0
@@ -117,12 +118,11 @@ def test_the_memory_of_a_session_is_that_of_its_network():
     assert 3 * small < large < peak_memory()
 
 
-# What compiles for seconds, once; in the other dtype in the sweeps.
-ONCE = (pytest.param("compiled", torch.float32, marks=pytest.mark.slow),)
-AGAIN = (pytest.param("compiled", torch.bfloat16, marks=pytest.mark.sweep),)
+# What compiles for seconds.
+COMPILED = [pytest.param("compiled", dtype, marks=pytest.mark.sweep) for dtype in models.DTYPES]
 
 
-@pytest.mark.parametrize(("host", "dtype"), [*product((*hosts.NEEDS, "eager"), models.DTYPES), *ONCE, *AGAIN], ids=str)
+@pytest.mark.parametrize(("host", "dtype"), [*product((*hosts.NEEDS, "eager"), models.DTYPES), *COMPILED], ids=str)
 def test_every_host_gives_the_network_s_outputs(host, dtype):
     torch.manual_seed(0)
     model, images = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), torch.randn(2, 3, 8, 8)
@@ -145,6 +145,7 @@ def test_network_and_yardstick_take_the_size(network, yardstick, size):
         assert models._model(yardstick, "contiguous")(images).shape == (1, 1000)
 
 
+@pytest.mark.sweep
 def test_training_memory_is_the_network_s_own():
     """What a step of more images keeps is seen, although the process that asks has held much more."""
     assert torch.ones(1 << 28).sum() > 0

@@ -42,8 +42,8 @@ def network(name: str) -> nn.Module:
     return model
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["halo_h0", pytest.param("dinat_mini", marks=pytest.mark.sweep)])
+@pytest.mark.sweep
+@pytest.mark.parametrize("name", ["halo_h0", "dinat_mini"])
 def test_exported_network_computes_the_same_on_other_sizes(name):
     """The third, SASA, goes through the command below."""
     model = network(name)
@@ -97,7 +97,7 @@ def largest(module: nn.Module, shape: tuple[int, ...]) -> int:
     return max(array.size for array in others)
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_exported_attention_holds_no_copy_of_every_window():
     """For a block of 4 x 4 queries it copies 10 x 10 keys of 32 numbers; a copy of every window would be 49 keys a query."""
     shape = (1, 32, 36, 48)

@@ -240,7 +240,7 @@ def tables_of(case) -> dict:
     return {name: arguments[name] for name in ("bias", "relative")}
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_compiled_kernel():
     """What runs on a graphics card, compiled for the CPU: tables included.
 

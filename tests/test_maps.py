@@ -366,7 +366,7 @@ print(peak() - before)
 """
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_chosen_queries_of_a_large_image_need_little_more_than_a_forward_pass():
     """All weights of both layers are 411 MB, 103 MB of a quarter of the image; those of three queries are a few kB."""
     finished = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, timeout=300)

@@ -942,7 +942,7 @@ def peak(gathered: bool, side: int) -> float:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_split_calls_copy_no_windows():
     """The weights, their gradients and slices of blocks; a gathered key would be 32 times the weights."""
     assert peak(gathered=True, side=64) > 30

@@ -484,7 +484,7 @@ def test_compiles_to_native_code(name):
     check_compiled(*flat_problem(WINDOWS[name], torch.float32))
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_compiles_a_line_to_native_code():
     """Every rule that one axis can have; on a plane the compiler works on the same formulas ten times as long."""
     window = ns.Window(4, shared_by=2, dilation=2, stride=2, border="shift")
