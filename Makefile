@@ -87,7 +87,7 @@ french: $(WITH_DEV) ## bring the French catalogues up to the English pages, and 
 	$(BIN)/python docs/_site/update_french.py
 
 walk: docs ## look at every page of the site in a browser, wide and narrow
-	$(BIN)/python -m pytest docs/_site/test_walk.py $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(WORKERS) docs/_site/test_walk.py $(PYTEST_ARGS)
 
 clean: ## remove caches and build output
 	rm -rf build dist .pytest_cache .ruff_cache .hypothesis lightning_logs

@@ -33,25 +33,24 @@ def faults(browser: Browser, pages: list[Path], width: int, colours: str) -> lis
     """What is wrong with pages on a screen of that width."""
     found: list[str] = []
     context = browser.new_context(viewport={"width": width, "height": 844}, color_scheme=colours)
+    page, name = context.new_page(), ""  # one for all: opening it takes longer than a page does
+
+    def note(what: str) -> None:
+        found.append(f"{name}: {what}")
+
+    page.on("console", lambda message: note(f"{message.type}: {message.text}"))
+    page.on("pageerror", lambda error: note(str(error)))
+    page.on(
+        "request",
+        lambda request: None if request.url.startswith(("file:", "data:", "blob:", "about:")) else note(request.url),
+    )
     for file in pages:
-        page = context.new_page()
         name = file.name
-        page.on("console", lambda message, name=name: found.append(f"{name}: {message.type}: {message.text}"))
-        page.on("pageerror", lambda error, name=name: found.append(f"{name}: {error}"))
-        page.on(
-            "request",
-            lambda request, name=name: (
-                None
-                if request.url.startswith(("file:", "data:", "blob:", "about:"))
-                else found.append(f"{name}: {request.url}")
-            ),
-        )
         page.goto(file.as_uri())
         page.wait_for_load_state("load")
         inner = page.evaluate("document.documentElement.scrollWidth")
         if inner > width:
-            found.append(f"{name}: {inner} pixels wide on a screen of {width}")
-        page.close()
+            note(f"{inner} pixels wide on a screen of {width}")
     context.close()
     return found
 
