@@ -9,6 +9,7 @@ timm_halo.py            timm's halo attention
 timm_bottleneck.py      timm's bottleneck attention
 folding.py              batch norms, folded into convolutions
 swin.py                 Swin's windows, and timm_swin.py, torchvision_swin.py its forms
+natten_modules.py       NATTEN's modules
 
 What stands in for a class is a subclass of it with a forward of its own, and a module is given that class. So it keeps its
 parameters, their names, its hooks and its place in the model. A stand-in says ``why_not(module)``, the reason why a module

@@ -23,6 +23,12 @@ KNOWN = {
     "transformers.models.sam.modeling_sam.SamVisionLayer": ("transformers_sam", "SamVisionLayerOurs"),
     "transformers.models.sam.modeling_sam.SamVisionSdpaAttention": ("transformers_sam", "SamVisionSdpaOurs"),
 }
+# NATTEN moved its modules twice: 0.14 and 0.15, 0.17, and since 0.20.
+KNOWN |= {
+    f"natten.{file}.NeighborhoodAttention{rank}D": ("natten_modules", f"Neighborhood{rank}D")
+    for rank in (1, 2, 3)
+    for file in (f"natten{rank}d", f"na{rank}d", "modules")
+}
 
 
 def stand_in_of(module: nn.Module) -> tuple[type, type] | None:
