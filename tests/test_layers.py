@@ -2,6 +2,7 @@
 """The layers have the borders of nn.ConvNd, the papers' parameter counts, and train."""
 
 import inspect
+import math
 import warnings
 from functools import partial
 
@@ -15,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import nearsight as ns
 from nearsight.attention import native
-from nearsight.errors import OptionError, ShapeError
+from nearsight.errors import DtypeError, OptionError, ShapeError
 from nearsight.layers import projection as room
 from nearsight.layers.projection import POINTWISE, PatchProjection2d, _whole, project
 from nearsight.models.blocks import RelativeOnlySelfAttention2d
@@ -196,6 +197,10 @@ def test_hills_decide_at_first():
         (lambda: ns.LocalSelfAttention2d(16, kernel_size=0), OptionError, "kernel_size must be at least 1; received 0"),
         (lambda: ns.LocalSelfAttention2d(16, stride=-1), OptionError, "stride must be at least 1; received -1"),
         (lambda: ns.LocalSelfAttention2d(16, kernel_size=(3, 3, 3)), ShapeError, "3 axes but the map has 2"),
+        (lambda: ns.LocalSelfAttention2d(16, scale=math.nan), OptionError, "scale must be finite; received nan"),
+        (lambda: ns.GlobalSelfAttention1d(16, scale=torch.ones(())), DtypeError, "scale must be a number .*Tensor"),
+        (lambda: ns.HaloSelfAttention2d(16, scale="1"), DtypeError, "scale must be a number .*received str"),
+        (lambda: ns.AttentionStem2d(3, scale=math.inf), OptionError, "scale must be finite; received inf"),
         (lambda: ns.LocalSelfAttention2d(16)(torch.randn(2, 8, 5, 5)), ShapeError, r"\(B, 16, H, W\).*\(2, 8, 5, 5\)"),
         (lambda: ns.LocalSelfAttention1d(16)(torch.randn(1, 2, 16, 5)), ShapeError, r"\(B, 16, L\).*\(1, 2, 16, 5\)"),
         (lambda: ns.AttentionStem2d(3, 10), ShapeError, "num_heads=4 must divide out_channels=10; num_heads=2"),

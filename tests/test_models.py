@@ -393,7 +393,7 @@ def test_list_models():
 @pytest.mark.parametrize(
     ("run", "message"),
     [
-        (lambda: ns.create_model("sasa_nan"), r"no model 'sasa_nan'; did you mean sasa_nano"),
+        (lambda: ns.create_model("sasa_nan"), r"no model 'sasa_nan'; did you mean sasa_nano\?$"),
         (lambda: ns.create_model("zzzzzzzzzzzz"), "nearsight models"),
         (
             lambda: small("sasa_nano", drop_path_rate=0).forward_intermediates(torch.randn(1, 3, 8, 8), [3]),

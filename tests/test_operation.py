@@ -165,6 +165,34 @@ def test_errors_of_attention_weights(name):
         ns.attention_weights(query, key, window, **options)
 
 
+WRONG_QUERIES = {
+    "a list": ([[0, 0]], DtypeError, "queries must be a tensor .*received list"),
+    "fractions": (torch.tensor([[1.0, 0.0]]), DtypeError, "queries must be whole numbers.*torch.float32"),
+    "a mask": (torch.ones(4, 2, dtype=torch.bool), DtypeError, "queries must be whole numbers.*torch.bool"),
+    "one axis": (torch.zeros(4, 1, dtype=torch.int64), ShapeError, r"\(Q, 2\).*received \(4, 1\)"),
+    "below": (torch.tensor([[-1, 0]]), ShapeError, r"an output of \(5, 7\); received \[\[-1, 0\]\]"),
+    "beyond": (torch.tensor([[4, 7]]), ShapeError, r"an output of \(5, 7\); received \[\[4, 7\]\]"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_QUERIES)
+def test_queries_that_are_no_places(name):
+    queries, error, message = WRONG_QUERIES[name]
+    maps = torch.zeros(1, 2, 5, 7, 4)
+    with pytest.raises(error, match=message):
+        ns.attention_weights(maps, maps, ns.Window(3), queries=queries)
+
+
+def test_indices_of_queries_of_every_integer_dtype():
+    """A tensor of bytes indexes as a mask where PyTorch is asked, without a word."""
+    query, key = torch.randn(2, 1, 2, 5, 7, 4)
+    places = torch.tensor([[1, 0], [0, 1], [4, 6]])
+    expected = ns.attention_weights(query, key, ns.Window(3))[:, :, places[:, 0], places[:, 1]]
+    for dtype in (torch.int64, torch.int32, torch.uint8):
+        found = ns.attention_weights(query, key, ns.Window(3), queries=places.to(dtype))
+        torch.testing.assert_close(found, expected)
+
+
 def test_errors_of_global_attention():
     query = torch.randn(1, 2, 3, 5, 4)
     with pytest.raises(ShapeError, match=r"\(2, 5, 9\); received \(2, 3, 5\)"):

@@ -260,16 +260,20 @@ def attention_weights(
     with without_autocast(problem.device):
         parts = [
             softmax(reference.attention_scores(call, problem, some), problem.rank)
-            for some in queries.to(query.device).split(max(1, GATHERED // max(per_query, 1)))
+            for some in queries.to(query.device, torch.int64).split(max(1, GATHERED // max(per_query, 1)))
         ]
     return torch.cat(parts, 2)
 
 
 def _check_queries(queries: Tensor, problem: Problem) -> None:
+    if not isinstance(queries, Tensor):
+        raise DtypeError(f"queries must be a tensor of indices, or None for all; received {type(queries).__name__}")
     if queries.ndim != 2 or queries.shape[1] != problem.rank:
         raise ShapeError(
             f"queries must be (Q, {problem.rank}), an index per axis of the map; received {tuple(queries.shape)}"
         )
+    if queries.dtype == torch.bool or queries.is_floating_point() or queries.is_complex():
+        raise DtypeError(f"queries must be whole numbers, such as torch.int64; received {queries.dtype}")
     limit = torch.tensor(problem.out_size, device=queries.device)
     if ((queries < 0) | (queries >= limit)).any():
         raise ShapeError(f"queries must lie in an output of {problem.out_size}; received {queries.tolist()}")
@@ -338,8 +342,14 @@ def _nothing(call: Call) -> tuple[Tensor, Tensor]:
 
 
 def _scale(scale: float | None, problem: Problem) -> float:
+    scale = check_scale(scale)
+    return max(problem.head_dim, 1) ** -0.5 if scale is None else scale
+
+
+def check_scale(scale: Any) -> float | None:
+    """A finite number, or None, which a call makes head_dim ** -0.5."""
     if scale is None:
-        return max(problem.head_dim, 1) ** -0.5
+        return None
     scale = plain(scale)
     if isinstance(scale, Tensor) or not isinstance(scale, (int, float)):
         raise DtypeError(f"scale must be a number or None for head_dim ** -0.5; received {type(scale).__name__}")

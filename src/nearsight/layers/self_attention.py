@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..attention import attention_weights, local_attention
+from ..attention import attention_weights, check_scale, local_attention
 from ..attention.backend import check_backend
 from ..errors import OptionError, ShapeError
 from ..positions import Position, PositionLike, Tables, no_weight_decay_in, position_encoding
@@ -61,7 +61,7 @@ class SelfAttention(Projecting):
         self.num_heads = num_heads
         self.head_dim = qk_channels // num_heads
         self.window = window
-        self.scale = scale
+        self.scale = check_scale(scale)
         self.backend = backend
         self.recompute_qkv = recompute_qkv
         strides = [] if window is None else [axis.stride for axis in window.axes(self.rank)]

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..attention import attention_weights, local_attention
+from ..attention import attention_weights, check_scale, local_attention
 from ..attention.backend import check_backend
 from ..errors import OptionError, ShapeError
 from ..positions import RelativePosition, Tables, no_weight_decay_in
@@ -81,7 +81,7 @@ class AttentionStem2d(nn.Module):
         self.out_channels = out_channels
         self.kernel_size = kernel_size
         self.num_heads = num_heads
-        self.scale = scale
+        self.scale = check_scale(scale)
         self.backend = backend
         self.window = Window(kernel_size, shared_by=kernel_size)
         with made_on(device):

@@ -113,7 +113,8 @@ def create_model(name: str, **kwargs: Any) -> nn.Module:
     is_saved = name.startswith(ELSEWHERE)
     base, tag = timm.models.split_model_name_tag(name)
     if not is_saved and not timm.is_model(base):
-        near = get_close_matches(name.lower().replace("-", "_"), [*list_models(), *timm.list_models()], n=3)
+        known = {*list_models(), *timm.list_models()}  # timm lists ours too
+        near = get_close_matches(name.lower().replace("-", "_"), sorted(known), n=3)
         advice = (
             f"did you mean {', '.join(near)}?" if near else "`nearsight models` lists ours, timm.list_models() theirs"
         )
