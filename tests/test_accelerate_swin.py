@@ -101,3 +101,24 @@ def test_bottleneck_attention(options, monkeypatch):
             ours(torch.randn(2, 8, 4, 6))
         monkeypatch.delattr(BottleneckAttn, "forward")
         assert (ours(x) - expected).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("case", ["timm", "timm v2"])
+@pytest.mark.parametrize("way", ["strict_img_size=False", "img_size", "window_size"])
+def test_other_image_sizes_are_as_in_timm(case, way):
+    """Accelerated before or after, a network that is then made for other sizes is still the same function."""
+    name = {"timm": "swin_tiny_patch4_window7_224", "timm v2": "swinv2_tiny_window8_256"}[case]
+    theirs = timm.create_model(name, **SWIN, strict_img_size=way != "strict_img_size=False").eval()
+    ours = copy.deepcopy(theirs)
+    report = ns.accelerate(ours)
+    assert len(report.accelerated) == 2
+    size = (48, 40)
+    if way != "strict_img_size=False":
+        for model in (theirs, ours):
+            model.set_input_size(img_size=size, **({"window_size": 6} if way == "window_size" else {}))
+    x = torch.randn(1, 3, *size)
+    with torch.no_grad():
+        expected, found = theirs(x), ours(x)
+        assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+        report.restore()
+        assert torch.equal(ours(x), expected)

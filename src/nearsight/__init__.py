@@ -41,7 +41,7 @@ if _typing.TYPE_CHECKING:  # for those who read and do not run
         LocalSelfAttention2d,
         LocalSelfAttention3d,
     )
-    from .models import create_model, list_models
+    from .models import create_model, list_models, resize_positions
     from .saved import export_onnx, load
     from .window import Window
 
@@ -75,6 +75,7 @@ __all__ = [
     "load",
     "local_attention",
     "merge_attentions",
+    "resize_positions",
     "train",
 ]
 
@@ -109,7 +110,7 @@ _LATER = {
         "LocalSelfAttention2d",
         "LocalSelfAttention3d",
     ),
-    "models": ("create_model", "list_models"),
+    "models": ("create_model", "list_models", "resize_positions"),
     "saved": ("export_onnx", "load"),
     "window": ("Window",),
 }

@@ -103,6 +103,11 @@ class Position(nn.Module):
         """``bias`` and ``relative`` for a window on a map of ``size`` cells; None for what there is not."""
         return None, None
 
+    def places(self) -> dict[str, tuple[int, ...]]:
+        """The parameters that are tables, and which of their dimensions count entries, one dimension for each axis of the
+        map that a table has: what :func:`nearsight.resize_positions` resizes for images of another size."""
+        return {}
+
     def no_weight_decay(self) -> set[str]:
         """The names of parameters that weight decay is not to shrink: all of them. Places are no features."""
         return {name for name, _ in self.named_parameters()}
@@ -155,6 +160,9 @@ class LearnedPosition(Position):
         self.embedding = nn.Parameter(torch.empty(channels, *map_size))
         nn.init.trunc_normal_(self.embedding, std=0.02)
 
+    def places(self) -> dict[str, tuple[int, ...]]:
+        return {"embedding": tuple(range(1, self.embedding.ndim))}
+
     def embed(self, x: Tensor) -> Tensor:
         embedding = self.embedding[None]
         if torch.jit.is_tracing() or embedding.shape[2:] != x.shape[2:]:  # a trace serves maps of other sizes
@@ -195,6 +203,9 @@ class RelativePosition(Position):
             for entries, (start, end) in zip(table_size, self.shares, strict=True)
         )
 
+    def places(self) -> dict[str, tuple[int, ...]]:
+        return {f"vectors.{axis}": (1,) for axis in range(len(self.vectors))}
+
     def tables(self, window: Window, size: Sequence[int]) -> Tables:
         axes = window.axes(len(size))
         return None, [
@@ -220,6 +231,9 @@ class SharedRelativePosition(Position):
         self.num_heads = num_heads
         self.vectors = nn.ParameterList(nn.Parameter(torch.randn(entries, head_dim)) for entries in table_size)
 
+    def places(self) -> dict[str, tuple[int, ...]]:
+        return {f"vectors.{axis}": (0,) for axis in range(len(self.vectors))}
+
     def tables(self, window: Window, size: Sequence[int]) -> Tables:
         axes = window.axes(len(size))
         tables = (_fit(vectors, 0, axis) for vectors, axis in zip(self.vectors, axes, strict=True))
@@ -242,6 +256,9 @@ class BiasPosition(Position):
         super().__init__()
         self.table = nn.Parameter(torch.empty(num_heads, *table_size))
         nn.init.trunc_normal_(self.table, std=0.02)
+
+    def places(self) -> dict[str, tuple[int, ...]]:
+        return {"table": tuple(range(1, self.table.ndim))}
 
     def tables(self, window: Window, size: Sequence[int]) -> Tables:
         table = self.table

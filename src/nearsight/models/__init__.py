@@ -21,6 +21,7 @@ from . import blocks, first_weights, halonet, nat, published, sasa, twins
 from .backbone import Backbone
 from .checkpoints import fitting, reading
 from .own import register
+from .resized import resize_positions
 from .shipped import MADE_BY, TAGS, shipped
 from .spec import ELSEWHERE, GIVEN, given_name, parse_spec
 
@@ -37,6 +38,7 @@ __all__ = [
     "pretrained_value",
     "refuse_ignored",
     "register",
+    "resize_positions",
     "shipped",
 ]
 

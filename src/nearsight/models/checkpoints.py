@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,8 +15,11 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ..errors import DataError, NearsightError
+from .resized import tables_of_maps
 
 UNREADABLE = (SafetensorError, pickle.UnpicklingError, zipfile.BadZipFile, EOFError, UnicodeDecodeError)
+# The way on where nothing but the size of the images differs.
+OTHER_SIZE = "take the img_size that they were trained with, or load nearsight.resize_positions(weights, network)"
 
 
 @contextmanager
@@ -45,7 +49,8 @@ def reading(what: str) -> Iterator[None]:
         raise _damaged(what) from error
     except RuntimeError as error:
         if "in loading state_dict" in str(error):
-            raise DataError(f"the weights do not fit {what}: {'; '.join(_lines(error)[1:3])}") from error
+            way_on = f"; {OTHER_SIZE}" if re.search(r"mismatch for \S*\bposition\.", str(error)) else ""
+            raise DataError(f"the weights do not fit {what}: {'; '.join(_lines(error)[1:3])}{way_on}") from error
         if any(word in str(error) for word in ("weights_only", "archive", "file")):  # PyTorch's reader
             raise _damaged(what) from error
         raise DataError(f"{what}: {_first_line(error)}") from error
@@ -84,6 +89,8 @@ def fitting(state: Mapping[str, Tensor], model: nn.Module, *, adapted: bool = Tr
         if other and not missing and not unknown and all(name.startswith(classifier) for name in other):
             theirs, ours = held[min(other)][0], wanted[min(other)][0]
             way_on = f"make it with num_classes={theirs}, and take model.reset_classifier({ours}) then"
+        if other and not missing and not unknown and tables_of_maps(model).issuperset(other):
+            way_on = f"they are for images of another size: {OTHER_SIZE}"
         raise DataError(f"the weights do not fit {_name(model)}: {', '.join(reasons)}; {way_on}")
     return dict(state)
 

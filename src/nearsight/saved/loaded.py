@@ -35,6 +35,7 @@ def load(
     path: str | PathLike[str],
     *,
     model: nn.Module | None = None,
+    img_size: int | None = None,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
 ) -> Trained:
@@ -52,7 +53,8 @@ def load(
 
     Raises:
         DataError: nothing there, an unreadable or damaged file, or one that nearsight did not write.
-        OptionError: a device that there is not; a ``model`` where the file rebuilds its own.
+        OptionError: a device that there is not; a ``model`` where the file rebuilds its own; an ``img_size`` that the
+            network cannot take.
         DtypeError: a dtype that is not floating point; a ``model`` that is no module.
 
     Example:
@@ -66,7 +68,7 @@ def load(
         raise DtypeError(f"dtype must be a floating point one of PyTorch's, as torch.bfloat16; received {dtype!r}")
     if not isinstance(model, (nn.Module, NoneType)):
         raise DtypeError(f"model must be a network that is made, as Tiny(); received {model!r:.100}")
-    network, blueprint = load_model(path, model)
+    network, blueprint = load_model(path, model, img_size)
     try:
         network.to(device=device, dtype=dtype)
     except (RuntimeError, AssertionError) as error:  # no such device, or PyTorch was built without it

@@ -90,6 +90,17 @@ def saved_spec(spec: str, network: nn.Module | None = None) -> str:
     return check_saved_spec(",".join([name, *kept]))
 
 
+def without_option(spec: str, option: str) -> str:
+    """``spec`` without one of its options.
+
+    Example:
+        >>> without_option("sasa_nano,img_size=48,position=bias", "img_size")
+        'sasa_nano,position=bias'
+    """
+    name, options = parse_spec(spec)
+    return ",".join([name, *(f"{other}={_write(value)}" for other, value in options.items() if other != option)])
+
+
 def own_options(name: str) -> set[str]:
     """What a registered network takes: by the signatures in the file that it is registered in.
 

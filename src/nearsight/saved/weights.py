@@ -25,14 +25,14 @@ from torch import Tensor, nn
 from ..conversion import convert
 from ..errors import DataError, NearsightError, OptionError
 from ..files import to_path, write_bytes
-from ..models import GIVEN, create_model, made_for_size, parse_spec, pretrained_value, shipped
+from ..models import GIVEN, create_model, made_for_size, parse_spec, pretrained_value, resize_positions, shipped
 from ..modes import evaluating, trying_to_train
 from ..own_code import imported, refuse_unimported
 from ..pages.brief import Brief
 from ..pages.names import readable
 from ..picture import opaque
 from ..positions import UNNAMED_POSITION
-from .spec import check_saved_spec, is_plain, saved_spec
+from .spec import check_saved_spec, is_plain, saved_spec, without_option
 from .view import CROP_MODES, INTERPOLATIONS, View
 
 WEIGHTS_FILE = "model.safetensors"
@@ -131,6 +131,23 @@ class Blueprint(Brief):
                 )
         return network
 
+    def of_size(self, img_size: int) -> Blueprint:
+        """The same network for images of another size.
+
+        Raises:
+            OptionError: no size, or a network that was given from Python.
+        """
+        if type(img_size) is not int or img_size < 1:
+            raise OptionError(f"img_size must be a number of pixels per side, at least 1; received {img_size!r:.100}")
+        if self.is_given:
+            raise OptionError(
+                f"img_size is for networks that a file rebuilds; make {self.model.removeprefix(GIVEN)} for other images "
+                "yourself, and leave img_size out"
+            )
+        made_for = img_size if made_for_size(self.model) else None
+        view = replace(self.view, size=img_size)
+        return replace(self, model=without_option(self.model, "img_size"), view=view, img_size=made_for)
+
     def kept(self, network: nn.Module) -> Blueprint:
         """The same as a file may hold it: without what says where the weights of ``network`` came from.
 
@@ -197,7 +214,9 @@ def save_model(path: str | PathLike[str], model: nn.Module, blueprint: Blueprint
     write_bytes(to_path(path), save(tensors, metadata={KEY: json.dumps({**values, DIGEST: _digest(values, tensors)})}))
 
 
-def load_model(path: str | PathLike[str], network: nn.Module | None = None) -> tuple[nn.Module, Blueprint]:
+def load_model(
+    path: str | PathLike[str], network: nn.Module | None = None, img_size: int | None = None
+) -> tuple[nn.Module, Blueprint]:
     """Rebuild a trained model from a run's folder, a ``.safetensors`` or a ``.ckpt`` file, or by the name of a network whose
     weights come with the package.
 
@@ -205,27 +224,53 @@ def load_model(path: str | PathLike[str], network: nn.Module | None = None) -> t
 
     Args:
         network: that the weights are loaded into, where it was given from Python when it was trained.
+        img_size: of the images that it is to take; None: that of its training.
 
     Raises:
         DataError: nothing there, an unreadable or damaged file, or one that nearsight did not write; a network that no file
             rebuilds, or that the weights do not fit.
-        OptionError: a network where the file says how its own is rebuilt.
+        OptionError: a network where the file says how its own is rebuilt; an ``img_size`` that the network cannot take.
     """
     file = _weights_file(to_path(path))
     text, weights = _read_checkpoint_weights(file) if file.suffix == ".ckpt" else _read_safetensors(file)
     try:
         blueprint = Blueprint.from_json(text)
-        model = blueprint.build() if network is None or not blueprint.is_given else blueprint.fitted(network)
-        model.load_state_dict(weights)
+        if img_size is not None:
+            model, blueprint = _resized(blueprint, weights, img_size)
+        else:
+            model = blueprint.build() if network is None or not blueprint.is_given else blueprint.fitted(network)
+            model.load_state_dict(weights)
     except DataError as error:
         raise DataError(f"{file}: {error}") from error
     except (ValueError, TypeError, AttributeError, KeyError, RuntimeError, RecursionError) as error:
+        if img_size is not None and isinstance(error, NearsightError):  # of what was asked, not of the file
+            raise
         # PyTorch names the module in its first line, and in the next the first tensor that does not fit.
         reason = " ".join(line.strip() for line in str(error).splitlines()[:2])
         raise DataError(f"{file} does not hold a model that can be rebuilt: {reason}") from error
     if network is not None and network is not model:
         raise OptionError(f"{file} says how to rebuild its network, {blueprint.model}: leave out model=")
     return model.eval(), blueprint
+
+
+def _resized(blueprint: Blueprint, weights: Mapping[str, Tensor], img_size: int) -> tuple[nn.Module, Blueprint]:
+    """The network for images of another size: timm's own way for a network of timm's that is made for one size."""
+    asked = blueprint.of_size(img_size)
+    if not pretrained_value(blueprint.model, "fixed_input_size"):
+        model = asked.build()
+        model.load_state_dict(resize_positions(weights, model))
+        return model, asked
+    model: Any = blueprint.build()
+    model.load_state_dict(weights)
+    if not hasattr(model, "set_input_size"):
+        raise OptionError(f"{blueprint.model} takes images of {blueprint.view.size} pixels alone: leave out img_size")
+    try:
+        model.set_input_size(img_size=(img_size, img_size))
+        _try_on(model, (2, asked.view.channels, img_size, img_size), len(asked.classes))
+    except Exception as error:  # timm's models raise what they like, assertions included
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise OptionError(f"{blueprint.model} cannot take {img_size}x{img_size} images: {reason}") from error
+    return model, asked
 
 
 def read_checkpoint(path: str | PathLike[str]) -> dict[str, Any]:
