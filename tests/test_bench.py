@@ -122,7 +122,9 @@ def test_the_memory_of_a_session_is_that_of_its_network():
 COMPILED = [pytest.param("compiled", dtype, marks=pytest.mark.sweep) for dtype in models.DTYPES]
 
 
-@pytest.mark.parametrize(("host", "dtype"), [*product((*hosts.NEEDS, "eager"), models.DTYPES), *COMPILED], ids=str)
+@pytest.mark.parametrize(
+    ("host", "dtype"), [*product((*hosts.NEEDS, "eager", "folded"), models.DTYPES), *COMPILED], ids=str
+)
 def test_every_host_gives_the_network_s_outputs(host, dtype):
     torch.manual_seed(0)
     model, images = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), torch.randn(2, 3, 8, 8)
@@ -135,6 +137,42 @@ def test_every_host_gives_the_network_s_outputs(host, dtype):
     found = found if isinstance(found, torch.Tensor) else torch.as_tensor(found[0])
     torch.testing.assert_close(found.float(), expected, atol=1e-5 if dtype == torch.float32 else 3e-2, rtol=1e-2)
     assert not found.requires_grad
+
+
+@pytest.mark.parametrize(
+    "name", ["sasa_nano", "resnet10t", "sasa_nano of convolutions"], ids=["ours", "yardstick", "twin"]
+)
+def test_folding_is_done_to_every_network_alike(name, monkeypatch):
+    """Networks and yardsticks: by the host "folded" and by no other, and without a trace in the network itself."""
+    model, images = models._model(name, "contiguous"), torch.randn(2, 3, 32, 32)
+    for norm in (one for one in model.modules() if isinstance(one, nn.BatchNorm2d)):
+        nn.init.uniform_(norm.running_var, 0.5, 2)
+    eager = hosts.prepared("eager", model, images)
+    ran = []
+    monkeypatch.setattr(
+        torch.nn.functional,
+        "batch_norm",
+        lambda *args, _was=torch.nn.functional.batch_norm, **named: ran.append(1) or _was(*args, **named),
+    )
+    expected = eager()
+    norms, count = sum(isinstance(one, nn.BatchNorm2d) for one in model.modules()), len(ran)
+    assert count == norms > 4
+    found = hosts.prepared("folded", model, images)()
+    assert len(ran) - count < norms / 3  # those before a convolution cannot be
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+    assert torch.equal(eager(), expected)
+
+
+def test_what_cannot_be_folded_is_run_for_neither():
+    alone = nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1)).eval()
+    assert hosts.prepared("folded", alone, torch.ones(1, 3, 2, 2)) == (
+        "no batch norm can be folded: none follows a convolution"
+    )
+    steps = {"network": "it cannot", "yardstick": lambda: None}
+    found = models._contest(
+        {"network": "network", "yardstick": "yardstick"}, lambda name, _: steps[name], ("contiguous",), 1, 1
+    )
+    assert found == {"why_not": "it cannot"}
 
 
 @pytest.mark.parametrize(("network", "yardstick", "size"), models.PAIRS)

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What runs a network: PyTorch eager and compiled, and the hosts that take it as ONNX, in inference."""
+"""What runs a network in inference: PyTorch eager, folded and compiled, and the hosts that take it as ONNX."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..acceleration.folding import NORMS, fold_batch_norms
 from ..attention.node import as_nodes
 from ..saved.export import to_onnx, trace
 
@@ -18,6 +20,15 @@ Step = Callable[[], Any]
 
 def eager(model: nn.Module, images: Tensor) -> Step:
     """As it is."""
+    return lambda: model(images)
+
+
+def folded(model: nn.Module, images: Tensor) -> Step | str:
+    """As it is, but that batch norms are part of the convolutions before them, in any network alike; attention stays."""
+    model = copy.deepcopy(model)
+    names, _, reason = fold_batch_norms(model)
+    if not names and any(isinstance(one, NORMS) for one in model.modules()):
+        return f"no batch norm can be folded: {reason or 'none follows a convolution'}"
     return lambda: model(images)
 
 
@@ -73,12 +84,13 @@ def run_openvino(content: bytes | str, images: Tensor, library: str | None = Non
 
 HOSTS: dict[str, Callable[[nn.Module, Tensor], Step | str]] = {
     "eager": eager,
+    "folded": folded,
     "compiled": compiled,
     "onnxruntime": onnxruntime,
     "openvino": openvino,
 }
 NEEDS = {"onnxruntime": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("onnx", "onnxscript", "openvino")}
-TAKES_LAYOUT = ("eager", "compiled")  # the others lay maps out as they like
+TAKES_LAYOUT = ("eager", "folded", "compiled")  # the others lay maps out as they like
 
 
 def prepared(host: str, model: nn.Module, images: Tensor) -> Step | str:
