@@ -104,16 +104,18 @@ struct LogitPart {
     float* target[kGroupRows];
     const int32_t* seen;
     Vector* greatest;  // of the first row
-    Vector start(int r, int e) const { return terms->at(r, e); }
+    NEARSIGHT_INLINE Vector start(int r, int e) const { return terms->at(r, e); }
     template <int kEntries>
-    void finish(int r, int entry, Vector* logits) {
-        if (seen)
-            for (int e = 0; e < kEntries; ++e)
-                logits[e] = choose(within(seen, entry + e), logits[e], splat(-__builtin_inff()));
+    NEARSIGHT_INLINE void finish(int r, int entry, const Vector* logits) {
+        float* to = target[r] + entry * kLanes;
+        const int32_t* ranges = seen;
         Vector most = greatest[r];
+#pragma GCC unroll 8
         for (int e = 0; e < kEntries; ++e) {
-            most = maximum(most, logits[e]);
-            store(target[r] + (entry + e) * kLanes, logits[e]);
+            const Vector hidden = splat(-__builtin_inff());
+            const Vector logit = ranges ? choose(within(ranges, entry + e), logits[e], hidden) : logits[e];
+            most = maximum(most, logit);
+            store(to + e * kLanes, logit);
         }
         greatest[r] = most;
     }
@@ -146,7 +148,7 @@ Vector softmax(float* scores, int count, Vector greatest) {
 }
 
 // Multiplies each lane by its share; those that see nothing become zeros.
-void scale_lanes(Packed row, int64_t channels, Vector share, IntVector sees) {
+void scale_lanes(const Packed& row, int64_t channels, Vector share, IntVector sees) {
     if (row.channel != 1) {
         for (int64_t c = 0; c < channels; ++c)
             store(row.data + c * kLanes, keep(sees, load(row.data + c * kLanes) * share));
@@ -205,7 +207,7 @@ Workspace forward_workspace(const Plan& plan, Arena& arena) {
     return w;
 }
 
-void pack_keys(const Plan& plan, const RowAddress& at, Runs runs, const KeyRow& layout, float* row) {
+void pack_keys(const Plan& plan, const RowAddress& at, const Runs& runs, const KeyRow& layout, float* row) {
     if (at.z < 0 || at.y < 0) {
         memset(row, 0, (size_t)layout.size * sizeof(float));
         return;
@@ -225,7 +227,7 @@ struct ForwardWalk : Walk {
         calls = 1 + mix_calls(plan.value_dim, keys.value.channel == 1);
         steps = plan.head_dim + (calls - 1) * plan.entries[2];
     }
-    void pack_home(const Spot&, int r, const RowAddress& at, Runs runs) const {
+    void pack_home(const Spot&, int r, const RowAddress& at, const Runs& runs) const {
         pack_row(plan, plan.query, plan.head_dim, at, runs, plan.query_multiplier, planes(home_row(r), kLanes));
     }
     void pack_away(int64_t z, int64_t y, float* row) const {
@@ -239,7 +241,7 @@ struct ForwardWalk : Walk {
         spot.orders = spot.y->count;
     }
     void compute(const Spot& spot) const { forward_spot(spot); }
-    void unpack(int r, const RowAddress& at, Runs runs) const {
+    void unpack(int r, const RowAddress& at, const Runs& runs) const {
         float* row = w.result + r * (plan.value_dim + 1) * kLanes;
         unpack_row(plan, plan.out_tensor, plan.value_dim, at, runs, 1.0f, mixed(row, plan.value_dim));
         if (plan.lse) unpack_scalars(plan, plan.lse, at, runs, 1.0f, row + plan.value_dim * kLanes);
@@ -439,7 +441,7 @@ bool wants_query_gradients(const BackwardPlan& plan) {
 }
 
 // Packs a home row, and computes delta, the sum over channels of out * grad_out.
-void pack_query_home(const BackwardPlan& plan, const RowAddress& at, Runs runs, float* home, float* scratch) {
+void pack_query_home(const BackwardPlan& plan, const RowAddress& at, const Runs& runs, float* home, float* scratch) {
     const QueryHome channel(plan);
     const auto plane = [&](int64_t c) { return home + c * kLanes; };
     pack_row(plan, plan.query, plan.head_dim, at, runs, plan.query_multiplier, planes(home, kLanes));
@@ -495,7 +497,7 @@ struct QueryWalk : Walk {
         spot.orders = orders;
         spot.row = &keys;
     }
-    void pack_home(const Spot& spot, int r, const RowAddress& at, Runs runs) const {
+    void pack_home(const Spot& spot, int r, const RowAddress& at, const Runs& runs) const {
         const auto in_ring = [&](const Section& section) {
             Packed row = section.of(ring_row(spot, r));
             row.data += ring_lane(spot) * row.lane;
@@ -508,8 +510,8 @@ struct QueryWalk : Walk {
                      in_ring(ring.grad_out));
     }
     // In planes a copy of what was packed at home; in cells what has no cell has been zeros from the start.
-    void keep_in_ring(const Tensor& tensor, int64_t channels, const RowAddress& at, Runs runs, float multiplier,
-                      const float* home, Packed row) const {
+    void keep_in_ring(const Tensor& tensor, int64_t channels, const RowAddress& at, const Runs& runs, float multiplier,
+                      const float* home, const Packed& row) const {
         if (row.channel == 1) {
             pack_row(plan, tensor, channels, at, runs, multiplier, row);
             return;
@@ -520,7 +522,7 @@ struct QueryWalk : Walk {
         weights_and_gradients(spot);
         if (own && wants_query_gradients(plan)) query_gradients(plan, spot);
     }
-    void unpack(int r, const RowAddress& at, Runs runs) const {
+    void unpack(int r, const RowAddress& at, const Runs& runs) const {
         float* row = w.result + r * plan.head_dim * kLanes;
         if (own && plan.want_query)
             unpack_row(plan, plan.grad_query, plan.head_dim, at, runs, plan.scale, planes(row, kLanes));

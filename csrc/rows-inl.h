@@ -239,7 +239,7 @@ NEARSIGHT_INLINE void each_run(const Plan& plan, const Tensor& t, const RowAddre
 }
 
 void pack_row(const Plan& plan, const Tensor& t, int64_t channels, const RowAddress& at, const Runs& runs,
-              float multiplier, Packed row) {
+              float multiplier, const Packed& row) {
     each_run(plan, t, at, runs, [&](const auto* source, ptrdiff_t stride, const Run& run) {
         if (row.channel == 1)
             pack_cells(source, stride, t.channel, channels, run, multiplier, row.data, row.lane);
@@ -249,7 +249,7 @@ void pack_row(const Plan& plan, const Tensor& t, int64_t channels, const RowAddr
 }
 
 void unpack_row(const Plan& plan, const Tensor& t, int64_t channels, const RowAddress& at, const Runs& runs,
-                float multiplier, Packed row) {
+                float multiplier, const Packed& row) {
     each_run(plan, t, at, runs, [&](auto* target, ptrdiff_t stride, const Run& run) {
         if (row.channel == 1)
             unpack_cells(target, stride, t.channel, channels, run, multiplier, row.data, row.lane);

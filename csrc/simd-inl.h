@@ -127,6 +127,22 @@ NEARSIGHT_INLINE float sum_lanes(Vector v) {
 }
 
 // 2^t for t <= 127, relative error 1.7e-7; what would be below 2^-126.5 is 0. NaN stays NaN.
+#if defined(__AVX512DQ__)
+// What is above the integer below, and a multiplication by a power of two, are an instruction each. The polynomial of
+// degree 5 is the best on [0, 1) of those that are 1 at 0.
+NEARSIGHT_INLINE Vector exp2(Vector t) {
+    constexpr int kDown = 1;
+    const Vector f = (Vector)_mm512_maskz_reduce_ps(0xffff, (__m512)t, kDown);
+    Vector p = splat(0.00186712644f);
+    p = p * f + splat(0.00901703723f);
+    p = p * f + splat(0.0557998531f);
+    p = p * f + splat(0.240164503f);
+    p = p * f + splat(0.693151295f);
+    p = p * f + splat(1.0f);
+    const __mmask16 normal = _mm512_cmp_ps_mask((__m512)t, (__m512)splat(-126.0f), _CMP_NLT_UQ);  // or not a number
+    return (Vector)_mm512_maskz_scalef_ps(normal, (__m512)p, (__m512)t);
+}
+#else
 NEARSIGHT_INLINE Vector exp2(Vector t) {
     t = maximum(splat(-127.0f), t);
     const Vector magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, kept in the low bits
@@ -141,6 +157,7 @@ NEARSIGHT_INLINE Vector exp2(Vector t) {
     const BitVector power = ((BitVector)rounded << 23) + 0x3f800000;  // for t = -127 just zero
     return p * (Vector)power;
 }
+#endif
 
 // Natural logarithm of positive normal numbers, relative error 2.2e-7. NaN stays NaN.
 NEARSIGHT_INLINE Vector log_natural(Vector x) {

@@ -39,7 +39,9 @@ struct DotOperands {
 template <int kRows, int kEntries, class Part>
 NEARSIGHT_INLINE void dot(const DotOperands& o, int entry, Part& part) {
     Vector sums[kRows][kEntries];
+#pragma GCC unroll 3
     for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 8
         for (int e = 0; e < kEntries; ++e) sums[r][e] = part.start(r, entry + e);
     const float* home = o.home;
     const float* away = o.away + entry * o.step;
@@ -48,20 +50,24 @@ NEARSIGHT_INLINE void dot(const DotOperands& o, int entry, Part& part) {
     for (int64_t c = 0; c < o.channels; ++c) {
         o.prefetches->step(next);
         Vector h[kRows];
+#pragma GCC unroll 3
         for (int r = 0; r < kRows; ++r) h[r] = load(home + r * o.home_row);
         if (kLanes == 16 && o.ahead) {
             __builtin_prefetch(away + o.ahead, 0, 3);
             __builtin_prefetch(away + o.ahead + kLanes, 0, 3);
         }
+#pragma GCC unroll 8
         for (int e = 0; e < kEntries; ++e) {
             Vector a = load(away + e * o.step);
             pin(a);
+#pragma GCC unroll 3
             for (int r = 0; r < kRows; ++r) sums[r][e] += h[r] * a;
         }
         home += kLanes;
         away += o.away_pitch;
     }
     o.prefetches->next = next;
+#pragma GCC unroll 3
     for (int r = 0; r < kRows; ++r) part.template finish<kEntries>(r, entry, sums[r]);
 }
 

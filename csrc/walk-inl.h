@@ -305,7 +305,7 @@ struct Walk {
         return away_runs(tile.away_pitch * vector / tile.vectors, tile.away_pitch * (vector + 1) / tile.vectors);
     }
 
-    void list(const Stream* streams, int count, const RowAddress& at, Runs runs) const {
+    void list(const Stream* streams, int count, const RowAddress& at, const Runs& runs) const {
         list_row(plan, streams, count, at, runs, *w.prefetches);
     }
 
