@@ -107,11 +107,28 @@ void unpack_interleaved(T* target, ptrdiff_t stride, int64_t channels, int count
         unpack_lane(target + i * stride + left, 1, channels - left, multiplier, lanes + left * pitch + i, pitch);
 }
 
+// Planes to planes, in blocks of lanes: a loop over a row of 14 cells would end in six steps of one cell.
+template <class From, class To>
+bool move_planes(const From* source, ptrdiff_t source_pitch, To* target, ptrdiff_t target_pitch, int64_t channels,
+                 int count, float multiplier) {
+    const auto vectors = [&](int i) {
+        for (int64_t c = 0; c < channels; ++c)
+            store_vector(target + c * target_pitch + i, load_vector(source + c * source_pitch + i) * multiplier);
+    };
+    const auto quads = [&](int i) {
+        for (int64_t c = 0; c < channels; ++c)
+            store_quad(target + c * target_pitch + i, load_quad(source + c * source_pitch + i) * multiplier);
+    };
+    return cover(count, kLanes, vectors) || cover(count, 4, quads);
+}
+
 template <class T>
 void pack_planes(const T* source, ptrdiff_t stride, ptrdiff_t channel_stride, int64_t channels, const Run& run,
                  float multiplier, float* row, ptrdiff_t pitch) {
     float* lanes = row + run.lane;
     if (stride == 1 && channel_stride != 1) {
+        if (run.step == 1 &&
+            move_planes(source, channel_stride, lanes, pitch, channels, run.count, multiplier)) return;
         for (int64_t c = 0; c < channels; ++c)
             for (int i = 0; i < run.count; ++i)
                 lanes[c * pitch + i * run.step] = load_one(source + c * channel_stride + i) * multiplier;
@@ -138,6 +155,8 @@ void unpack_planes(T* target, ptrdiff_t stride, ptrdiff_t channel_stride, int64_
         unpack_interleaved(target, stride, channels, run.count, multiplier, lanes, pitch);
         return;
     }
+    if (run.step == 1 && stride == 1 &&
+        move_planes(lanes, pitch, target, channel_stride, channels, run.count, multiplier)) return;
     for (int64_t c = 0; c < channels; ++c)
         for (int i = 0; i < run.count; ++i)
             store_one(target + c * channel_stride + i * stride, lanes[c * pitch + i * run.step] * multiplier);
@@ -147,27 +166,45 @@ void unpack_planes(T* target, ptrdiff_t stride, ptrdiff_t channel_stride, int64_
 template <class T>
 bool transpose_to_cells(const T* source, ptrdiff_t channel_stride, int64_t channels, int count, float multiplier,
                         float* cells, ptrdiff_t pitch) {
-    return cover(count, kLanes, [&](int i) {
+    const auto vectors = [&](int i) {
         for (int64_t c = 0; c < channels; c += 4) {
             Vector v[4];
             for (int k = 0; k < 4; ++k) v[k] = load_vector(source + (c + k) * channel_stride + i) * multiplier;
             transpose_quads(v[0], v[1], v[2], v[3]);
             for (int k = 0; k < 4; ++k) store_quads(cells + (i + k) * pitch + c, 4 * pitch, v[k]);
         }
-    });
+    };
+    const auto quads = [&](int i) {
+        for (int64_t c = 0; c < channels; c += 4) {
+            Quad v[4];
+            for (int k = 0; k < 4; ++k) v[k] = load_quad(source + (c + k) * channel_stride + i) * multiplier;
+            transpose_quad(v[0], v[1], v[2], v[3]);
+            for (int k = 0; k < 4; ++k) store_quad(cells + (i + k) * pitch + c, v[k]);
+        }
+    };
+    return cover(count, kLanes, vectors) || cover(count, 4, quads);
 }
 
 template <class T>
 bool transpose_from_cells(const float* cells, ptrdiff_t pitch, int64_t channels, int count, float multiplier, T* target,
                           ptrdiff_t channel_stride) {
-    return cover(count, kLanes, [&](int i) {
+    const auto vectors = [&](int i) {
         for (int64_t c = 0; c < channels; c += 4) {
             Vector v[4];
             for (int k = 0; k < 4; ++k) v[k] = load_quads(cells + (i + k) * pitch + c, 4 * pitch) * multiplier;
             transpose_quads(v[0], v[1], v[2], v[3]);
             for (int k = 0; k < 4; ++k) store_vector(target + (c + k) * channel_stride + i, v[k]);
         }
-    });
+    };
+    const auto quads = [&](int i) {
+        for (int64_t c = 0; c < channels; c += 4) {
+            Quad v[4];
+            for (int k = 0; k < 4; ++k) v[k] = load_quad(cells + (i + k) * pitch + c) * multiplier;
+            transpose_quad(v[0], v[1], v[2], v[3]);
+            for (int k = 0; k < 4; ++k) store_quad(target + (c + k) * channel_stride + i, v[k]);
+        }
+    };
+    return cover(count, kLanes, vectors) || cover(count, 4, quads);
 }
 
 template <class T>

@@ -30,6 +30,7 @@ ROOMS = {
     "bench/hosts.py": ("export",),
     "pages": ("train", "explore"),
     "saved/export.py": ("export",),
+    "saved/tidy.py": ("export",),
     "training": ("train",),
     "training/data/arrays.py": ("train", "explore"),
     "training/data/pictures.py": ("train", "explore"),

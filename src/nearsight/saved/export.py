@@ -38,6 +38,7 @@ from ..modes import evaluating
 from ..pages.brief import Brief
 from ..private import compiled_ahead, open_sizes_of_one
 from ..telling import telling
+from .tidy import tidy
 from .view import View
 from .weights import KEY, load_model
 
@@ -305,6 +306,7 @@ def to_onnx(program: Any, notes: dict[str, str], operators: str = "native") -> A
     model = torch.onnx.export(program, input_names=["pictures"], output_names=["logits"], dynamo=True, verbose=False)
     assert model is not None
     proto = model.model_proto
+    tidy(proto)
     if operators == "plain":
         write_out(proto)
     _name_axes(proto.graph)
