@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import socket
@@ -32,6 +33,9 @@ from nearsight.attention.problem import describe
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, database=None, print_blob=True)
 hypothesis.settings.register_profile("explore", deadline=None, database=None, print_blob=True, max_examples=2000)
 hypothesis.settings.load_profile("ci")
+
+# All that is imported for the tests stays: the collector of cyclic garbage does not walk through it, now or later.
+gc.disable()
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers are the parallelism
@@ -144,6 +148,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if config.option.share:
         share, shares = map(int, config.option.share.split("/"))
         leave_out(config, items, lambda item: crc32(item.nodeid.encode()) % shares != share % shares)
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 def hub_is_there() -> bool:

@@ -48,7 +48,9 @@ def old_compilers() -> list[list[str]]:
     return [posing, *([old] for old in ("g++-9", "g++-10", "g++-11") if shutil.which(old))]
 
 
-@pytest.mark.parametrize("isa", FLAGS_OF if ON_X86 else ["baseline"])
+@pytest.mark.parametrize(
+    "isa", ["baseline", *([pytest.param("avx2", marks=pytest.mark.sweep), "avx512"] if ON_X86 else [])]
+)
 def test_old_gcc_takes_the_kernel(isa):
     for compiler, *flags in old_compilers():
         finished = compile_(compiler, *flags, *FLAGS_OF[isa], f"-DNEARSIGHT_KERNEL=kernel_{isa}", CSRC / "kernel.cpp")
@@ -114,7 +116,7 @@ MAC = (
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processor", ["arm64", "x86_64"])
+@pytest.mark.parametrize("processor", ["arm64", pytest.param("x86_64", marks=pytest.mark.sweep)])
 def test_what_a_mac_would_compile(processor, tmp_path):
     """OpenMP is compiled in and left open, for PyTorch's own; instruction sets are those of the processor it is for."""
     tool("clang++")

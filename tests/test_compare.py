@@ -175,6 +175,12 @@ def here_and_small():
         yield
 
 
+@pytest.fixture
+def no_page(monkeypatch):
+    """To draw it takes longer than to measure."""
+    monkeypatch.setattr(comparison, "write_comparison", lambda *arguments: None)
+
+
 @pytest.fixture(scope="module")
 def compared(here_and_small, tmp_path_factory):
     output = tmp_path_factory.mktemp("compared")
@@ -231,7 +237,7 @@ def test_the_answers_are_those_of_the_saved_network(compared):
     assert verdict(table)[1:] in html.unescape(page)
 
 
-def test_measures_of_before_are_measured_again(compared, monkeypatch):
+def test_measures_of_before_are_measured_again(compared, monkeypatch, no_page):
     output, table = compared
     file = output / "runs" / run_name("sasa_nano", 0) / MEASURES_FILE
     whole = file.read_text()
@@ -317,7 +323,7 @@ def test_a_model_may_have_its_own_learning_rate_and_optimiser(here_and_small, tm
     assert "learning rate 0.01 unless a model has its own" in page
 
 
-def test_what_is_finished_is_not_trained_again_and_models_can_be_added(compared, monkeypatch):
+def test_what_is_finished_is_not_trained_again_and_models_can_be_added(compared, monkeypatch, no_page):
     output, table = compared
     trained = []
 

@@ -510,7 +510,13 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-@pytest.mark.parametrize("family", NETWORKS)
+# What these have is in the others too: grouped and strided convolutions, gates, activations of every kind.
+MORE = ("MobileNetV3", "RegNet", "ByobNet")
+
+
+@pytest.mark.parametrize(
+    "family", [pytest.param(family, marks=[pytest.mark.sweep] * (family in MORE)) for family in NETWORKS]
+)
 def test_a_whole_network_is_the_same_function(family):
     torch.manual_seed(0)
     network = unsilenced(NETWORKS[family]()).eval()

@@ -367,8 +367,13 @@ def brightness(colour):
     return np.dot(linear, [0.2126, 0.7152, 0.0722])
 
 
-@pytest.mark.parametrize("colours", ["light", "dark"])
-@pytest.mark.parametrize("width", [1280, 390, 320])
+@pytest.mark.parametrize(
+    ("width", "colours"),
+    [
+        *((1280, "light"), (390, "dark"), (320, "light")),
+        *(pytest.param(*screen, marks=pytest.mark.sweep) for screen in ((1280, "dark"), (390, "light"), (320, "dark"))),
+    ],
+)
 def test_screens(visit, file, width, colours):
     """Nothing is wider than the screen, and text stands out from its background as WCAG's level AA asks."""
     page = visit(file, width=width, height=844 if width < 500 else 900, touch=width < 500, colours=colours)

@@ -172,7 +172,7 @@ def test_command_writes_onnx(trained, capsys, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_command_writes_a_program_of_torch_export(trained, capsys):
-    folder, network, blueprint = trained("sasa_for_export")
+    folder, network, blueprint = trained("sasa_for_export,depths=[1],widths=[8],num_heads=2,stem_width=8")
     file = folder / "other.pt2"
     assert main(["export", str(folder / "model.safetensors"), "--format", "pt2", "--output", str(file)]) == 0
     notes = {"nearsight.json": ""}

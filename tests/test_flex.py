@@ -8,6 +8,7 @@ device, which the gradient tests lift.
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -22,17 +23,21 @@ from nearsight.errors import BackendError
 FLEX = Contestant(flex, None)
 
 
+@pytest.fixture(autouse=True)
+def _written_out(monkeypatch):
+    """Outside of a compiled network as it stands: PyTorch would trace the same anew for every case."""
+    from torch.nn.attention import flex_attention
+
+    monkeypatch.setattr(flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
+
+
 def why_not(case) -> str | None:
     _, inputs, arguments = tensors_of(case)
     return FLEX.why_not(*inputs[:3], case.window, **arguments)
 
 
 @each_named()
-def test_values(name, dtype, monkeypatch):
-    from torch.nn.attention import flex_attention
-
-    # Written out as it stands: PyTorch would trace the same anew for every case.
-    monkeypatch.setattr(flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
+def test_values(name, dtype):
     case = named(name, dtype)
     if dtype == torch.float64:
         assert why_not(case) == "FlexAttention takes float32, bfloat16 and float16; the tensors are torch.float64"
@@ -82,8 +87,16 @@ def test_gradients(name, backward_on_the_cpu):
     check_gradients(FLEX.attend, NAMED[name])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("name", ["both tables", "shared halos", "mask and wrap"])
+IN_DTYPES = product(("both tables", "shared halos", "mask and wrap"), flex.DTYPES)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [  # each dtype and each case, and all pairs in the sweeps
+        pytest.param(*pair, id=f"{pair[0]}-{pair[1]}", marks=[] if place % 4 == 0 else pytest.mark.sweep)
+        for place, pair in enumerate(IN_DTYPES)
+    ],
+)
 def test_gradients_in_every_dtype(name, dtype, backward_on_the_cpu):
     check_gradients(FLEX.attend, named(name, dtype))
 

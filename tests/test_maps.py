@@ -594,7 +594,7 @@ def compiled(how):
     return model
 
 
-@pytest.mark.parametrize("how", ["as one graph", "in place", "a layer"])
+@pytest.mark.parametrize("how", ["as one graph", pytest.param("in place", marks=pytest.mark.sweep), "a layer"])
 def test_a_compiled_model_loses_no_layer(how):
     model = compiled(how)
     with torch.no_grad():

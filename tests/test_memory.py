@@ -48,6 +48,7 @@ def test_a_training_step_of_the_kernel_needs_little_memory():
     assert share("native", "4, 128, 64, 64") <= 1.3
 
 
+@pytest.mark.sweep
 def test_the_measure_sees_what_gathering_windows_costs():
     assert share("reference", "1, 64, 48, 48") > 10
 

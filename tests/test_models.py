@@ -81,7 +81,9 @@ def test_whole_networks(name):
     assert inspect.getdoc(timm.model_entrypoint(name))
 
 
-@pytest.mark.parametrize("name", ["sasa_resnet50", "halo_h3", "nat_mini"])
+@pytest.mark.parametrize(
+    "name", ["sasa_resnet50", *(pytest.param(name, marks=pytest.mark.sweep) for name in ("halo_h3", "nat_mini"))]
+)
 def test_whole_networks_take_their_image(name):
     with torch.device("meta"), torch.no_grad():
         model = ns.create_model(name).eval()
@@ -342,7 +344,7 @@ def test_what_timm_saves_is_created_by_name(tmp_path):
     assert torch.equal(ns.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()(x), model(x))
 
 
-@pytest.mark.parametrize("name", ["sasa_nano", "halo_h0", "nat_mini"])
+@pytest.mark.parametrize("name", ["sasa_nano", "halo_h0", pytest.param("nat_mini", marks=pytest.mark.sweep)])
 def test_compiled_networks_compute_and_train_the_same(name):
     torch.compiler.reset()
     one_stage = {"depths": (1,), **({"num_heads": (1,)} if name == "nat_mini" else {"widths": (8,)})}

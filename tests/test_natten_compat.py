@@ -1065,6 +1065,7 @@ def test_the_backend_of_that_name_does_not_take_the_stand_in_for_natten(another_
         natten_backend.unavailable.cache_clear()
 
 
+@pytest.mark.sweep  # the test of all that is loaded later has it in this process: test_import.py
 def test_compat_comes_with_the_package():
     program = "import nearsight as ns\nns.compat.natten.install()\nimport natten\nprint(natten.has_fused_na())"
     finished = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)

@@ -79,7 +79,7 @@ ASKED = """cases => cases.map(([axis, cells]) => {
 
 
 def test_its_geometry_is_that_of_window(page):
-    cases = some_axes(300)
+    cases = some_axes(100)
     asked = [[{NAMES.get(name, name): value for name, value in vars(axis).items()}, cells] for axis, cells in cases]
     for (axis, cells), (neighbours, table_size, zero) in zip(cases, page.evaluate(ASKED, asked), strict=True):
         assert neighbours == axis.neighbours(cells).tolist(), (axis, cells)

@@ -94,7 +94,10 @@ def test_shared_parameters_count_once():
 
 @pytest.mark.parametrize(
     ("name", "size"),
-    [("sasa_nano", 24), ("sasa_resnet26_small", 32), ("resnet18", 40), ("vit_tiny_patch16_224,img_size=32", 32)],
+    [
+        *(("sasa_nano", 24), ("resnet18", 40), ("vit_tiny_patch16_224,img_size=32", 32)),
+        pytest.param("sasa_resnet26_small", 32, marks=pytest.mark.sweep),
+    ],
 )
 def test_a_network_adds_up(name, size):
     """Ours, and two of timm's, one of which transforms tokens."""

@@ -27,9 +27,9 @@ def test_pointwise_convolutions_alone_become_int8(tmp_path, monkeypatch):
 
     torch.manual_seed(0)
     model = ns.create_model("sasa_nano", depths=(1,), widths=(16,), stem_width=8, num_heads=2, num_classes=5).eval()
+    with as_nodes():
+        program = trace(model, torch.zeros(2, 3, 16, 24))
     for kind in KINDS:
-        with as_nodes():
-            program = trace(model, torch.zeros(2, 3, 16, 24))
         (tmp_path / f"{kind}.onnx").write_bytes(to_onnx(program, {}, kind).SerializeToString())
     quantize(tmp_path, iter(torch.randn(4, 8, 3, 16, 16)))
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import ast
 import re
 import sys
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 
@@ -41,6 +42,7 @@ ROOMS = {
 SHOWN_WITH_RICH = {"conversion/report.py"}  # where it is installed
 
 
+@cache
 def declared() -> dict[str, dict[str, Requirement]]:
     """The requirements of the plain package, "", and of every extra, with those of the plain one."""
     text = (ROOT / "pyproject.toml").read_text()

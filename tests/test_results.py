@@ -8,7 +8,8 @@ from nearsight.training.recipe import Recipe
 
 
 @pytest.mark.slow
-def test_three_epochs_reach_most_of_it(tmp_path):
+def test_three_epochs_reach_most_of_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "write_report", lambda *arguments: None)
     assert train.train(Recipe(epochs=3), tmp_path).evaluation.accuracy >= 0.8
 
 

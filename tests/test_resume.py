@@ -151,7 +151,14 @@ def _without_moments(save):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "fault", [forget_the_epoch, draw_from_where_the_process_stands, lose_the_mean, lose_the_optimiser]
+    "fault",
+    [
+        lose_the_optimiser,
+        *(
+            pytest.param(fault, marks=pytest.mark.sweep)
+            for fault in (forget_the_epoch, draw_from_where_the_process_stands, lose_the_mean)
+        ),
+    ],
 )
 def test_the_comparison_sees_what_is_not_restored(fault, whole, photos, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:

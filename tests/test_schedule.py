@@ -59,6 +59,7 @@ def observed(monkeypatch, tmp_path):
             return step(self, batch, index)
 
         monkeypatch.setattr(Classifier, "training_step", noted)
+        monkeypatch.setattr("nearsight.training.train.write_report", lambda *arguments: None)
         output = tmp_path / "run"
         train(Recipe(model="sasa_nano", data="digits", lr=0.01, **recipe), output)
         return rates, list(csv.DictReader((output / METRICS_FILE).open()))

@@ -263,6 +263,7 @@ def begun_elsewhere(tmp_path_factory):
         return replace(pictures, **small)
 
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("nearsight.training.train.write_report", lambda *arguments: None)
         patch.setitem(data.SOURCES, "digits", few)
         typed = f"local-dir:{folder},pretrained=true"
         training.train(Recipe(model=typed, epochs=1, batch_size=32), output)

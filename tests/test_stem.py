@@ -16,7 +16,7 @@ from nearsight.models.stem import MaxPool2d
 def test_the_stems_pool_is_a_max_pool(memory_format, geometry):
     torch.manual_seed(0)
     ours, theirs = (kind(*geometry[:4], ceil_mode=geometry[4]) for kind in (MaxPool2d, nn.MaxPool2d))
-    x = torch.randn(2, 3, 11, 8, dtype=torch.float64).relu().to(memory_format=memory_format).requires_grad_()
+    x = torch.randn(2, 2, 5, 4, dtype=torch.float64).relu().to(memory_format=memory_format).requires_grad_()
     y, expected = ours(x), theirs(x)
     assert torch.equal(y, expected)
     assert y.stride() == expected.stride()

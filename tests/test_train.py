@@ -57,6 +57,12 @@ def few_digits():
 RECIPE = Recipe(epochs=3, batch_size=64, lr=0.01)
 
 
+@pytest.fixture
+def no_report(monkeypatch):
+    """To draw it takes longer than to train."""
+    monkeypatch.setattr("nearsight.training.train.write_report", lambda *arguments: None)
+
+
 @pytest.fixture(scope="module")
 def run(few_digits, tmp_path_factory):
     return train(RECIPE, tmp_path_factory.mktemp("run") / "whole")
@@ -89,13 +95,13 @@ def test_the_loss_falls(run):
     assert float(last["train_loss"]) < 0.9 * float(first["train_loss"])
 
 
-def test_the_config_reruns_it_to_the_same_bytes(run, tmp_path):
+def test_the_config_reruns_it_to_the_same_bytes(run, tmp_path, no_report):
     again = train(read_recipe(run.output / "config.yaml"), tmp_path / "again")
     for name in ("metrics.csv", "model.safetensors", "config.yaml"):
         assert (again.output / name).read_bytes() == (run.output / name).read_bytes(), name
 
 
-def test_another_seed_gives_another_run(run, tmp_path):
+def test_another_seed_gives_another_run(run, tmp_path, no_report):
     other = train(replace(RECIPE, seed=1, epochs=1), tmp_path / "other")
     assert rows(other.output)[0]["train_loss"] != rows(run.output)[0]["train_loss"]
 
@@ -113,7 +119,7 @@ def test_the_trained_model_is_rebuilt_with_its_answers(run, few_digits, file):
     assert result.confusion.trace() == result.correct
 
 
-def test_ctrl_c_says_how_to_go_on_and_resume_ends_where_the_whole_run_did(run, tmp_path, monkeypatch):
+def test_ctrl_c_says_how_to_go_on_and_resume_ends_where_the_whole_run_did(run, tmp_path, monkeypatch, no_report):
     output = tmp_path / "stopped"
     with monkeypatch.context() as patch:
         stop_in_epoch_3(patch, KeyboardInterrupt())
