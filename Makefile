@@ -17,6 +17,9 @@ WITH_DEV := $(VENV)/.installed-dev
 # One worker per core, each on one thread, but no more than memory carries: every worker loads PyTorch.
 WORKERS := --numprocesses auto --maxprocesses 4 --dist worksteal
 
+# Many tests start processes, and each would compile the package and what it imports anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-all quick check format bench pictures weights docs walk french clean distclean sound
 .NOTPARALLEL:

@@ -90,7 +90,8 @@ def test_deploy_has_a_row_for_every_runtime_and_says_what_is_missing(tmp_path, m
     elsewhere = deploy.Runtime(None, "", lambda *_: lambda: None, ("nowhere",))
     chosen = {name: deploy.RUNTIMES[name] for name in ("eager", "onnxruntime native")}
     monkeypatch.setattr(deploy, "RUNTIMES", {**chosen, "elsewhere": elsewhere})
-    monkeypatch.setattr(deploy, "PAIRS", (("sasa_nano", "sasa_nano of convolutions", 32),))
+    small = "sasa_nano,depths=[1,1],widths=[8,16],stem_width=8,num_heads=2"
+    monkeypatch.setattr(deploy, "PAIRS", ((small, f"{small} of convolutions", 32),))
     monkeypatch.setattr(deploy, "in_fresh_process", lambda function, *asked: function(*asked))
     file = tmp_path / "deploy.json"
     run("deploy", threads=1, quick=True, json_file=file)
@@ -107,7 +108,7 @@ def test_deploy_has_a_row_for_every_runtime_and_says_what_is_missing(tmp_path, m
     native = rows["onnxruntime native", "float32"]
     assert native["network"]["difference"] < 1e-5
     assert native["network"]["images_per_second"] == pytest.approx(8e3 / native["network"]["median_ms"])
-    assert native["yardstick"]["name"] == "sasa_nano of convolutions"
+    assert native["yardstick"]["name"] == f"{small} of convolutions"
 
 
 @pytest.mark.sweep
