@@ -49,6 +49,7 @@ nb_execution_cache_path = str(HERE.parent / "build" / "docs" / "cells")
 nb_execution_raise_on_error = True
 nb_execution_timeout = 900  # of a cell, on a machine that does other things as well
 nb_merge_streams = True
+nb_output_stderr = "remove"  # what libraries say of the machine; an error stops the build all the same
 
 autodoc_typehints = "none"
 autodoc_class_signature = "mixed"

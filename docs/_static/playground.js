@@ -37,14 +37,14 @@
       causal: ["lignes causales", "colonnes causales"],
       query: ["requête, ligne", "requête, colonne"],
       window: "fenêtre",
-      map: "La carte. La requête est en bleu, ce qu’elle voit en bleu clair ; les anneaux sont les requêtes qui partagent sa fenêtre. Les flèches du clavier déplacent la requête.",
-      table: "Les entrées d’une table de positions dont se sert cette requête ; celle de sa propre cellule est encadrée.",
+      map: "La carte. La requête est en bleu, ce qu’elle voit en bleu clair ; les anneaux sont les requêtes qui partagent sa fenêtre. Les flèches du clavier déplacent la requête.",
+      table: "Les entrées d’une table de positions dont se sert cette requête ; celle de sa propre cellule est encadrée.",
       said: (s) =>
-        `La requête de la ligne ${s.at[0]}, colonne ${s.at[1]} voit ${s.seen} cellules${s.again}. Les tables de positions ont ${s.table[0]} × ${s.table[1]} entrées ; elle en utilise ${s.used}.`,
+        `La requête de la ligne ${s.at[0]}, colonne ${s.at[1]} voit ${s.seen} cellules${s.again}. Les tables de positions ont ${s.table[0]} × ${s.table[1]} entrées ; elle en utilise ${s.used}.`,
       twice: (n) => `, dont ${n} plus d’une fois`,
       zeros: (n) => ` et ${n} zéros hors de la carte`,
       cost: (s) =>
-        `Les ${s.queries} requêtes regardent ensemble ${s.pairs} paires ; l’attention globale en regarderait ${s.all} : ${s.share} %.`,
+        `Les ${s.queries} requêtes regardent ensemble ${s.pairs} paires ; l’attention globale en regarderait ${s.all} : ${s.share} %.`,
     },
   };
   const PLAIN = { kernelSize: 5, dilation: 1, stride: 1, sharedBy: 1, border: ["mask", "mask"], causal: [false, false] };
