@@ -20,6 +20,8 @@ from sphinx.application import Sphinx
 from sphinx.util.docutils import docutils_namespace
 
 PAGES = ("index.md", "start/*.md", "learn/*.md")
+# What stands in place of a picture that a cell draws, which is not there before the cell has run.
+DRAWN = re.compile(r'^:mystnb: \{image: \{alt: "(.+)"\}\}$', re.MULTILINE)
 HEADERS = [("Language", "fr"), ("MIME-Version", "1.0"), ("Content-Type", "text/plain; charset=utf-8")]
 
 
@@ -44,7 +46,9 @@ def texts(docs: Path, extensions: list[str], **settings: Any) -> dict[str, list[
             if (docs / file.relative_to(out).with_suffix(".md")).exists():
                 with file.open("rb") as opened:
                     messages = [str(message.id) for message in read_po(opened) if message.id]
-                found[file.relative_to(out).with_suffix("").as_posix()] = _paragraphs(messages)
+                page = file.relative_to(out).with_suffix("")
+                drawn = DRAWN.findall((docs / page).with_suffix(".md").read_text(encoding="utf-8"))
+                found[page.as_posix()] = _paragraphs(messages) + drawn
         return found
 
 
