@@ -249,7 +249,7 @@ def test_passes_take_every_gradient():
 
 
 def test_mistakes():
-    with pytest.raises(OptionError, match="no bench 'cor'; there are core, layers, models, deploy"):
+    with pytest.raises(OptionError, match="no bench 'cor'; there are core, layers, models, deploy, accelerated"):
         run("cor")
     with pytest.raises(OptionError, match="threads must be at least 1; received 0"):
         run("core", threads=0)

@@ -11,7 +11,7 @@ from typing import Any
 from ..errors import DataError, OptionError
 from ..files import write_whole
 
-BENCHES = ("core", "layers", "models", "deploy")  # files of this folder
+BENCHES = ("core", "layers", "models", "deploy", "accelerated")  # files of this folder
 
 
 def run(bench: str, *, threads: int | None = None, quick: bool = False, json_file: str | Path | None = None) -> None:

@@ -13,8 +13,9 @@ examples:
   nearsight accelerate sehalonet33ts --batch-size 8 --training --json
 
 In Python it is ns.accelerate(model). Weights are those that the network starts with; tables that are zeros throughout are
-drawn, or they would hide a difference. On one thread times are the processor's, which other processes do not stretch. MB are
-what a step adds to the peak of a fresh process that has made the network.
+drawn, or they would hide a difference. The share is what the accelerated layers take of their step with projections, and
+the ceiling how many times as fast the network were without them. On one thread times are the processor's, which other
+processes do not stretch. MB are what a step adds to the peak of a fresh process that has made the network.
 """
 
 
@@ -34,7 +35,7 @@ def run(arguments: list[str]) -> None:
         if getattr(options, name) is not None and getattr(options, name) < 1:
             raise OptionError(f"{flag(name)} must be at least 1; received {getattr(options, name)}")
 
-    from ..bench.accelerated import contest
+    from ..bench.accelerated import HEADINGS, contest
     from ..bench.timing import setting, using_threads
     from ..pages.brief import text_table
     from ..pages.csv_json import to_json
@@ -49,8 +50,10 @@ def run(arguments: list[str]) -> None:
         print(to_json({"model": options.model, **found.to_dict(), "setting": machine}))
         return
     print(found.report)
-    (theirs, ours), (before, after) = found.images_per_second, found.memory
-    numbers = (f"{theirs:.3g}", f"{ours:.3g}", f"{found.faster:.2f}", f"{before / 1e6:,.0f}", f"{after / 1e6:,.0f}")
-    headings = ("model", "images/s", "accelerated", "times", "MB", "accelerated", "difference")
-    print("\n".join(text_table([headings, (options.model, *numbers, f"{found.difference:.1e}")])))
+    if found.layers:
+        rows = [
+            (one.name, "x".join(map(str, one.shape)), f"{one.theirs:.3g}", f"{one.ours:.3g}") for one in found.layers
+        ]
+        print("\n".join(text_table([("layer by itself", "input", "ms", "accelerated"), *rows])))
+    print("\n".join(text_table([HEADINGS, found.cells(options.model)])))
     print(f"{machine['processor']}, {machine['threads']} threads")

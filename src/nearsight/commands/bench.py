@@ -15,6 +15,7 @@ examples:
   nearsight bench layers --threads 1 --json layers.json
   nearsight bench models             SASA-ResNets against ResNets, HaloNet against timm's: speed, training memory
   nearsight bench deploy             the same in onnxruntime, OpenVINO and AOTInductor: speed, memory, outputs
+  nearsight bench accelerated --threads 2   every family that ns.accelerate knows, before and after: about 8 minutes
   nearsight bench card --output card a CUDA card in five minutes: is it right, how fast is it; one page and one JSON file
 """
 
