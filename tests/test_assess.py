@@ -60,7 +60,7 @@ def digits_run(tmp_path_factory):
     data = write_digits(folder / "data", images=20)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("nearsight.training.train.write_report", lambda *arguments: None)
-        recipe = Recipe(model="sasa_nano", data=f"folder:{data}", epochs=6, batch_size=24, lr=0.01, workers=0)
+        recipe = Recipe(model="sasa_nano", data=f"folder:{data}", epochs=4, batch_size=24, lr=0.01, workers=0)
         train(recipe, folder / "run")
     return folder / "run", data
 
