@@ -147,6 +147,77 @@ struct BackwardCall : Call {
     }
 };
 
+// The packed rows of the heads that take turns: a megabyte of the second cache level.
+constexpr int64_t kProjectedFloats = (int64_t)1 << 18;
+
+struct ProjectedCall : Call {
+    Plan plan = {};
+    Projection projection = {};
+    std::vector<float> weight;
+    int64_t sets;  // of heads
+
+    ProjectedCall(const nearsight_problem& p, const nearsight_projection& given, const nearsight_inputs& tables,
+                  const Kernel* kernel)
+        : Call(p, like_key(tables, given), kernel, false) {
+        describe(p, tables, plan);
+        projection.input = place(p, given.input);
+        projection.has_bias = given.bias != nullptr;
+        projection.channels = given.channels + projection.has_bias;
+        deal(p);
+        arrange(p, given);
+        projection.weight = weight.data();
+        plan.projection = &projection;
+        plan.query_pass = query_lists.pass();
+    }
+
+    // Its rows are laid out as those of the input.
+    static nearsight_inputs like_key(nearsight_inputs tables, const nearsight_projection& given) {
+        tables.key = given.input;
+        return tables;
+    }
+
+    // As large shares as there can be: sets of heads pack the input each, and chunks of a map make the rows between
+    // them twice. Every number is the same however they are cut.
+    void deal(const nearsight_problem& p) {
+        const Pass& pass = query_lists.pass();
+        const int64_t rows = (int64_t)pass.z.slots * pass.y.slots;
+        const int64_t floats = rows * pass.max_away_pitch * (2 * p.head_dim + p.value_dim);
+        const int64_t near = kProjectedFloats / std::max<int64_t>(1, floats);
+        const int64_t together = std::max<int64_t>(1, std::min(p.heads, near));
+        const int64_t maps = (p.batch + row.images - 1) / row.images * pass.tile_count;
+        const int64_t parts = p.num_threads == 1 ? 1 : 4 * (int64_t)p.num_threads;
+        sets = std::max((p.heads + together - 1) / together, std::min(p.heads, parts / maps));
+        projection.heads = (p.heads + sets - 1) / sets;
+        sets = (p.heads + projection.heads - 1) / projection.heads;
+        const int64_t groups = (int64_t)pass.z.group_count * pass.y.group_count;
+        query_lists.deal(p.batch, sets, groups, groups * kGroupRows, 0, {8, INT64_MAX, parts});
+    }
+
+    void arrange(const nearsight_problem& p, const nearsight_projection& given) {
+        weight.resize((size_t)(p.heads * (2 * p.head_dim + p.value_dim) * projection.channels));
+        float* target = weight.data();
+        for (int64_t head = 0; head < p.heads; ++head) {
+            int64_t first = 0;
+            for (const int64_t outputs : {p.head_dim, p.head_dim, p.value_dim}) {
+                for (int64_t o = 0; o < outputs; o += kProjectBlock) {
+                    const int64_t some = std::min<int64_t>(kProjectBlock, outputs - o);
+                    arrange_block(given, first + head * outputs + o, some, target);
+                    target += some * projection.channels;
+                }
+                first += p.heads * outputs;
+            }
+        }
+    }
+
+    static void arrange_block(const nearsight_projection& given, int64_t first, int64_t count, float* target) {
+        for (int64_t o = 0; o < count; ++o) {
+            const float* source = given.weight + (first + o) * given.channels;
+            for (int64_t c = 0; c < given.channels; ++c) target[c * count + o] = source[c];
+            if (given.bias) target[given.channels * count + o] = given.bias[first + o];
+        }
+    }
+};
+
 int check_scratch(size_t bytes) { return bytes > (size_t)kMostScratch ? NEARSIGHT_ERROR_SCRATCH : NEARSIGHT_OK; }
 
 // Adds up the jobs' partial sums, in the order of the jobs.
@@ -184,6 +255,19 @@ int forward(const nearsight_problem& p, const nearsight_inputs& inputs, const ne
         call.kernel->forward(&call.plan, head, job, workspace);
     };
     return run(p.heads, call.plan.query_pass.jobs, bytes, work, p.num_threads, executor);
+}
+
+int forward_projected(const nearsight_problem& p, const nearsight_projection& projection,
+                      const nearsight_inputs& tables, const nearsight_tensor& out, float* lse, int isa) {
+    ProjectedCall call(p, projection, tables, kernel_of(isa));
+    call.plan.out_tensor = place(p, out);
+    call.plan.lse = lse;
+    const size_t bytes = call.kernel->forward_bytes(&call.plan);
+    if (int error = check_scratch(bytes)) return error;
+    const auto work = [&](int64_t set, int64_t job, char* workspace) {
+        call.kernel->forward(&call.plan, set, job, workspace);
+    };
+    return run(call.sets, call.plan.query_pass.jobs, bytes, work, p.num_threads);
 }
 
 int backward(const nearsight_problem& p, const nearsight_inputs& inputs, const nearsight_tensor& out, const float* lse,

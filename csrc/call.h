@@ -14,6 +14,8 @@ int check_scratch(const nearsight_problem& problem, int isa, bool backward);
 
 int forward(const nearsight_problem& problem, const nearsight_inputs& inputs, const nearsight_tensor& out, float* lse,
             int isa, const nearsight_executor* executor);
+int forward_projected(const nearsight_problem& problem, const nearsight_projection& projection,
+                      const nearsight_inputs& tables, const nearsight_tensor& out, float* lse, int isa);
 int backward(const nearsight_problem& problem, const nearsight_inputs& inputs, const nearsight_tensor& out,
              const float* lse, const nearsight_tensor& grad_out, const nearsight_gradients& gradients, int isa);
 

@@ -118,6 +118,26 @@ int check_forward(const nearsight_problem* p, const nearsight_inputs* inputs, co
     return check_tensor(out, shape_of(*p, true, p->value_dim), true);
 }
 
+int check_projected(const nearsight_problem* p, const nearsight_projection* projection, const nearsight_inputs* tables,
+                    const nearsight_tensor* out) {
+    if (int error = check_problem(p)) return error;
+    if (!projection || !tables) return NEARSIGHT_ERROR_NULL;
+    if (p->dtype != NEARSIGHT_FLOAT32) return NEARSIGHT_ERROR_ENUM;
+    for (int axis = 0; axis < p->rank; ++axis)
+        if (p->stride[axis] != 1) return NEARSIGHT_ERROR_SIZE;
+    int64_t rows, unused;
+    if (projection->channels < 1) return NEARSIGHT_ERROR_SIZE;
+    if (projection->channels >= kLargest) return NEARSIGHT_ERROR_OVERFLOW;
+    if (!multiply(p->heads, 2 * p->head_dim + p->value_dim, kMostBytes / 8, &rows) ||
+        !multiply(rows, projection->channels, kMostBytes / 8, &unused))
+        return NEARSIGHT_ERROR_OVERFLOW;
+    if (!projection->weight && has_work(*p)) return NEARSIGHT_ERROR_NULL;
+    Shape input = shape_of(*p, false, projection->channels);
+    input.sizes[1] = 1;
+    if (int error = check_tensor(&projection->input, input, false)) return error;
+    return check_tensor(out, shape_of(*p, true, p->value_dim), true);
+}
+
 int check_backward(const nearsight_problem* p, const nearsight_inputs* inputs, const nearsight_tensor* out,
                    const float* lse, const nearsight_tensor* grad_out, const nearsight_gradients* gradients) {
     if (int error = check_problem(p)) return error;

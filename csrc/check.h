@@ -14,6 +14,8 @@ bool has_work(const nearsight_problem& problem);
 
 int check_problem(const nearsight_problem* problem);
 int check_forward(const nearsight_problem* problem, const nearsight_inputs* inputs, const nearsight_tensor* out);
+int check_projected(const nearsight_problem* problem, const nearsight_projection* projection,
+                    const nearsight_inputs* tables, const nearsight_tensor* out);
 int check_backward(const nearsight_problem* problem, const nearsight_inputs* inputs, const nearsight_tensor* out,
                    const float* lse, const nearsight_tensor* grad_out, const nearsight_gradients* gradients);
 

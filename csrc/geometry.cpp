@@ -168,11 +168,11 @@ void PassLists::deal(int64_t batch, int64_t heads, int64_t groups, int64_t rows,
     // Enough parts for a machine's threads; small enough that the next head finds in the cache what it shares lines of
     // memory with; none so small that packing the rows around it dominates. These numbers must not depend on the number
     // of threads: the partial sums of the tables' gradients follow them.
-    constexpr int64_t kParts = 32, kPartialSums = (int64_t)1 << 24;
+    constexpr int64_t kPartialSums = (int64_t)1 << 24;
     const int64_t batch_groups = (batch + row_.images - 1) / row_.images;
     const int64_t maps = std::max<int64_t>(1, batch_groups * heads * pass_.tile_count);
     const int64_t cells = rows * std::min(row_.tile, lanes_of_row_);
-    const int64_t wanted = std::max((kParts + maps - 1) / maps, cells / chunk.cells);
+    const int64_t wanted = std::max((chunk.parts + maps - 1) / maps, cells / chunk.cells);
     pass_.chunks = (int32_t)std::max<int64_t>(1, std::min(groups / chunk.fewest_groups, wanted));
     pass_.items = (int32_t)(batch_groups * pass_.chunks * pass_.tile_count);
     const int64_t jobs = kPartialSums / std::max<int64_t>(1, heads * table);  // partial sums of 64 MB

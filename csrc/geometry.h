@@ -114,6 +114,7 @@ class PassLists {
     // What a thread works on before it takes another head.
     struct Chunk {
         int64_t fewest_groups, cells;
+        int64_t parts = 32;  // wanted in all, for the threads of a machine
     };
     // Cuts `groups` of `rows` rows in all into chunks, and these into jobs, each of which sums up the gradients of
     // tables of `table` numbers for every head.

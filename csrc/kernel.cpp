@@ -16,6 +16,7 @@
 #include <assert.h>
 
 #include "plan.h"
+#include "project-inl.h"
 #include "rows-inl.h"
 #include "simd-inl.h"
 #include "steps-inl.h"
@@ -245,6 +246,113 @@ struct ForwardWalk : Walk {
         float* row = w.result + r * (plan.value_dim + 1) * kLanes;
         unpack_row(plan, plan.out_tensor, plan.value_dim, at, runs, 1.0f, mixed(row, plan.value_dim));
         if (plan.lse) unpack_scalars(plan, plan.lse, at, runs, 1.0f, row + plan.value_dim * kLanes);
+    }
+};
+
+// ---- Forward, of what is made of the layer's input ------------------------------------------------------------------
+
+// Queries need not be packed again: their row, made with that of the keys, lies behind it.
+struct ProjectedRow : KeyRow {
+    Section query;
+    ProjectedRow(const Plan& plan, ptrdiff_t pitch, ptrdiff_t lanes) : KeyRow(plan, pitch, lanes, false) {
+        Sections row = {pitch, lanes, size};
+        query = row.in_planes(plan.head_dim);
+        size = row.size;
+    }
+};
+
+// The packed rows of one head.
+int64_t head_floats(const Workspace& w, const Pass& pass) { return slots(pass) * w.away_row + pass.max_away_pitch; }
+
+// Those of all heads of a set, and a strip of a row of the input.
+Workspace projected_workspace(const Plan& plan, Arena& arena) {
+    const Pass& pass = plan.query_pass;
+    const ProjectedRow row(plan, pass.max_away_pitch, pass.max_away_lanes);
+    Workspace w = carve(plan, pass, row.size, plan.head_dim, plan.value_dim + 1, arena);
+    w.scores = arena.floats(kGroupRows * forward_tile_row(pass));
+    const int64_t heads = plan.projection->heads * head_floats(w, pass);
+    w.cache = arena.floats(heads);
+    w.cache_bytes = (size_t)heads * sizeof(float);
+    w.input = arena.floats(plan.projection->channels * input_pitch(pass.max_away_lanes));
+    return w;
+}
+
+// A row of the input becomes rows of query, key and value, those of all heads of a set at once while it is near.
+struct ProjectedWalk : ForwardWalk {
+    const Projection& projection;
+    const ProjectedRow rows;
+    const int64_t first_head, heads;
+    int first, last;  // away lanes that may hold a cell
+    ProjectedWalk(const Plan& plan, const Item& item, int64_t first_head, Workspace& w)
+        : ForwardWalk(plan, item, w),
+          projection(*plan.projection),
+          rows(plan, tile.away_pitch, tile.away_lanes),
+          first_head(first_head),
+          heads(plan.heads - first_head < projection.heads ? plan.heads - first_head : projection.heads),
+          first(tile.away_lanes),
+          last(0) {
+        for (int i = 0; i < tile.away_runs; ++i) {
+            const Run& run = pass.runs[tile.away_first_run + i];
+            const int end = run.lane + (run.count - 1) * run.step + 1;
+            first = run.lane < first ? run.lane : first;
+            last = end > last ? end : last;
+        }
+        home_streams[0] = away_streams[1] = {};
+    }
+    int64_t given() const { return projection.channels - projection.has_bias; }
+    // All heads see the same rows of the input: only while the first is worked on are the next ones asked for.
+    void ask_for_input(bool now) { away_streams[0] = now ? Stream{&projection.input, given()} : Stream{}; }
+    void pack_away(int64_t z, int64_t y, float* row) const {
+        const int64_t next_head = head_floats(w, pass);
+        if (z < 0 || y < 0) {
+            for (int64_t h = 0; h < heads; ++h) memset(row + h * next_head, 0, (size_t)rows.size * sizeof(float));
+            return;
+        }
+        const RowAddress at = {item.first_batch, 0, z, y};
+        for (int lane = first; lane < last; lane += kInputLanes) {
+            const InputRow x = pack_input(at, lane, lane + kInputLanes < last ? lane + kInputLanes : last);
+            for (int64_t h = 0; h < heads; ++h) project_head(x, first_head + h, row + h * next_head);
+        }
+    }
+    InputRow pack_input(const RowAddress& at, int from, int to) const {
+        const ptrdiff_t pitch = input_pitch(to - from);
+        const Runs runs = away_runs(from, to);
+        memset(w.input, 0, (size_t)(projection.channels * pitch) * sizeof(float));
+        pack_row(plan, projection.input, given(), at, runs, 1.0f, planes(w.input, pitch));
+        if (projection.has_bias) pack_ones(at, runs, w.input + given() * pitch);
+        return {w.input, pitch, projection.channels, from, to - from};
+    }
+    // A channel whose weight is the bias: where there is no cell, all stays zero.
+    void pack_ones(const RowAddress& at, const Runs& runs, float* lanes) const {
+        for (int i = 0; i < runs.count; ++i) {
+            const Run run = clip(runs.runs[i], runs);
+            if (at.first_batch + run.group >= plan.batch) continue;
+            for (int j = 0; j < run.count; ++j) lanes[run.lane + j * run.step] = 1.0f;
+        }
+    }
+    void project_head(const InputRow& x, int64_t head, float* row) const {
+        const float* weight = projection.weight + head * (2 * plan.head_dim + plan.value_dim) * x.channels;
+        project_row(x, weight, plan.head_dim, plan.query_multiplier, rows.query.of(row));
+        weight += plan.head_dim * x.channels;
+        project_row(x, weight, plan.head_dim, 1.0f, rows.key.of(row));
+        weight += plan.head_dim * x.channels;
+        project_row(x, weight, plan.value_dim, 1.0f, rows.value.of(row));
+    }
+    // A query's own cell is among those that its group sees.
+    const float* row_of(const Spot& spot, const RowAddress& at) const {
+        const Source* source = w.sources;
+        for (int i = 0; i < spot.z->visits; ++i)
+            for (int j = 0; j < spot.y->visits; ++j, ++source)
+                if (pass.z.visits[spot.z->first_visit + i].index == at.z && source->visit->index == at.y)
+                    return source->away;
+        assert(false);
+        return nullptr;
+    }
+    void pack_home(const Spot& spot, int r, const RowAddress& at, Runs) const {
+        const ptrdiff_t lane = tile.left + (spot.lanes - pass.vectors - tile.first_vector) * kLanes;
+        const float* query = row_of(spot, at) + rows.query.at + lane;
+        for (int64_t c = 0; c < plan.head_dim; ++c)
+            store(home_row(r) + c * kLanes, load(query + c * rows.query.channel));
     }
 };
 
@@ -712,7 +820,35 @@ void forward_item(const Plan& plan, const Item& item, Workspace& w) {
     }
 }
 
+// Group by group, so that the rows that they are made of are packed once.
+void projected_item(const Plan& plan, Item item, int64_t set, Workspace& w) {
+    const RowAxis &z = plan.query_pass.z, &y = plan.query_pass.y;
+    const auto pair = [&](int64_t g) { return GroupPair{z.groups + g / y.group_count, y.groups + g % y.group_count}; };
+    start_item(plan, plan.query_pass, item, w);
+    ProjectedWalk steps(plan, item, set * plan.projection->heads, w);
+    float* const cache = w.cache;
+    for (int64_t g = item.first_group; g < item.last_group; ++g) {
+        const bool more = g + 1 < item.last_group;
+        const GroupPair here = pair(g), next = pair(more ? g + 1 : g);
+        for (int64_t h = 0; h < steps.heads; ++h) {
+            item.head = steps.first_head + h;
+            w.cache = cache + h * head_floats(w, plan.query_pass);
+            steps.ask_for_input(h == 0);
+            walk_group(steps, *here.z, *here.y, more ? &next : nullptr);
+        }
+    }
+    w.cache = cache;
+}
+
+void forward_projected(const Plan& plan, int64_t set, int64_t job, char* workspace) {
+    Arena arena = {workspace, 0};
+    Workspace w = projected_workspace(plan, arena);
+    const int64_t groups = (int64_t)plan.query_pass.z.group_count * plan.query_pass.y.group_count;
+    each_item(plan, plan.query_pass, groups, 0, job, [&](const Item& item) { projected_item(plan, item, set, w); });
+}
+
 void forward(const Plan* plan, int64_t head, int64_t job, char* workspace) {
+    if (plan->projection) return forward_projected(*plan, head, job, workspace);
     Arena arena = {workspace, 0};
     Workspace w = forward_workspace(*plan, arena);
     const Pass& pass = plan->query_pass;
@@ -744,7 +880,10 @@ void backward(const BackwardPlan* plan, int64_t head, int64_t job, char* workspa
 
 size_t forward_bytes(const Plan* plan) {
     Arena arena = {nullptr, 0};
-    forward_workspace(*plan, arena);
+    if (plan->projection)
+        projected_workspace(*plan, arena);
+    else
+        forward_workspace(*plan, arena);
     return arena.used;
 }
 

@@ -40,6 +40,17 @@ int nearsight_forward_on(const nearsight_executor* executor, const nearsight_pro
     return NEARSIGHT_ERROR_MEMORY;
 }
 
+int nearsight_forward_projected(const nearsight_problem* problem, const nearsight_projection* projection,
+                                const nearsight_inputs* tables, const nearsight_tensor* out, float* lse) try {
+    if (int error = check_projected(problem, projection, tables, out)) return error;
+    const int isa = resolve_isa(problem->isa);
+    if (isa < 0) return -isa;
+    if (!has_work(*problem)) return NEARSIGHT_OK;
+    return forward_projected(*problem, *projection, *tables, *out, lse, isa);
+} catch (const std::bad_alloc&) {
+    return NEARSIGHT_ERROR_MEMORY;
+}
+
 int nearsight_backward(const nearsight_problem* problem, const nearsight_inputs* inputs, const nearsight_tensor* out,
                        const float* lse, const nearsight_tensor* grad_out, const nearsight_gradients* gradients) try {
     if (int error = check_backward(problem, inputs, out, lse, grad_out, gradients)) return error;

@@ -103,6 +103,19 @@ typedef struct {  // NULL: not wanted
 NEARSIGHT_API int nearsight_forward(const nearsight_problem* problem, const nearsight_inputs* inputs,
                                     const nearsight_tensor* out, float* lse);
 
+// What query, key and value of every head are made of: weight * input + bias.
+typedef struct {
+    nearsight_tensor input;  // as a tensor of one head; float32 is all that it may be
+    int64_t channels;
+    const float* weight;  // (2 * heads * head_dim + heads * value_dim, channels), contiguous: queries, keys, values
+    const float* bias;    // one for each row of weight, or NULL
+} nearsight_projection;
+
+// A forward that makes query, key and value itself, row by row, and keeps none. Of `tables` only bias and relative are
+// read. Every stride must be 1.
+NEARSIGHT_API int nearsight_forward_projected(const nearsight_problem* problem, const nearsight_projection* projection,
+                                              const nearsight_inputs* tables, const nearsight_tensor* out, float* lse);
+
 // Threads of the caller's own: calls job(data, i) once for every i below count, on any of them and in any order, and
 // returns when all are done.
 typedef struct {

@@ -104,6 +104,18 @@ struct ChannelRange {
     int32_t begin, end;  // all other channels of the table are zero
 };
 
+// Query, key and value that are not in memory: rows of them are made of rows of an input where others are packed.
+struct Projection {
+    Tensor input;
+    int64_t channels;  // of the input, and one of ones where there is a bias
+    int32_t has_bias;
+    // Of each head's query, key and value: [block of so many of its channels][channel of the input][channel].
+    const float* weight;
+    int64_t heads;  // that take turns, and share what is packed of the input: a set of heads
+};
+
+constexpr int kProjectBlock = 16;
+
 // Of a forward, and what a backward shares with it.
 struct Plan {
     int64_t call;  // from one on, another for every call
@@ -122,6 +134,7 @@ struct Plan {
     const ChannelRange* nonzero[3];  // (heads)
     Tensor query, key, value, out_tensor;
     float* lse;
+    const Projection* projection;  // NULL where query, key and value are in memory
 };
 
 struct BackwardPlan : Plan {

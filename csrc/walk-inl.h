@@ -49,6 +49,7 @@ struct Workspace {
     int64_t home_channels;
     ptrdiff_t away_row;  // from one packed row to the next
     size_t cache_bytes, home_bytes;
+    float* input;  // a strip of a row of what query, key and value are made of
 
     // Of a backward.
     float* sums[3];

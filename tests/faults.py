@@ -23,11 +23,11 @@ class Fault(NamedTuple):
 CONTRACT = "tests/test_contract.py::test_named_case"
 KERNEL = f"{CONTRACT} -k 'native and {{}} and float32'"
 GEOMETRY, CALL, CHECK = "csrc/geometry.cpp", "csrc/call.cpp", "csrc/check.cpp"
-STEPS, SIMD, ROWS, WALK, MAIN = (
-    f"csrc/{name}" for name in ("steps-inl.h", "simd-inl.h", "rows-inl.h", "walk-inl.h", "kernel.cpp")
+STEPS, SIMD, ROWS, WALK, PROJECT, MAIN = (
+    f"csrc/{name}" for name in ("steps-inl.h", "simd-inl.h", "rows-inl.h", "walk-inl.h", "project-inl.h", "kernel.cpp")
 )
 ATTENTION = "src/nearsight/attention"
-OPERATORS = f"{ATTENTION}/native/operators.py"
+OPERATORS, PROJECTED = f"{ATTENTION}/native/operators.py", f"{ATTENTION}/native/projected.py"
 
 WINDOWS = (
     Fault(
@@ -694,4 +694,59 @@ CELLS = tuple(
     )
 )
 
-FAULTS = (*WINDOWS, *LISTS, *ARITHMETIC, *TABLES, *MEMORY, *CELLS, *SHARES, *CHECKS, *BACKENDS, *DERIVATIVES)
+AT_ONCE = tuple(
+    Fault(name, file, old, new, "tests/test_at_once.py", isa)
+    for name, file, old, new, isa in (
+        (
+            "a channel of ones lies where there is no cell as well",
+            MAIN,
+            "for (int j = 0; j < run.count; ++j) lanes[run.lane + j * run.step] = 1.0f;",
+            "for (int j = 0; j < run.count * run.step; ++j) lanes[run.lane + j] = 1.0f;",
+            LOWEST,
+        ),
+        (
+            "a strip of the input keeps what the one before left",
+            MAIN,
+            "memset(w.input, 0, (size_t)(projection.channels * pitch) * sizeof(float));",
+            "",
+            LOWEST,
+        ),
+        (
+            "the second block of a head's channels has the weights of the first",
+            PROJECT,
+            "return {weight + block * x.channels + (from - block),",
+            "return {weight + (from - block),",
+            LOWEST,
+        ),
+        (
+            "the projected query is not scaled",
+            MAIN,
+            "project_row(x, weight, plan.head_dim, plan.query_multiplier, rows.query.of(row));",
+            "project_row(x, weight, plan.head_dim, 1.0f, rows.query.of(row));",
+            LOWEST,
+        ),
+        (
+            "cells of the input have the second vector's weights in both",
+            PROJECT,
+            "w[v] = load(weight + v * weights.block);",
+            "w[v] = load(weight + (kVectors - 1) * weights.block);",
+            "avx512",
+        ),
+        (
+            "every slice of a backward adds the first one's images",
+            PROJECTED,
+            "x, here = input[some],",
+            "x, here = input[: some.stop - some.start],",
+            LOWEST,
+        ),
+        (
+            "a hook of the projection's backward is overlooked",
+            "src/nearsight/private.py",
+            'names = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")\n    hooked',
+            'names = ("_forward_pre_hooks", "_forward_hooks")\n    hooked',
+            LOWEST,
+        ),
+    )
+)
+
+FAULTS = (*WINDOWS, *LISTS, *ARITHMETIC, *TABLES, *MEMORY, *CELLS, *SHARES, *CHECKS, *BACKENDS, *DERIVATIVES, *AT_ONCE)

@@ -150,6 +150,24 @@ static void describe(const nearsight_problem& p) {
                 (long)p.shared_by[i]);
 }
 
+// Query, key and value made of an input, by a weight in exactly as much memory as it needs.
+static bool run_projected(const nearsight_problem& p, const nearsight_inputs& tables) {
+    nearsight_problem of_one_head = p;
+    of_one_head.heads = 1;
+    const int64_t channels = pick(1, 9), rows = p.heads * (2 * p.head_dim + p.value_dim);
+    const Map input(of_one_head, false, channels, false), out(p, true, p.value_dim, true);
+    const std::vector<float> weight = table((size_t)(rows * channels)), bias = table((size_t)rows);
+    const nearsight_projection projection = {input.tensor, channels, weight.data(), pick(0, 1) ? bias.data() : nullptr};
+    nearsight_problem shared = p;
+    shared.num_threads = (int32_t)pick(1, 3);  // by which the work is shared out
+    if (int error = nearsight_forward_projected(&shared, &projection, &tables, &out.tensor, nullptr)) {
+        fprintf(stderr, "projected: error %d: %s\n", error, nearsight_error_string(error));
+        return false;
+    }
+    const std::vector<float> numbers = out.numbers();
+    return std::all_of(numbers.begin(), numbers.end(), [](float x) { return isfinite(x); });
+}
+
 static bool run(const nearsight_problem& p) {
     size_t queries = (size_t)(p.batch * p.heads), bias_count = (size_t)p.heads;
     std::vector<std::vector<float>> relative, relative_gradients;
@@ -187,6 +205,9 @@ static bool run(const nearsight_problem& p) {
     if (with_bias) finite &= check(bias_gradient);
     if (with_relative)
         for (const auto& one : relative_gradients) finite &= check(one);
+    bool projects = p.dtype == NEARSIGHT_FLOAT32 && !results;
+    for (int i = 0; i < p.rank; ++i) projects &= p.stride[i] == 1;
+    if (projects) finite &= run_projected(p, inputs);
     if (!finite) fprintf(stderr, "an element was not written, or is not finite\n");
     return finite;
 }

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import nearsight as ns
 from nearsight.attention import native
+from nearsight.attention.native import projected as by_one_operator
 from nearsight.errors import DtypeError, OptionError, ShapeError
 from nearsight.layers import projection as room
 from nearsight.layers.projection import POINTWISE, PatchProjection2d, _whole, project
@@ -396,7 +397,8 @@ def trained(layer, x, grad):
 @pytest.mark.skipif(native.unavailable() is not None, reason=str(native.unavailable()))
 @pytest.mark.parametrize("options", REMADE.values(), ids=REMADE)
 @pytest.mark.parametrize("frozen", [False, True])
-def test_what_is_projected_again_is_the_same_to_the_bit(options, frozen):
+def test_what_is_projected_again_is_the_same_to_the_bit(options, frozen, monkeypatch):
+    monkeypatch.setattr(by_one_operator, "serves", lambda *_: False)  # which keeps none of them
     torch.manual_seed(0)
     options = {"kind": ns.LocalSelfAttention2d, "in_channels": 16, "kernel_size": 3, "num_heads": 2, **options}
     kind = options.pop("kind")
@@ -412,7 +414,9 @@ def test_what_is_projected_again_is_the_same_to_the_bit(options, frozen):
 
 @pytest.mark.skipif(native.unavailable() is not None, reason=str(native.unavailable()))
 @pytest.mark.parametrize("stride", [1, 2])
-def test_queries_keys_and_values_are_not_kept(stride):
+def test_queries_keys_and_values_are_not_kept(stride, monkeypatch):
+    monkeypatch.setattr(by_one_operator, "serves", lambda *_: False)  # which keeps none of them
+
     def kept(recompute_qkv):
         layer = ns.LocalSelfAttention2d(16, kernel_size=3, stride=stride, num_heads=2, recompute_qkv=recompute_qkv)
         x = torch.randn(4, 16, 20, 20).to(memory_format=torch.channels_last).requires_grad_()
@@ -438,8 +442,9 @@ def test_projecting_again_sees_that_its_input_was_changed():
         y.sum().backward()
 
 
-def test_where_nothing_can_be_projected_again_the_layer_is_the_same():
+def test_where_nothing_can_be_projected_again_the_layer_is_the_same(monkeypatch):
     """Under a checkpoint, a compiler, autocast and torch.func, with another backend and another projection."""
+    monkeypatch.setattr(by_one_operator, "serves", lambda *_: False)  # which keeps none of them
     torch.manual_seed(0)
     keeping, remaking = (
         ns.LocalSelfAttention2d(8, kernel_size=3, num_heads=2, recompute_qkv=on) for on in (False, True)

@@ -1182,6 +1182,7 @@ def test_structures_are_those_of_the_header(tmp_path):
         "nearsight_tensor": lib.CTensor,
         "nearsight_inputs": lib.CInputs,
         "nearsight_gradients": lib.CGradients,
+        "nearsight_projection": lib.CProjection,
     }
     lines, expected = [], []
     for c_name, structure in structures.items():

@@ -11,10 +11,18 @@ from torch.utils.checkpoint import checkpoint
 
 import nearsight as ns
 from nearsight.attention import native
+from nearsight.attention.native import projected
 from nearsight.positions import MixedRotaryPosition, Position
 from nearsight.recompute import keep_in_place_of
 
 pytestmark = pytest.mark.skipif(native.unavailable() is not None, reason=str(native.unavailable()))
+
+
+@pytest.fixture(autouse=True)
+def in_two_steps(monkeypatch):
+    """Where one operator projects and attends there is nothing to keep; test_at_once.py is about that."""
+    monkeypatch.setattr(projected, "serves", lambda *_: False)
+
 
 KINDS = {
     "plain": {},

@@ -79,6 +79,57 @@ def attend_backward_flops(
     return 2 * _pairs(query, key, kernel_size, border) * (3 * logits + 2 * mix)
 
 
+@register_flop_formula(torch.ops.nearsight.project_and_attend)
+def project_and_attend_flops(
+    input: Shape,
+    weight: Shape,
+    offset: Any,
+    bias: Any,
+    relative: Sequence[Any],
+    num_heads: int,
+    qk_channels: int,
+    keep: bool,
+    *geometry: Any,
+    **__: Any,
+) -> int:
+    """Those of the projection, and of :func:`attend_flops` of what it makes."""
+    query, value = _heads_of(input, weight, num_heads, qk_channels)
+    return _projection(input, weight) + attend_flops(query, query, value, bias, relative, *geometry)
+
+
+@register_flop_formula(torch.ops.nearsight.project_and_attend_backward)
+def project_and_attend_backward_flops(
+    grad: Shape,
+    input: Shape,
+    weight: Shape,
+    offset: Any,
+    bias: Any,
+    relative: Sequence[Any],
+    num_heads: int,
+    qk_channels: int,
+    out: Shape,
+    lse: Shape,
+    wanted: Sequence[bool],
+    *geometry: Any,
+    **__: Any,
+) -> int:
+    """The projection and its gradients, and the backward of attention, whose logits are made again too."""
+    query, value = _heads_of(input, weight, num_heads, qk_channels)
+    attended = attend_backward_flops(grad, query, query, value, bias, relative, out, lse, wanted, *geometry)
+    return (1 + sum(wanted[:2])) * _projection(input, weight) + attended
+
+
+def _projection(input: Shape, weight: Shape) -> int:
+    return 2 * input[0] * prod(input[2:]) * weight[0] * weight[1]
+
+
+def _heads_of(input: Shape, weight: Shape, num_heads: int, qk_channels: int) -> tuple[Shape, Shape]:
+    """The shapes of query, or key, and of value."""
+    channels = (qk_channels, weight[0] - 2 * qk_channels)
+    query, value = ((input[0], num_heads, *input[2:], one // num_heads) for one in channels)
+    return query, value
+
+
 if FLASH_ON_CPU is not None and FLASH_ON_CPU not in flop_registry:  # PyTorch counts it on GPUs only
 
     @register_flop_formula(FLASH_ON_CPU)

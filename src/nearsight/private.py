@@ -50,6 +50,16 @@ def has_forward_hooks(module: nn.Module) -> bool:
     return any(getattr(module, name, _UNKNOWN) or getattr(every_module, f"_global{name}", _UNKNOWN) for name in names)
 
 
+def is_called_plainly(module: nn.Module) -> bool:
+    """Whether a call of a module is one of its forward and nothing else, in the backward too.
+
+    Not public, as above. Without these names never: then every module is called.
+    """
+    names = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+    hooked = any(getattr(module, name, _UNKNOWN) or getattr(every_module, f"_global{name}", _UNKNOWN) for name in names)
+    return not hooked and not is_compiled(module)
+
+
 def has_hooks(module: nn.Module) -> bool:
     """Whether a module carries hooks, forward or backward, that would be lost with it; True where that is not known."""
     names = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal, overload
 
 import torch
@@ -14,7 +15,7 @@ from ..errors import DtypeError, OptionError, ShapeError
 from ..precision import without_autocast
 from ..private import unwatched
 from ..window import Window, plain
-from . import reference
+from . import native, reference
 from .backend import attend, backends, choose
 from .problem import Call, Problem, describe, laid_out
 from .softmax import softmax
@@ -129,6 +130,43 @@ def local_attention(
         return out
     assert lse is not None, f"backend {run.name!r} returned no log-sum-exp"
     return out, lse
+
+
+def project_and_attend(
+    x: Tensor,
+    weight: Tensor,
+    offset: Tensor | None,
+    window: Window,
+    *,
+    bias: Tensor | None,
+    relative: Sequence[Tensor] | None,
+    num_heads: int,
+    qk_channels: int,
+    scale: float | None,
+    backend: str | None,
+    frugal: bool,
+) -> Tensor | None:
+    """:func:`local_attention` of what one pointwise convolution makes of x, query, key and value, by one operator for both.
+
+    None where there is none, or where two steps are faster: then project, and call :func:`local_attention`.
+
+    Shapes:
+        x       (B, C, *map)
+        weight  (2 * qk_channels + out, C, 1...), head by head in each part; offset one number for each of its rows
+        returns (B, out, *map), in the memory format of x
+
+    Args:
+        frugal: project again in the backward, also where that takes longer than to keep query, key and value.
+    """
+    without_numbers = x.new_empty(()).expand(len(x), len(weight), *x.shape[2:])
+    problem = describe(*native.heads_of(without_numbers, num_heads, qk_channels), window, bias, relative)
+    tensors = [x, weight, offset, bias, *(relative or ())]
+    needs_grad = torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in tensors)
+    problem = replace(problem, needs_grad=needs_grad)
+    if problem.empty or choose(problem, backend) is not native:
+        return None
+    layer = (x, weight, offset, (bias, relative), num_heads, qk_channels)
+    return native.project_and_attend(*layer, _scale(scale, problem), problem, frugal)
 
 
 @overload

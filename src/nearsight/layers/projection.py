@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from ..errors import OptionError, ShapeError
-from ..private import has_forward_hooks, transforms_are_active, unflatten
+from ..private import has_forward_hooks, is_called_plainly, transforms_are_active, unflatten
 from .whole import one_node
 
 MANY = 16  # cells for each output channel: measured at 261, 33, 4 and 0.5, of which the first two gain
@@ -103,6 +103,18 @@ def is_repeatable(projection: nn.Module, x: Tensor) -> bool:
         return False
     # A parameter, or what functional_call has put in its place.
     return not has_forward_hooks(projection) and _is_ours(x, projection.weight)  # pyright: ignore[reportArgumentType]
+
+
+def is_pointwise(projection: nn.Module, x: Tensor) -> bool:
+    """Whether to call a module is no more than to :func:`project` x by its weight and its bias, and nobody would notice."""
+    if type(projection) not in POINTWISE.values() or OVERRIDES & vars(projection).keys():
+        return False
+    weight: Any = projection.weight
+    if not is_called_plainly(projection) or not all(type(one) in (Tensor, nn.Parameter) for one in (x, weight)):
+        return False
+    if x.device.type != "cpu" or x.dtype != weight.dtype or torch.is_autocast_enabled("cpu"):
+        return False
+    return not _is_watched((x, weight))
 
 
 def _is_ours(x: Tensor, weight: Tensor) -> bool:

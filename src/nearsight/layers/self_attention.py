@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..attention import attention_weights, check_scale, local_attention
+from ..attention import attention_weights, check_scale, local_attention, project_and_attend
 from ..attention.backend import check_backend
 from ..errors import OptionError, ShapeError
 from ..positions import Position, PositionLike, Tables, no_weight_decay_in, position_encoding
@@ -19,7 +19,7 @@ from ..private import known_shape
 from ..recompute import keep_in_place_of
 from ..window import Window, plain
 from .convolution_words import refusing_words_of_convolutions
-from .projection import POINTWISE, Projecting, check_channels, is_repeatable, made_on, merge_heads
+from .projection import POINTWISE, Projecting, check_channels, is_pointwise, is_repeatable, made_on, merge_heads
 from .whole import one_node
 
 
@@ -92,12 +92,40 @@ class SelfAttention(Projecting):
         batched = self._batched(x)
         window = self.window_on(batched.shape[2:])
         embedded = self.position.embed(batched)
-        made = query, key, value = self._heads(embedded, window)
-        tables = self._tables(window, key)
-        with self._made_again(embedded, made, window) if self.recompute_qkv else nullcontext():
-            out = local_attention(query, key, value, window, **tables, scale=self.scale, backend=self.backend)
-        y = self.proj(merge_heads(out, like=batched))
+        out = self._at_once(embedded, window)
+        if out is None:
+            out = merge_heads(self._in_two_steps(embedded, window), like=batched)
+        y = self.proj(out)
         return y if x.ndim == batched.ndim else y.squeeze(0)
+
+    def _at_once(self, x: Tensor, window: Window) -> Tensor | None:
+        """Projected and attended by one operator; None where there is none, or the projection is more than its weight."""
+        as_here = type(self)._heads is SelfAttention._heads and type(self)._split is Projecting._split
+        turns = type(self.position).rotate is not Position.rotate
+        if torch.compiler.is_compiling() or turns or not as_here or "qkv" not in self._modules:
+            return None
+        if not is_pointwise(self.qkv, x):
+            return None
+        bias, relative = self.tables_on(x.shape[2:])
+        return project_and_attend(
+            x,
+            self.qkv.weight,  # pyright: ignore[reportArgumentType]
+            self.qkv.bias,  # pyright: ignore[reportArgumentType]
+            window,
+            bias=bias,
+            relative=relative,
+            num_heads=self.num_heads,
+            qk_channels=self.qk_channels,
+            scale=self.scale,
+            backend=self.backend,
+            frugal=self.recompute_qkv,
+        )
+
+    def _in_two_steps(self, x: Tensor, window: Window) -> Tensor:
+        made = query, key, value = self._heads(x, window)
+        tables = self._tables(window, key)
+        with self._made_again(x, made, window) if self.recompute_qkv else nullcontext():
+            return local_attention(query, key, value, window, **tables, scale=self.scale, backend=self.backend)
 
     def attention_weights(self, x: Tensor, queries: Tensor | None = None) -> Tensor:
         """The weights that :meth:`forward` mixes the values with: (B, N, *out, *kernel_size).

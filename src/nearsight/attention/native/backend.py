@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
@@ -14,7 +14,7 @@ from torch import Tensor
 from ...private import below_autograd, constant_to_compilers
 from ...window import BORDERS
 from ..problem import Call, Problem
-from . import operators
+from . import operators, projected
 from .library import AUTO, DTYPES, ISAS, OK, SCALARS, c_problem, find, instruction_set, loaded, text
 
 name = "native"
@@ -70,6 +70,27 @@ def attend(call: Call, problem: Problem) -> tuple[Tensor, Tensor]:
         return operators.attend(query, key, value, bias, relative, *geometry)
     # What the operator would do, sooner, and for torch.func's derivatives too.
     return operators.attend_above_autograd(query, key, value, bias, relative, *geometry)
+
+
+def project_and_attend(
+    x: Tensor,
+    weight: Tensor,
+    offset: Tensor | None,
+    tables: tuple[Tensor | None, Sequence[Tensor] | None],
+    num_heads: int,
+    qk_channels: int,
+    scale: float,
+    problem: Problem,
+    frugal: bool,
+) -> Tensor | None:
+    """What ``attend`` makes of the projected x, (B, C, *map), by one operator for both; None where two are faster."""
+    if not projected.serves(problem, x.shape[1], frugal):
+        return None
+    bias, relative = tables
+    bias = None if bias is None else bias.to(SCALARS)
+    relative = [table.to(SCALARS) for table in relative or ()]
+    layer = (x, weight, offset, bias, relative, num_heads, qk_channels)
+    return projected.project_and_attend_above_autograd(*layer, False, *_geometry(problem), scale, _isa)[0]
 
 
 @lru_cache(maxsize=1024)

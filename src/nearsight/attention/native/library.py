@@ -71,6 +71,15 @@ class CInputs(ctypes.Structure):
     )
 
 
+class CProjection(ctypes.Structure):
+    _fields_ = (
+        ("input", CTensor),
+        ("channels", ctypes.c_int64),
+        ("weight", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+    )
+
+
 class CGradients(ctypes.Structure):
     _fields_ = (
         ("query", ctypes.POINTER(CTensor)),
@@ -86,6 +95,10 @@ PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {  # what it returns, what 
     "nearsight_forward": (
         ctypes.c_int,
         (_pointer(CProblem), _pointer(CInputs), _pointer(CTensor), ctypes.c_void_p),
+    ),
+    "nearsight_forward_projected": (
+        ctypes.c_int,
+        (_pointer(CProblem), _pointer(CProjection), _pointer(CInputs), _pointer(CTensor), ctypes.c_void_p),
     ),
     "nearsight_backward": (
         ctypes.c_int,
