@@ -295,7 +295,8 @@ class LocalSelfAttention2d(_Local):
         qkv_bias: add a bias to the projections.
         out_proj: project once more at the end.
         recompute_qkv: let the backward project the input once more, where it is kept in any case, in place of keeping
-            queries, keys and values: less memory in training for a little more time. The result is the same to the bit.
+            queries, keys and values: less memory in training for a little more time. The result is the same but for
+            rounding, where projection and attention are then one operator, and elsewhere to the bit.
             Only where the native kernel runs outside autocast and torch.compile, which decides itself what it keeps, and
             the projections are as they were made: what has hooks or computed weights, or another module in its place, is
             kept. Under gradient checkpointing it changes nothing: the checkpoint makes all of the layer again.
