@@ -915,6 +915,7 @@ extern "C" {{
 int nearsight_abi_version(void) {{ return {version}; }}
 int nearsight_check(const void*, int) {{ return {check}; }}
 int nearsight_forward(void) {{ return 0; }}
+int nearsight_forward_projected(void) {{ return 0; }}
 int nearsight_backward(void) {{ return 0; }}
 const char* nearsight_error_string(int) {{ return ""; }}
 int nearsight_available_isas(void) {{ return 2; }}
