@@ -67,8 +67,7 @@ bench: $(WITH_TRAIN) ## measure the speed and memory that the README claims
 # examples/convert_fashion_mnist.py leaves them as heads.csv.
 pictures: $(WITH_DEV) ## draw the pictures of docs/images anew, with the networks in runs/gallery
 	$(BIN)/python examples/gallery.py --runs $(GALLERY) --output $(IMAGES)/gallery
-	$(BIN)/python examples/memory_blocks.py $(GALLERY)/digits $(IMAGES)/memory_blocks.svg
-	$(BIN)/python examples/explorer.py $(GALLERY)/digits $(IMAGES)/explore.png
+	$(BIN)/python examples/memory_blocks.py $(IMAGES)/memory_blocks.svg
 	$(BIN)/python examples/windows.py $(IMAGES)/windows.svg
 	$(BIN)/python examples/convert_heads.py $(IMAGES)/convert_heads.csv $(IMAGES)/convert_heads.svg
 

@@ -20,7 +20,7 @@ copyright = author
 highlight_language = "none"
 version = release = version_of("nearsight")
 root_doc = "index"
-exclude_patterns = ["_*", "images", "**/*.py"]
+exclude_patterns = ["_*", "images", "**/*.py", "gallery/examples/*.ipynb", "results/measured"]
 
 extensions = [
     "myst_nb",
@@ -31,12 +31,18 @@ extensions = [
     "sphinxarg.ext",
     "sphinx_copybutton",
     "sphinx_design",
+    "sphinx_gallery.gen_gallery",
     "notfound.extension",
     "docstrings",
     "pages_outside",
     "parsers",
     "mathjax_of_pip",
     "languages",
+    "explorers",
+    "papers",
+    "pictures",
+    "rooms",
+    "notebooks",
     "llms",
     "links_of_html",
 ]
@@ -55,6 +61,21 @@ autodoc_typehints = "none"
 autodoc_class_signature = "mixed"
 napoleon_use_ivar = True
 templates_path = ["_templates"]
+
+# Examples run once, and again where they changed. Its page of times would load from elsewhere.
+sphinx_gallery_conf = {
+    "examples_dirs": ["../examples"],
+    "gallery_dirs": ["gallery/examples"],
+    "ignore_pattern": r"(^|/)(?!plot_)[^/]*\.py$",
+    "backreferences_dir": "gallery/examples/using",
+    "doc_module": ("nearsight",),
+    "reference_url": {"nearsight": None},
+    "abort_on_example_error": True,
+    "download_all_examples": False,
+    "min_reported_time": 1e9,
+    "show_signature": False,
+    "write_computation_times": False,
+}
 
 gettext_compact = False
 gettext_uuid = False

@@ -29,7 +29,8 @@ def write(app: Any, error: Exception | None) -> None:
         title = app.env.titles[name].astext()
         if name == app.config.root_doc or name.startswith("reference/api/"):
             continue
-        paragraph = next(app.env.get_doctree(name).findall(nodes.paragraph), None)
+        paragraphs = app.env.get_doctree(name).findall(nodes.paragraph)
+        paragraph = next((found for found in paragraphs if "downloads" not in found["classes"]), None)
         text = " ".join(paragraph.astext().split()) if paragraph is not None else ""
         lines.append(f"- [{title}]({app.builder.get_target_uri(name)}): {text.split('. ')[0].rstrip('.:')}.\n")
     (Path(app.outdir) / "llms.txt").write_text(HEAD + "".join(lines), encoding="utf-8")

@@ -12,7 +12,11 @@ from pathlib import Path
 from typing import Any
 
 # Files of the repository, and the pages of the site that show them.
-OUTSIDE = {"CONTRIBUTING.md": "inside/contributing.md", "CHANGELOG.md": "inside/changelog.md"}
+OUTSIDE = {
+    "CONTRIBUTING.md": "inside/contributing.md",
+    "CHANGELOG.md": "inside/changelog.md",
+    "examples": "gallery/examples/index.rst",  # which sphinx-gallery makes
+}
 LINK = re.compile(r"(\]\(|^\[[^\]]+\]:\s*)([\w./-]+)(#[\w-]*)?(?=[)\s])", re.MULTILINE)
 
 

@@ -10,6 +10,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import jupytext
+import nbformat
 import pytest
 from playwright.sync_api import Browser, sync_playwright
 
@@ -57,6 +59,45 @@ def faults(browser: Browser, pages: list[Path], width: int, colours: str) -> lis
 
 def test_the_site_is_there():
     assert len(PAGES) > 100, "make docs builds it"
+
+
+@pytest.mark.parametrize("part", ["learn", "fr/learn"])
+def test_every_chapter_opens_as_a_notebook_and_as_a_script(part):
+    """The same cells of code in both, and a link to each on the page."""
+    chapters = [page for page in PAGES if page.parent == SITE / part and page.name[0].isdigit()]
+    assert len(chapters) == 8
+    for page in chapters:
+        notebook = nbformat.reads(page.with_suffix(".ipynb").read_text(encoding="utf-8"), as_version=4)
+        nbformat.validate(notebook)
+        script = page.with_suffix(".py").read_text(encoding="utf-8")
+        compile(script, page.stem, "exec")
+        cells = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
+        assert cells == [
+            cell.source for cell in jupytext.reads(script, fmt="py:percent").cells if cell.cell_type == "code"
+        ]
+        links = [f'href="{page.stem}{ending}"' for ending in (".ipynb", ".py")]
+        assert [link for link in links if link not in page.read_text(encoding="utf-8")] == []
+
+
+def test_explorers_are_in_their_pages(browser):
+    """Each frame holds a page that has drawn itself, as wide as its place."""
+    for name, count in {"index.html": 1, "fr/index.html": 1, "gallery/explorers.html": 4}.items():
+        page = browser.new_page(viewport={"width": 390, "height": 844})
+        page.goto((SITE / name).as_uri())
+        frames = page.locator("iframe.explorer")
+        assert frames.count() == count
+        for number in range(count):
+            frames.nth(number).scroll_into_view_if_needed()
+            inside = frames.nth(number).content_frame
+            inside.locator("html[data-ready]").wait_for(state="attached")
+            assert inside.locator("html").evaluate("html => html.scrollWidth - html.clientWidth") == 0
+        page.close()
+
+
+def test_examples_are_shown_with_the_names_that_they_use():
+    text = (SITE / "reference" / "api" / "nearsight.Window.html").read_text(encoding="utf-8")
+    assert "Examples that use this" in text
+    assert "gallery/examples/plot_windows.html" in text
 
 
 @pytest.mark.parametrize(("width", "colours"), [(1300, "light"), (390, "dark")])
