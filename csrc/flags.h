@@ -16,6 +16,7 @@
 #if defined(__x86_64__)
 #define NEARSIGHT_LEVEL_kernel_avx2 2
 #define NEARSIGHT_LEVEL_kernel_avx512 3
+#define NEARSIGHT_LEVEL_kernel_avx512_bf16 4
 #define NEARSIGHT_LEVEL_OF(kernel) NEARSIGHT_JOINED(NEARSIGHT_LEVEL_, kernel)
 #define NEARSIGHT_JOINED(a, b) a##b
 #if defined(NEARSIGHT_KERNEL)
@@ -24,8 +25,9 @@
 #define NEARSIGHT_ALLOWED 0
 #endif
 #if (defined(__SSE3__) && NEARSIGHT_ALLOWED < 2) || (defined(__AVX512F__) && NEARSIGHT_ALLOWED < 3) || \
+    (defined(__AVX512BF16__) && NEARSIGHT_ALLOWED < 4) || \
     defined(__BMI__) || defined(__BMI2__) || defined(__LZCNT__) || defined(__MOVBE__) || defined(__AVXVNNI__) || \
-    defined(__AVX512BF16__) || defined(__AVX512FP16__) || defined(__AVX512VBMI__) || defined(__AVX10_1__)
+    defined(__AVX512FP16__) || defined(__AVX512VBMI__) || defined(__AVX10_1__)
 #define NEARSIGHT_NOT_ALLOWED
 #endif
 #elif defined(__aarch64__) && !defined(__APPLE__)

@@ -15,6 +15,7 @@
 
 #include <assert.h>
 
+#include "pairs-inl.h"
 #include "plan.h"
 #include "project-inl.h"
 #include "rows-inl.h"
@@ -48,6 +49,20 @@ void entry_range(const Plan& plan, const Spot& s, int axis, int* first, int* las
     *last = plan.entries[axis];
     if (axis == 1) *first = s.y->first_entry, *last = s.y->last_entry;
     if (axis == 2) *first = s.lanes->first_entry, *last = *first + s.entries;
+}
+
+// Pairs are taken of the query as it is, what tables add of the query times scale and log2(e).
+float packed_multiplier(const Plan& plan) { return in_pairs(plan) ? 1.0f : plan.query_multiplier; }
+
+// Behind the numbers their pairs, where dot takes those.
+void pair_home(const Plan& plan, const float* numbers, int64_t channels, float* pairs) {
+    if (in_pairs(plan)) pair_channels(numbers, kLanes, channels, kLanes, pairs);
+}
+
+void multiply_for_tables(const Plan& plan, float* query) {
+    if (!in_pairs(plan) || !(plan.relative[0] || plan.relative[1] || plan.relative[2])) return;
+    for (float* plane = query; plane < query + plan.head_dim * kLanes; plane += kLanes)
+        store(plane, load(plane) * plan.query_multiplier);
 }
 
 void query_terms(const Plan& plan, const Spot& s) {
@@ -98,6 +113,13 @@ struct QueryTerms {
 
 // ---- Forward --------------------------------------------------------------------------------------------------------
 
+// Home channels: query, and where there are pairs its pairs.
+struct ForwardHome {
+    int64_t dot_query, channels;
+    explicit ForwardHome(const Plan& plan)
+        : dot_query(in_pairs(plan) ? plan.head_dim : 0), channels(plan.head_dim + pairs_at_home(plan, plan.head_dim)) {}
+};
+
 // The part of `dot` that makes logits and finds the greatest of each query.
 template <Terms kTerms>
 struct LogitPart {
@@ -132,7 +154,9 @@ void logits(const Spot& s, Vector* greatest) {
         LogitPart<kTerms> part = {&terms, {}, s.seen, greatest + visit.first};
         for (int r = visit.first; r < visit.last; ++r)
             part.target[r - visit.first] = s.scores_of(source, r);
-        dot_apart(dot_operands(s, i, 0, s.row->key, s.plan->head_dim), visit.last - visit.first, s.entries, part);
+        dot_apart(dot_operands(s, i, ForwardHome(*s.plan).dot_query, s.row->dot_key, s.plan->head_dim,
+                               s.plan->query_multiplier),
+                  visit.last - visit.first, s.entries, part);
     }
 }
 
@@ -188,7 +212,7 @@ void forward_spot(const Spot& s) {
 
     const ptrdiff_t result_row = (plan.value_dim + 1) * kLanes;
     float* result = s.w->result;
-    mix_all(mix_operands(s, s.row->value, 0), plan.value_dim, result, result_row);
+    mix_all(mix_operands(s, s.row->mix_value, 0), plan.value_dim, result, result_row);
     for (int r = 0; r < s.y->rows; ++r) {
         float* row = result + r * result_row;
         scale_lanes(mixed(row, plan.value_dim), plan.value_dim, 1.0f / sum[r], sees[r]);
@@ -203,36 +227,44 @@ ptrdiff_t forward_tile_row(const Pass& pass) {
 Workspace forward_workspace(const Plan& plan, Arena& arena) {
     const Pass& pass = plan.query_pass;
     const KeyRow row(plan, pass.max_away_pitch, pass.max_away_lanes, false);
-    Workspace w = carve(plan, pass, row.size, plan.head_dim, plan.value_dim + 1, arena);
+    Workspace w = carve(plan, pass, row, ForwardHome(plan).channels, plan.value_dim + 1, arena);
     w.scores = arena.floats(kGroupRows * forward_tile_row(pass));
+    if (in_pairs(plan)) w.weight_pairs = arena.floats(weight_pairs(pass));
     return w;
 }
 
-void pack_keys(const Plan& plan, const RowAddress& at, const Runs& runs, const KeyRow& layout, float* row) {
+void pack_keys(const Plan& plan, const RowAddress& at, const Runs& runs, const KeyRow& layout, float* row,
+               float* loose) {
     if (at.z < 0 || at.y < 0) {
         memset(row, 0, (size_t)layout.size * sizeof(float));
         return;
     }
-    pack_row(plan, plan.key, plan.head_dim, at, runs, 1.0f, layout.key.of(row));
-    pack_row(plan, plan.value, plan.value_dim, at, runs, 1.0f, layout.value.of(row));
+    float* target = loose ? loose : row;
+    pack_row(plan, plan.key, plan.head_dim, at, runs, 1.0f, layout.key.of(target));
+    pack_row(plan, plan.value, plan.value_dim, at, runs, 1.0f, layout.value.of(target));
+    if (loose) layout.pair(plan, loose, row);
 }
 
 struct ForwardWalk : Walk {
     const KeyRow keys;
+    const ForwardHome home;
     ForwardWalk(const Plan& plan, const Item& item, Workspace& w)
-        : Walk(plan, plan.query_pass, item, w), keys(plan, tile.away_pitch, tile.away_lanes, false) {
+        : Walk(plan, plan.query_pass, item, w), keys(plan, tile.away_pitch, tile.away_lanes, false), home(plan) {
         home_streams[0] = {&plan.query, plan.head_dim};
         away_streams[0] = {&plan.key, plan.head_dim};
         away_streams[1] = {&plan.value, plan.value_dim};
         result_streams[0] = {&plan.out_tensor, plan.value_dim};
         calls = 1 + mix_calls(plan.value_dim, keys.value.channel == 1);
-        steps = plan.head_dim + (calls - 1) * plan.entries[2];
+        steps = dot_steps(plan, plan.head_dim) + (calls - 1) * mix_steps(plan);
     }
     void pack_home(const Spot&, int r, const RowAddress& at, const Runs& runs) const {
-        pack_row(plan, plan.query, plan.head_dim, at, runs, plan.query_multiplier, planes(home_row(r), kLanes));
+        float* query = home_row(r);
+        pack_row(plan, plan.query, plan.head_dim, at, runs, packed_multiplier(plan), planes(query, kLanes));
+        pair_home(plan, query, plan.head_dim, query + home.dot_query * kLanes);
+        multiply_for_tables(plan, query);
     }
     void pack_away(int64_t z, int64_t y, float* row) const {
-        pack_keys(plan, address(z, y), away_runs(0, tile.away_lanes), keys, row);
+        pack_keys(plan, address(z, y), away_runs(0, tile.away_lanes), keys, row, w.loose);
     }
     void place(Spot& spot, int) const {
         for (int r = 0; r < kGroupRows; ++r) spot.tile.rows[r] = w.scores + r * forward_tile_row(pass);
@@ -268,7 +300,7 @@ int64_t head_floats(const Workspace& w, const Pass& pass) { return slots(pass) *
 Workspace projected_workspace(const Plan& plan, Arena& arena) {
     const Pass& pass = plan.query_pass;
     const ProjectedRow row(plan, pass.max_away_pitch, pass.max_away_lanes);
-    Workspace w = carve(plan, pass, row.size, plan.head_dim, plan.value_dim + 1, arena);
+    Workspace w = carve(plan, pass, row, plan.head_dim, plan.value_dim + 1, arena);
     w.scores = arena.floats(kGroupRows * forward_tile_row(pass));
     const int64_t heads = plan.projection->heads * head_floats(w, pass);
     w.cache = arena.floats(heads);
@@ -358,27 +390,36 @@ struct ProjectedWalk : ForwardWalk {
 
 // ---- Backward: queries at home --------------------------------------------------------------------------------------
 
-// Home channels: query, gradient of out, -lse in base 2, -delta.
+// Home channels: query, gradient of out, -lse in base 2, -delta, and where there are pairs those of the first two.
 struct QueryHome {
-    int64_t query, grad_out, minus_lse, minus_delta, channels;
+    int64_t query, grad_out, minus_lse, minus_delta, dot_query, dot_grad_out, channels;
     explicit QueryHome(const Plan& plan)
         : query(0),
           grad_out(plan.head_dim),
           minus_lse(grad_out + plan.value_dim),
           minus_delta(minus_lse + 1),
-          channels(minus_delta + 1) {}
+          dot_query(in_pairs(plan) ? minus_delta + 1 : query),
+          dot_grad_out(in_pairs(plan) ? dot_query + pairs_of(plan.head_dim) : grad_out),
+          channels(minus_delta + 1 + pairs_at_home(plan, plan.head_dim) + pairs_at_home(plan, plan.value_dim)) {}
 };
 
 // A row of the ring: query, gradient of out, then weights and gradients of the logits, [visit][entry] each, in planes.
 struct RingRow {
-    Section query, grad_out;
+    Section query, grad_out;          // as they are packed
+    Section mix_query, mix_grad_out;  // the same sections, or pairs of cells
     int64_t visits_y, entries;
-    ptrdiff_t weights, gradients, size;
+    ptrdiff_t weights, gradients, loose_size, size;
     RingRow(const Plan& plan, ptrdiff_t pitch, ptrdiff_t lanes)
         : visits_y(plan.query_pass.y.max_count), entries(plan.entries[2]) {
         Sections row = {pitch, lanes, 0};
-        query = row.for_mix(plan.head_dim);
-        grad_out = row.for_mix(plan.value_dim);
+        query = mix_query = row.for_mix(plan.head_dim);
+        grad_out = mix_grad_out = row.for_mix(plan.value_dim);
+        loose_size = row.size;
+        if (in_pairs(plan)) {
+            row.size = 0;
+            mix_query = row.pairs_of_cells(plan.head_dim);
+            mix_grad_out = row.pairs_of_cells(plan.value_dim);
+        }
         const int64_t scores = plan.query_pass.z.max_count * visits_y * entries;
         weights = row.in_planes(scores).at;
         gradients = row.in_planes(scores).at;
@@ -447,9 +488,11 @@ void logit_gradients(const Spot& s) {
             weights.target[i_row] = gradients.weights[i_row] = s.scores_of(source, r);
         }
         const int rows = visit.last - visit.first;
-        dot_all(dot_operands(s, i, channel.query, s.row->key, plan.head_dim), rows, s.entries, weights);
+        dot_all(dot_operands(s, i, channel.dot_query, s.row->dot_key, plan.head_dim, plan.query_multiplier), rows,
+                s.entries, weights);
         s.w->prefetches->issue();
-        dot_all(dot_operands(s, i, channel.grad_out, s.row->value, plan.value_dim), rows, s.entries, gradients);
+        dot_all(dot_operands(s, i, channel.dot_grad_out, s.row->dot_value, plan.value_dim, 1.0f), rows, s.entries,
+                gradients);
     }
 }
 
@@ -529,7 +572,7 @@ void query_gradients(const BackwardPlan& plan, const Spot& s) {
     if (plan.bias_parts) add_bias_gradient(s);
     const ptrdiff_t result_row = plan.head_dim * kLanes;
     float* result = s.w->result;
-    if (plan.want_query) mix_all(mix_operands(s, s.row->key, s.gradients), plan.head_dim, result, result_row);
+    if (plan.want_query) mix_all(mix_operands(s, s.row->mix_key, s.gradients), plan.head_dim, result, result_row);
     if (plan.relative[0] || plan.relative[1] || plan.relative[2]) relative_gradients(plan, s, result, result_row);
 }
 
@@ -552,8 +595,10 @@ bool wants_query_gradients(const BackwardPlan& plan) {
 void pack_query_home(const BackwardPlan& plan, const RowAddress& at, const Runs& runs, float* home, float* scratch) {
     const QueryHome channel(plan);
     const auto plane = [&](int64_t c) { return home + c * kLanes; };
-    pack_row(plan, plan.query, plan.head_dim, at, runs, plan.query_multiplier, planes(home, kLanes));
+    pack_row(plan, plan.query, plan.head_dim, at, runs, packed_multiplier(plan), planes(home, kLanes));
     pack_row(plan, plan.grad_out, plan.value_dim, at, runs, 1.0f, planes(plane(channel.grad_out), kLanes));
+    pair_home(plan, home, plan.head_dim, plane(channel.dot_query));
+    pair_home(plan, plane(channel.grad_out), plan.value_dim, plane(channel.dot_grad_out));
     pack_scalars(plan, plan.lse, at, runs, -kLog2E, plane(channel.minus_lse));
     // A query that sees no key has a log-sum-exp of -inf, and weights of zero: 2^(-inf - inf).
     const Vector minus_lse = load(plane(channel.minus_lse)), infinity = splat(__builtin_inff());
@@ -584,8 +629,8 @@ struct QueryWalk : Walk {
         away_streams[0] = {&plan.key, plan.head_dim};
         away_streams[1] = {&plan.value, plan.value_dim};
         if (plan.want_query) result_streams[0] = {&plan.grad_query, plan.head_dim};
-        calls = 2 + mix_calls(plan.head_dim, keys.key.channel == 1);
-        steps = plan.head_dim + plan.value_dim + (calls - 2) * plan.entries[2];
+        calls = 2 + mix_calls(plan.head_dim, keys.mix_key.channel == 1);
+        steps = dot_steps(plan, plan.head_dim) + dot_steps(plan, plan.value_dim) + (calls - 2) * mix_steps(plan);
         for (int32_t& visits : orders) visits = (int32_t)ring.visits_y;
     }
     float* ring_row(const Spot& spot, int r) const { return w.ring + spot.y->slot[r] * w.ring_row; }
@@ -593,7 +638,7 @@ struct QueryWalk : Walk {
         return tile.ring_lane + (spot.lanes - pass.vectors - tile.first_vector) * kLanes;
     }
     void pack_away(int64_t z, int64_t y, float* row) const {
-        pack_keys(plan, address(z, y), away_runs(0, tile.away_lanes), keys, row);
+        pack_keys(plan, address(z, y), away_runs(0, tile.away_lanes), keys, row, w.loose);
     }
     void place(Spot& spot, int) const {
         for (int r = 0; r < spot.y->rows; ++r)
@@ -607,15 +652,25 @@ struct QueryWalk : Walk {
     }
     void pack_home(const Spot& spot, int r, const RowAddress& at, const Runs& runs) const {
         const auto in_ring = [&](const Section& section) {
-            Packed row = section.of(ring_row(spot, r));
+            Packed row = section.of(w.loose_ring ? w.loose_ring + r * ring.loose_size : ring_row(spot, r));
             row.data += ring_lane(spot) * row.lane;
             return row;
         };
         float* home = home_row(r);
         pack_query_home(plan, at, runs, home, w.result);
-        keep_in_ring(plan.query, plan.head_dim, at, runs, plan.query_multiplier, home, in_ring(ring.query));
+        keep_in_ring(plan.query, plan.head_dim, at, runs, packed_multiplier(plan), home, in_ring(ring.query));
         keep_in_ring(plan.grad_out, plan.value_dim, at, runs, 1.0f, home + plan.head_dim * kLanes,
                      in_ring(ring.grad_out));
+        multiply_for_tables(plan, home);
+    }
+    // Once all vectors of a group have been packed.
+    void pair_ring(const Group& y) const {
+        for (int r = 0; w.loose_ring && r < y.rows; ++r) {
+            const float* loose = w.loose_ring + r * ring.loose_size;
+            float* row = w.ring + y.slot[r] * w.ring_row;
+            pair_cells(ring.query, loose, plan.key_pass.step, ring.mix_query, row);
+            pair_cells(ring.grad_out, loose, plan.key_pass.step, ring.mix_grad_out, row);
+        }
     }
     // In planes a copy of what was packed at home; in cells what has no cell has been zeros from the start.
     void keep_in_ring(const Tensor& tensor, int64_t channels, const RowAddress& at, const Runs& runs, float multiplier,
@@ -649,9 +704,9 @@ struct KeyWalk : Walk {
         : Walk(plan, plan.key_pass, item, w), plan(plan), ring(plan, tile.away_pitch, tile.away_lanes) {
         if (plan.want_key) result_streams[0] = {&plan.grad_key, plan.head_dim};
         if (plan.want_value) result_streams[1] = {&plan.grad_value, plan.value_dim};
-        if (plan.want_key) calls += mix_calls(plan.head_dim, ring.query.channel == 1);
-        if (plan.want_value) calls += mix_calls(plan.value_dim, ring.grad_out.channel == 1);
-        steps = calls * plan.entries[2];
+        if (plan.want_key) calls += mix_calls(plan.head_dim, ring.mix_query.channel == 1);
+        if (plan.want_value) calls += mix_calls(plan.value_dim, ring.mix_grad_out.channel == 1);
+        steps = calls * mix_steps(plan);
     }
 
     int64_t channels() const { return plan.head_dim + plan.value_dim; }
@@ -699,9 +754,9 @@ struct KeyWalk : Walk {
                 w.prefetches->spread_over(y.visits * calls, y.visits * steps);
                 float* target = result(visit.index, g, v);
                 if (plan.want_key)
-                    gather(spot, visit.order[0], ring.gradients, ring.query, plan.head_dim, target);
+                    gather(spot, visit.order[0], ring.gradients, ring.mix_query, plan.head_dim, target);
                 if (plan.want_value)
-                    gather(spot, visit.order[0], ring.weights, ring.grad_out, plan.value_dim,
+                    gather(spot, visit.order[0], ring.weights, ring.mix_grad_out, plan.value_dim,
                            target + plan.head_dim * kLanes);
                 if (!w.planes) unpack(visit.index, g, v);
             }
@@ -714,9 +769,10 @@ struct KeyWalk : Walk {
             const RowAddress at = address(plane, y.home[r]);
             float* row = result(plane, g, v) + r * channels() * kLanes;
             float* values = row + plan.head_dim * kLanes;
-            // The packed query carries scale * log2(e).
+            // The packed query carries scale * log2(e), or nothing.
+            const float multiplier = in_pairs(plan) ? plan.scale : kLn2;
             if (plan.want_key)
-                unpack_row(plan, plan.grad_key, plan.head_dim, at, own_runs(v), kLn2, mixed(row, plan.head_dim));
+                unpack_row(plan, plan.grad_key, plan.head_dim, at, own_runs(v), multiplier, mixed(row, plan.head_dim));
             if (plan.want_value)
                 unpack_row(plan, plan.grad_value, plan.value_dim, at, own_runs(v), 1.0f,
                            mixed(values, plan.value_dim));
@@ -737,7 +793,7 @@ Workspace backward_workspace(const BackwardPlan& plan, Arena& arena) {
     const int64_t channels = plan.head_dim + plan.value_dim;
     const KeyRow key_row(plan, queries.max_away_pitch, queries.max_away_lanes, true);
     const RingRow ring_row(plan, keys.max_away_pitch, keys.max_away_lanes);
-    Workspace w = carve(plan, queries, key_row.size, QueryHome(plan).channels, channels, arena);
+    Workspace w = carve(plan, queries, key_row, QueryHome(plan).channels, channels, arena);
     for (int axis = 0; axis < 3; ++axis)
         w.sums[axis] = arena.floats((int64_t)plan.entries[axis] * kGroupRows * kLanes);
     if (plan.bias_parts) w.bias_gradient = arena.floats(plan.bias_entries * kLanes);
@@ -745,8 +801,15 @@ Workspace backward_workspace(const BackwardPlan& plan, Arena& arena) {
         if (plan.relative_parts[axis])
             w.relative_gradient[axis] = arena.floats(plan.entries[axis] * plan.head_dim * kLanes);
     w.ring_row = ring_row.size;
-    const int64_t ring = keys.y.slots * w.ring_row + keys.max_away_pitch;
+    int64_t ring = keys.y.slots * w.ring_row + keys.max_away_pitch;
+    const int64_t loose = ring + loose_margin(plan, keys);
+    if (in_pairs(plan)) ring = loose + kGroupRows * ring_row.loose_size + loose_margin(plan, keys);
     w.ring = arena.floats(ring);
+    if (in_pairs(plan)) {
+        w.loose_ring = w.ring + loose;
+        const int64_t with_queries = weight_pairs(queries), with_keys = weight_pairs(keys);
+        w.weight_pairs = arena.floats(with_queries > with_keys ? with_queries : with_keys);
+    }
     w.ring_bytes = (size_t)ring * sizeof(float);
     w.ring_sources = (Source*)arena.take((int64_t)keys.y.max_visits * (int64_t)sizeof(Source));
     if (plan.key_planes > 1 || queries.z.max_visits > 1) {
@@ -768,6 +831,7 @@ void make_queries(const BackwardPlan& plan, QueryWalk& queries, int64_t z, const
         queries.own = next >= own_from && !y.repeated;
         const GroupPair following = {pass.z.groups + z, pass.y.groups + next + 1};
         walk_group(queries, pass.z.groups[z], y, next + 1 < last ? &following : nullptr);
+        queries.pair_ring(y);
     }
 }
 

@@ -75,7 +75,8 @@ const char* nearsight_error_string(int error) {
         case NEARSIGHT_ERROR_OVERFLOW: return "sizes or strides are too large to address";
         case NEARSIGHT_ERROR_UNSUPPORTED: return "the block of cells is too large for the native kernel";
         case NEARSIGHT_ERROR_ISA: return "this build or processor lacks the instruction set";
-        case NEARSIGHT_ERROR_ENVIRONMENT: return "NEARSIGHT_ISA must be auto, baseline, avx2, avx512 or neon";
+        case NEARSIGHT_ERROR_ENVIRONMENT:
+            return "NEARSIGHT_ISA must be auto, baseline, avx2, avx512, avx512_bf16 or neon";
         case NEARSIGHT_ERROR_MEMORY: return "out of memory";
         case NEARSIGHT_ERROR_SCRATCH: return "the native kernel's scratch memory would exceed 2 GiB per thread";
         case NEARSIGHT_ERROR_ELEMENT: return "an element's size is not that of the dtype";

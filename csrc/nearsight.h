@@ -49,7 +49,7 @@ enum {  // what a call returns
     NEARSIGHT_ERROR_OVERFLOW = 6,     // sizes or strides whose products leave the address space
     NEARSIGHT_ERROR_UNSUPPORTED = 7,  // right, but not for this kernel (a block of too many cells)
     NEARSIGHT_ERROR_ISA = 8,          // this build or this processor lacks the instruction set that was asked for
-    NEARSIGHT_ERROR_ENVIRONMENT = 9,  // NEARSIGHT_ISA is not auto, baseline, avx2, avx512 or neon
+    NEARSIGHT_ERROR_ENVIRONMENT = 9,  // NEARSIGHT_ISA names no instruction set, nor is it auto
     NEARSIGHT_ERROR_MEMORY = 10,      // out of memory
     NEARSIGHT_ERROR_SCRATCH = 11,     // right, but a thread would need more scratch memory than it may have
     NEARSIGHT_ERROR_ELEMENT = 12,     // the caller's elements are of another size than the dtype's
@@ -57,12 +57,13 @@ enum {  // what a call returns
 
 enum { NEARSIGHT_FLOAT32 = 0, NEARSIGHT_BFLOAT16 = 1 };
 enum { NEARSIGHT_BORDER_MASK = 0, NEARSIGHT_BORDER_ZEROS = 1, NEARSIGHT_BORDER_SHIFT = 2, NEARSIGHT_BORDER_WRAP = 3 };
-enum {  // NEARSIGHT_ISA_AUTO obeys the environment variable NEARSIGHT_ISA, then takes the widest
+enum {  // NEARSIGHT_ISA_AUTO obeys the environment variable NEARSIGHT_ISA, then takes what pays here
     NEARSIGHT_ISA_AUTO = 0,
     NEARSIGHT_ISA_BASELINE = 1,
     NEARSIGHT_ISA_AVX2 = 2,
     NEARSIGHT_ISA_AVX512 = 3,
     NEARSIGHT_ISA_NEON = 4,
+    NEARSIGHT_ISA_AVX512_BF16 = 5,  // bfloat16 numbers are multiplied in pairs; float32 as with AVX512
 };
 
 typedef struct {

@@ -6,6 +6,7 @@
 #ifndef NEARSIGHT_SIMD_INL_H
 #define NEARSIGHT_SIMD_INL_H
 
+#include <stddef.h>
 #include <stdint.h>
 #include <string.h>
 

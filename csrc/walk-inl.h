@@ -8,6 +8,7 @@
 
 #include <assert.h>
 
+#include "pairs-inl.h"
 #include "plan.h"
 #include "rows-inl.h"
 #include "simd-inl.h"
@@ -51,11 +52,16 @@ struct Workspace {
     size_t cache_bytes, home_bytes;
     float* input;  // a strip of a row of what query, key and value are made of
 
+    // Of pairs.
+    float* loose;  // an away row of numbers that are not paired yet
+    float* weight_pairs;
+
     // Of a backward.
     float* sums[3];
     float* bias_gradient;
     float* relative_gradient[3];
     float* ring;
+    float* loose_ring;  // rows of a group, as `loose`
     size_t ring_bytes;
     ptrdiff_t ring_row;  // from one of its rows to the next
     Source* ring_sources;
@@ -70,15 +76,115 @@ constexpr int64_t kSlotPadding = 7 * 16;
 
 int64_t slots(const Pass& pass) { return (int64_t)pass.z.slots * pass.y.slots; }
 
-Workspace carve(const Plan& plan, const Pass& pass, ptrdiff_t away_row, int64_t home_channels, int64_t result_channels,
+// ---- What packed rows hold ------------------------------------------------------------------------------------------
+
+// Whether dot and mix multiply in pairs: not what is made of the layer's input, which is never rounded.
+bool in_pairs(const Plan& plan) { return kHasPairs && plan.bfloat16 && !plan.projection; }
+int64_t pairs_of(int64_t count) { return (count + 1) / 2; }
+// Home channels that pairs take beside the numbers.
+int64_t pairs_at_home(const Plan& plan, int64_t channels) { return in_pairs(plan) ? pairs_of(channels) : 0; }
+// Steps of `dot` over so many channels, and of `mix` over the entries along x.
+int64_t dot_steps(const Plan& plan, int64_t channels) { return in_pairs(plan) ? pairs_of(channels) : channels; }
+int64_t mix_steps(const Plan& plan) { return in_pairs(plan) ? pairs_of(plan.entries[2]) : plan.entries[2]; }
+
+// A part of a packed row, from so many floats behind its start on.
+struct Section {
+    ptrdiff_t at, lane, channel;  // as of Packed
+    ptrdiff_t size;
+    Packed of(float* row) const { return {row + at, lane, channel}; }
+};
+
+// Lays one part behind the other.
+struct Sections {
+    ptrdiff_t pitch, lanes, size;
+    Section add(ptrdiff_t lane, ptrdiff_t channel, ptrdiff_t floats) {
+        size += floats;
+        return {size - floats, lane, channel, floats};
+    }
+    Section in_planes(int64_t channels) { return add(1, pitch, channels * pitch); }
+    // As `mix` is fastest on it.
+    Section for_mix(int64_t channels) {
+        return fit_cells(channels) ? add(channels, 1, channels * lanes) : in_planes(channels);
+    }
+    // Of pairs. On planes of numbers a margin of zeros follows, and pairs have their own: the first of a pair may lie
+    // in it and the second not.
+    Section with_margin(Section planes) {
+        if (planes.channel == 1) return planes;  // cells
+        const ptrdiff_t beyond = lanes > pitch ? (lanes - pitch + kLanes - 1) / kLanes * kLanes : 0;
+        size += beyond;
+        planes.size += beyond;
+        return planes;
+    }
+    Section pairs_of_channels(int64_t channels) { return with_margin(in_planes(pairs_of(channels))); }
+    Section pairs_of_cells(int64_t channels) { return with_margin(for_mix(channels)); }
+};
+
+void pair_cells(const Section& numbers, const float* row, ptrdiff_t step, const Section& pairs, float* paired) {
+    pair_at_distance(row + numbers.at, pairs.size, step * numbers.lane, paired + pairs.at);
+}
+
+// A row that queries see. `dot` takes planes: of the keys, in a backward of the values as well.
+struct KeyRow {
+    Section key, value;          // as they are packed
+    Section dot_key, dot_value;  // the same sections, or pairs of their channels
+    Section mix_key, mix_value;  // the same sections, or pairs of cells
+    ptrdiff_t loose_size, size;  // loose: as packed
+    bool backward;
+    KeyRow(const Plan& plan, ptrdiff_t pitch, ptrdiff_t lanes, bool backward) : backward(backward) {
+        Sections loose = {pitch, lanes, 0};
+        key = dot_key = mix_key = loose.in_planes(plan.head_dim);
+        value = dot_value = mix_value = backward ? loose.in_planes(plan.value_dim) : loose.for_mix(plan.value_dim);
+        size = loose_size = loose.size;
+        if (!in_pairs(plan)) return;
+        Sections row = {pitch, lanes, 0};
+        dot_key = row.pairs_of_channels(plan.head_dim);
+        if (backward) dot_value = row.pairs_of_channels(plan.value_dim);
+        if (backward)
+            mix_key = row.with_margin(row.in_planes(plan.head_dim));
+        else
+            mix_value = row.pairs_of_cells(plan.value_dim);
+        size = row.size;
+    }
+    // Fills a row of pairs from one of numbers.
+    void pair(const Plan& plan, const float* loose, float* row) const {
+        const auto channels = [&](const Section& numbers, int64_t count, const Section& pairs) {
+            pair_channels(loose + numbers.at, numbers.channel, count, numbers.channel, row + pairs.at);
+        };
+        channels(key, plan.head_dim, dot_key);
+        if (backward) channels(value, plan.value_dim, dot_value);
+        pair_cells(backward ? key : value, loose, plan.query_pass.step, backward ? mix_key : mix_value, row);
+    }
+};
+
+// What a row of results holds for `channels` channels, in the order that `mix` leaves them in.
+Packed mixed(float* row, int64_t channels) {
+    return fit_cells(channels) ? cells(row, channels) : planes(row, kLanes);
+}
+
+// Floats around loose rows: pairs reach so far past their ends.
+int64_t loose_margin(const Plan& plan, const Pass& pass) {
+    const int64_t channels = plan.head_dim > plan.value_dim ? plan.head_dim : plan.value_dim;
+    const int64_t reach = (pass.step < 0 ? -pass.step : pass.step) * channels + pass.max_away_lanes;
+    return (reach / kLanes + 2) * kLanes;
+}
+
+// Floats for the pairs of weights of one spot.
+int64_t weight_pairs(const Pass& pass) {
+    return (int64_t)pass.z.max_visits * pass.y.max_visits * kGroupRows * pairs_of(pass.max_entries) * kLanes;
+}
+
+Workspace carve(const Plan& plan, const Pass& pass, const KeyRow& row, int64_t home_channels, int64_t result_channels,
                 Arena& arena) {
     Workspace w = {};
     w.leftover = (Leftover*)arena.take((int64_t)sizeof(Leftover));
-    w.away_row = away_row + kSlotPadding;
+    w.away_row = row.size + kSlotPadding;
     w.home_channels = home_channels;
     // Reads may go past the last plane, into the next row's margin.
-    const int64_t cache = slots(pass) * w.away_row + pass.max_away_pitch;
+    int64_t cache = slots(pass) * w.away_row + pass.max_away_pitch;
+    const int64_t loose = cache + loose_margin(plan, pass);
+    if (in_pairs(plan)) cache = loose + row.loose_size + loose_margin(plan, pass);
     w.cache = arena.floats(cache);
+    if (in_pairs(plan)) w.loose = w.cache + loose;
     w.cache_bytes = (size_t)cache * sizeof(float);
     w.tags = (Tag*)arena.take(slots(pass) * (int64_t)sizeof(Tag));
     w.sources = (Source*)arena.take((int64_t)pass.z.max_visits * pass.y.max_visits * (int64_t)sizeof(Source));
@@ -90,48 +196,6 @@ Workspace carve(const Plan& plan, const Pass& pass, ptrdiff_t away_row, int64_t 
         w.terms[axis] = arena.floats((int64_t)plan.entries[axis] * kGroupRows * kLanes);
     w.zeros = arena.floats(plan.entries[2]);
     return w;
-}
-
-// ---- What packed rows hold ------------------------------------------------------------------------------------------
-
-// A part of a packed row, from so many floats behind its start on.
-struct Section {
-    ptrdiff_t at, lane, channel;  // as of Packed
-    Packed of(float* row) const { return {row + at, lane, channel}; }
-};
-
-// Lays one part behind the other.
-struct Sections {
-    ptrdiff_t pitch, lanes, size;
-    Section in_planes(int64_t channels) {
-        const ptrdiff_t at = size;
-        size += channels * pitch;
-        return {at, 1, pitch};
-    }
-    // As `mix` is fastest on it.
-    Section for_mix(int64_t channels) {
-        if (!fit_cells(channels)) return in_planes(channels);
-        const ptrdiff_t at = size;
-        size += channels * lanes;
-        return {at, channels, 1};
-    }
-};
-
-// A row that queries see. `dot` takes planes: of the keys, in a backward of the values as well.
-struct KeyRow {
-    Section key, value;
-    ptrdiff_t size;
-    KeyRow(const Plan& plan, ptrdiff_t pitch, ptrdiff_t lanes, bool backward) {
-        Sections row = {pitch, lanes, 0};
-        key = row.in_planes(plan.head_dim);
-        value = backward ? row.in_planes(plan.value_dim) : row.for_mix(plan.value_dim);
-        size = row.size;
-    }
-};
-
-// What a row of results holds for `channels` channels, in the order that `mix` leaves them in.
-Packed mixed(float* row, int64_t channels) {
-    return fit_cells(channels) ? cells(row, channels) : planes(row, kLanes);
 }
 
 // ---- Walking over a head's share of the work ------------------------------------------------------------------------
@@ -237,8 +301,9 @@ Spot spot_of(const Plan& plan, const Pass& pass, const LaneTile& tile, int64_t h
     return s;
 }
 
-// Home channels from `home_channel` on times `away`, in planes, of the spot's i-th source.
-DotOperands dot_operands(const Spot& s, int i, int64_t home_channel, const Section& away, int64_t channels) {
+// Home channels from `home_channel` on times `away`, in planes, of the spot's i-th source. multiplier: of pairs.
+DotOperands dot_operands(const Spot& s, int i, int64_t home_channel, const Section& away, int64_t channels,
+                         float multiplier) {
     const Source& source = s.w->sources[i];
     DotOperands o = {};
     o.home = s.w->home + source.visit->first * s.home_row + home_channel * kLanes;
@@ -246,7 +311,9 @@ DotOperands dot_operands(const Spot& s, int i, int64_t home_channel, const Secti
     o.away = source.away + away.at + s.away_lane;
     o.away_pitch = away.channel;
     o.step = s.step;
-    o.channels = channels;
+    o.channels = dot_steps(*s.plan, channels);
+    o.paired = in_pairs(*s.plan);
+    o.multiplier = multiplier;
     o.ahead = i + 1 < s.source_count ? s.w->sources[i + 1].away - source.away : 0;
     o.prefetches = s.w->prefetches;
     return o;
@@ -268,6 +335,7 @@ MixOperands mix_operands(const Spot& s, const Section& away, ptrdiff_t weights) 
     o.channel = away.channel;
     o.step = s.step;
     o.prefetches = s.w->prefetches;
+    o.pairs = s.w->weight_pairs;
     return o;
 }
 

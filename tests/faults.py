@@ -23,8 +23,17 @@ class Fault(NamedTuple):
 CONTRACT = "tests/test_contract.py::test_named_case"
 KERNEL = f"{CONTRACT} -k 'native and {{}} and float32'"
 GEOMETRY, CALL, CHECK = "csrc/geometry.cpp", "csrc/call.cpp", "csrc/check.cpp"
-STEPS, SIMD, ROWS, WALK, PROJECT, MAIN = (
-    f"csrc/{name}" for name in ("steps-inl.h", "simd-inl.h", "rows-inl.h", "walk-inl.h", "project-inl.h", "kernel.cpp")
+STEPS, SIMD, PAIRS, ROWS, WALK, PROJECT, MAIN = (
+    f"csrc/{name}"
+    for name in (
+        "steps-inl.h",
+        "simd-inl.h",
+        "pairs-inl.h",
+        "rows-inl.h",
+        "walk-inl.h",
+        "project-inl.h",
+        "kernel.cpp",
+    )
 )
 ATTENTION = "src/nearsight/attention"
 OPERATORS, PROJECTED = f"{ATTENTION}/native/operators.py", f"{ATTENTION}/native/projected.py"
@@ -158,8 +167,8 @@ ARITHMETIC = (
     Fault(
         "entries of a later part get the terms of the first",
         STEPS,
-        "sums[r][e] = part.start(r, entry + e);",
-        "sums[r][e] = part.start(r, e);",
+        "Product::kPaired ? Vector{} : part.start(r, entry + e);",
+        "Product::kPaired ? Vector{} : part.start(r, e);",
         "tests/test_native.py::test_edges",
     ),
     Fault(
@@ -172,8 +181,8 @@ ARITHMETIC = (
     Fault(
         "the last row of a group takes what the one before sees",
         STEPS,
-        "case 6: mix_source<1, 2, kChannels, kMasked>",
-        "case 6: mix_source<1, 3, kChannels, kMasked>",
+        "case 6: mix_source<Product, 1, 2, kChannels, kMasked>",
+        "case 6: mix_source<Product, 1, 3, kChannels, kMasked>",
         KERNEL.format("cell"),
     ),
     Fault(
@@ -651,9 +660,9 @@ CELLS = tuple(
     for name, file, old, new in (
         (
             "a cell that is hidden from its query counts",
-            STEPS,
-            "const bool hidden = kMasked && (e < o.seen[lane + q] || e >= o.seen[kLanes + lane + q]);",
-            "const bool hidden = kMasked && e < o.seen[lane + q];",
+            PAIRS,
+            "return -(int32_t)(entry >= seen[0] && entry < seen[kLanes]) - IntVector{};",
+            "return -(int32_t)(entry >= seen[0]) - IntVector{};",
         ),
         (
             "planes do not add to results in cells",
@@ -664,8 +673,8 @@ CELLS = tuple(
         (
             "weights of all cells of a block are the first one's",
             STEPS,
-            "w[r] = splat(weights[r][q]);",
-            "w[r] = splat(weights[r][0]);",
+            "w[r] = Product::spread(weights[r] + q);",
+            "w[r] = Product::spread(weights[r]);",
         ),
         (
             "all lanes have the share of the first",
@@ -749,4 +758,66 @@ AT_ONCE = tuple(
     )
 )
 
-FAULTS = (*WINDOWS, *LISTS, *ARITHMETIC, *TABLES, *MEMORY, *CELLS, *SHARES, *CHECKS, *BACKENDS, *DERIVATIVES, *AT_ONCE)
+# With products of bfloat16 pairs.
+IN_PAIRS = tuple(
+    Fault(name, file, old, new, f"tests/test_native.py -k {test}", "avx512_bf16")
+    for name, file, old, new, test in (
+        (
+            "the cell beside an odd last entry meets a weight of zero",
+            STEPS,
+            "seen(o.entries) & kFirstOfPair",
+            "seen(o.entries)",
+            "half_of_a_pair",
+        ),
+        (
+            "the same where channels are the lanes",
+            STEPS,
+            "seen(o.entries, q) & kFirstOfPair",
+            "seen(o.entries, q)",
+            "half_of_a_pair",
+        ),
+        (
+            "an odd last channel is paired with the next plane's",
+            PAIRS,
+            "c + 1 < channels ? load(first + pitch) : Vector{};",
+            "load(first + pitch);",
+            "pairs_at_every_edge",
+        ),
+        (
+            "the second cell of a pair is hidden with the first",
+            PAIRS,
+            "(within(seen, 2 * entry) & kFirstOfPair) | (within(seen, 2 * entry + 1) & kSecondOfPair)",
+            "within(seen, 2 * entry)",
+            "pairs_at_every_edge",
+        ),
+        (
+            "pairs end where the numbers of a row do",
+            WALK,
+            "lanes > pitch ? (lanes - pitch + kLanes - 1) / kLanes * kLanes : 0;",
+            "0;",
+            "pairs_at_every_edge",
+        ),
+        (
+            "keys have their gradient of queries that are scaled twice",
+            MAIN,
+            "in_pairs(plan) ? plan.scale : kLn2;",
+            "in_pairs(plan) ? plan.scale * plan.scale : kLn2;",
+            "pairs_at_every_edge",
+        ),
+    )
+)
+
+FAULTS = (
+    *WINDOWS,
+    *LISTS,
+    *ARITHMETIC,
+    *TABLES,
+    *MEMORY,
+    *CELLS,
+    *IN_PAIRS,
+    *SHARES,
+    *CHECKS,
+    *BACKENDS,
+    *DERIVATIVES,
+    *AT_ONCE,
+)

@@ -103,7 +103,7 @@ static nearsight_problem random_problem() {
     p.rank = (int32_t)pick(1, 3);
     p.dtype = (int32_t)pick(0, 1);
     if (!results)
-        do p.isa = (int32_t)pick(NEARSIGHT_ISA_BASELINE, NEARSIGHT_ISA_NEON);
+        do p.isa = (int32_t)pick(NEARSIGHT_ISA_BASELINE, NEARSIGHT_ISA_AVX512_BF16);
         while (!(nearsight_available_isas() >> p.isa & 1));
     p.num_threads = 1;
     p.element_size = p.dtype == NEARSIGHT_BFLOAT16 ? 2 : 4;

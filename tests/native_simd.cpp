@@ -1,12 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Holds the functions of csrc/simd-inl.h against doubles and plain loops, for the instruction set it is compiled for:
-// prints the largest relative error of exp2 and of log_natural, and fails where another function is not exact.
+// Holds the functions of csrc/simd-inl.h and pairs-inl.h against doubles and plain loops, for the instruction set it is
+// compiled for: prints the largest relative error of exp2 and of log_natural, and fails where another function is not
+// exact.
 
 #include <float.h>
 #include <math.h>
 #include <stdio.h>
 
+#include "pairs-inl.h"
 #include "simd-inl.h"
 
 static bool failed = false;
@@ -101,6 +103,41 @@ static void halves() {
     expect(right, "bfloat16");
 }
 
+// What the lanes of a vector hold.
+static Bfloat16 first_of(Vector v, int lane) { return (Bfloat16)((BitVector)v)[lane]; }
+static Bfloat16 second_of(Vector v, int lane) { return (Bfloat16)(((BitVector)v)[lane] >> 16); }
+
+static void pairs() {
+    Bfloat16 numbers[2 * kLanes];
+    for (int i = 0; i < 2 * kLanes; ++i) store_one(numbers + i, (float)(i + 1) * (i % 3 ? 0.37f : -1.9f));
+    const Vector first = load_vector(numbers), second = load_vector(numbers + kLanes);
+    const Vector pair = pair_up(first, second);
+    bool right = true;
+    for (int i = 0; i < kLanes; ++i)
+        right &= first_of(pair, i) == numbers[i] && second_of(pair, i) == numbers[kLanes + i];
+    expect(right, "pair_up");
+
+    if (!kHasPairs) return;
+    const float third = 1.0f / 3;
+    Bfloat16 rounded;
+    store_one(&rounded, third);
+    Vector numbers_too_long = {}, no_numbers = {};
+    numbers_too_long[kLanes - 2] = third;
+    no_numbers[1] = NAN;
+    const Vector halves = round_pair(numbers_too_long, no_numbers);
+    right = first_of(halves, kLanes - 2) == rounded && first_of(halves, kLanes - 1) == 0;
+    right &= (second_of(halves, 1) & 0x7fff) > 0x7f80 && second_of(halves, kLanes - 2) == 0;
+    expect(right, "round_pair");
+
+    const Vector sum = Pairs::multiply_add(pair, pair, splat(0.5f));
+    right = true;
+    for (int i = 0; i < kLanes; ++i) {
+        const double truth = 0.5 + (double)first[i] * first[i] + (double)second[i] * second[i];
+        right &= fabs(sum[i] - truth) < 1e-6 * truth;
+    }
+    expect(right, "a product of pairs");
+}
+
 int main() {
     const auto by_step = [](float x) { return x + 1.0f / 4096 * 0.9973f; };
     const auto by_factor = [](float x) { return x * 1.0001237f; };
@@ -116,6 +153,7 @@ int main() {
     expect(one(maximum(splat(NAN), splat(1.0f))) == 1, "maximum with NaN first");
     transposes();
     halves();
+    pairs();
     printf("%d lanes, exp2 %.3g, log %.3g\n", kLanes, of_exp, of_log);
     return failed;
 }

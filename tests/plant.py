@@ -27,7 +27,7 @@ import torch  # noqa: F401
 from faults import FAULTS, LOWEST, Fault
 
 ROOT = Path(__file__).parents[1]
-WIDER = ("avx2", "avx512")
+WIDER = ("avx2", "avx512", "avx512_bf16")
 OPTIONS = ("-x", "-q", "-n", "0", "-m", "not sweep", "-p", "no:cacheprovider")
 NOTICED = (pytest.ExitCode.TESTS_FAILED, -1)  # -1: the process died of it
 PROCESSOR = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""

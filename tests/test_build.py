@@ -20,10 +20,12 @@ from nearsight.attention.native import library as lib
 
 ROOT = Path(__file__).parents[1]
 CSRC = ROOT / "csrc"
+AVX512 = ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma"]
 FLAGS_OF = {
     "baseline": [],
     "avx2": ["-mavx2", "-mfma"],
-    "avx512": ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma"],
+    "avx512": AVX512,
+    "avx512_bf16": [*AVX512, "-mavx512bf16"],
 }
 ON_X86 = platform.machine() in ("x86_64", "AMD64")
 
@@ -91,12 +93,13 @@ def test_flags_from_outside_change_neither_arithmetic_nor_instruction_set(tmp_pa
     environment = {"CXX": f"g++ {HOSTILE}", "CXXFLAGS": HOSTILE, "LDFLAGS": HOSTILE}
     objects, link = configured(tmp_path, f"-DCMAKE_CXX_FLAGS_RELEASE=-O2 {HOSTILE}", **environment)
     files = [file.stem for file in CSRC.rglob("*.cpp") if file.parent.name not in COMPILED_WHERE_THEY_RUN]
-    times = {"kernel": 3, "nearsight": 2, "threads": 2}  # instruction sets, and two libraries
+    times = {"kernel": 4, "nearsight": 2, "threads": 2}  # instruction sets, and two libraries
     assert len(objects) == sum(times.get(file, 1) for file in files)
     for name, command in objects.items():
         defined = macros(command)
         assert not defined & {"__FAST_MATH__", "__FINITE_MATH_ONLY__", "__ASSOCIATIVE_MATH__", "__NO_SIGNED_ZEROS__"}
-        assert not defined & {"__BMI__", "__AVX512BF16__", "__LZCNT__"}
+        assert not defined & {"__BMI__", "__LZCNT__"}
+        assert ("__AVX512BF16__" in defined) == ("kernel_avx512_bf16" in name)
         assert ("__AVX512F__" in defined) == ("kernel_avx512" in name)
         assert ("__SSE3__" in defined) == ("kernel_avx" in name), name
     # Any of these, without its opposite behind it, links start-up code that turns denormal numbers off.
@@ -124,7 +127,7 @@ def test_what_a_mac_would_compile(processor, tmp_path):
     # As pip says which of a Mac's two processors it builds for.
     objects, link = configured(tmp_path, *MAC, target, f"-DCMAKE_OSX_ARCHITECTURES={processor}", CXX="clang++")
     kernels = {name.split("kernel_")[1].split(".")[0] for name in objects if "/kernel_" in name}
-    assert kernels == {"baseline"} | ({"avx2", "avx512"} if processor == "x86_64" else set())
+    assert kernels == {"baseline"} | ({"avx2", "avx512", "avx512_bf16"} if processor == "x86_64" else set())
     threads = {name: "-Xclang -fopenmp" in command for name, command in objects.items() if "threads" in name}
     assert threads == {name: "onnxruntime" not in name for name in threads}
     assert "-dynamiclib" in link
@@ -166,6 +169,7 @@ def test_instruction_sets_that_come_another_way_are_refused(flag):
         ("geometry", "", ["-mavx2"]),
         ("kernel", "kernel_baseline", ["-mavx2"]),
         ("kernel", "kernel_avx2", FLAGS_OF["avx512"]),
+        ("kernel", "kernel_avx512", FLAGS_OF["avx512_bf16"]),
     ],
 )
 def test_every_unit_has_the_instruction_set_of_its_name_only(unit, kernel, flags):

@@ -92,7 +92,7 @@ def test_info_names_versions_and_backends(capsys):
     facts = json.loads(capsys.readouterr().out)
     assert facts["backends"]["reference"] is None
     assert facts["threads"] == torch.get_num_threads()
-    assert facts["kernel"] in ("none", "baseline", "neon", "avx2", "avx512")
+    assert facts["kernel"] in ("none", "baseline", "neon", "avx2", "avx512", "avx512_bf16")
     assert (facts["kernel"] == "none") == (facts["backends"]["native"] is not None)
 
 

@@ -22,7 +22,7 @@ from ...errors import BackendError
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # of query, key, value, the output and their gradients
 SCALARS = torch.float32  # of tables and the log-sum-exp, and of their gradients
-ISAS = ("auto", "baseline", "avx2", "avx512", "neon")
+ISAS = ("auto", "baseline", "avx2", "avx512", "neon", "avx512_bf16")
 AUTO = ISAS.index("auto")
 
 
@@ -272,7 +272,7 @@ def variants() -> tuple[str, ...]:
 
 
 def instruction_set() -> str:
-    """The instruction set in use: the widest, or the one that the environment variable NEARSIGHT_ISA names.
+    """The instruction set in use: what pays on this processor, or the one that the environment variable NEARSIGHT_ISA names.
 
     Raises:
         BackendError: there is no library, or NEARSIGHT_ISA is none of the names that can run here.
