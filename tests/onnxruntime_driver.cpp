@@ -215,7 +215,7 @@ Case right_case(ElementType type) {
 
 void spoil(Case& c) {
     static const std::vector<std::string> lists = {"kernel_size", "stride", "dilation", "causal", "shared_by"};
-    switch (below(9)) {
+    switch (below(10)) {
         case 0: c.info.ints[one_of<std::string>({"rank", "num_heads", "num_kv_heads"})] = hostile(); break;
         case 1: one_of<std::vector<int64_t>*>({&c.info.lists[one_of(lists)]})->at(0) = hostile(); break;
         case 2: for (int64_t& one : c.info.lists[one_of(lists)]) one = hostile(); break;
@@ -231,6 +231,7 @@ void spoil(Case& c) {
             one = tensor(shape, below(4) ? one.info.type : kBfloat16);
             break;
         }
+        case 8: for (int64_t& size : c.info.lists["kernel_size"]) size = INT32_MAX; break;  // a table without end
         default: c.given[(size_t)below((int64_t)c.given.size())] = below(2);
     }
 }

@@ -91,7 +91,7 @@ def test_deploy_has_a_row_for_every_runtime_and_says_what_is_missing(tmp_path, m
     chosen = {name: deploy.RUNTIMES[name] for name in ("eager", "onnxruntime native")}
     monkeypatch.setattr(deploy, "RUNTIMES", {**chosen, "elsewhere": elsewhere})
     small = "sasa_nano,depths=[1,1],widths=[8,16],stem_width=8,num_heads=2"
-    monkeypatch.setattr(deploy, "PAIRS", ((small, f"{small} of convolutions", 32),))
+    monkeypatch.setattr(deploy, "PAIRS", (deploy.Pair(small, f"{small} of convolutions", 32),))
     monkeypatch.setattr(deploy, "in_fresh_process", lambda function, *asked: function(*asked))
     file = tmp_path / "deploy.json"
     run("deploy", threads=1, quick=True, json_file=file)
@@ -109,6 +109,52 @@ def test_deploy_has_a_row_for_every_runtime_and_says_what_is_missing(tmp_path, m
     assert native["network"]["difference"] < 1e-5
     assert native["network"]["images_per_second"] == pytest.approx(8e3 / native["network"]["median_ms"])
     assert native["yardstick"]["name"] == f"{small} of convolutions"
+
+
+def small_sam(name: str, img_size: int) -> nn.Module:
+    from timm.models.vision_transformer_sam import VisionTransformerSAM
+
+    sizes = {
+        "patch_size": 8,
+        "embed_dim": 16,
+        "depth": 2,
+        "num_heads": 2,
+        "window_size": 3,
+        "global_attn_indexes": (1,),
+    }
+    parts = {"use_rel_pos": True, "use_abs_pos": True, "neck_chans": 8, "num_classes": 0}
+    return VisionTransformerSAM(img_size=img_size, **sizes, **parts)
+
+
+@pytest.mark.slow
+def test_deploy_runs_segment_anything_both_ways_on_images_of_a_size_that_is_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(deploy, "create_model", small_sam)
+    monkeypatch.setattr(deploy, "in_fresh_process", lambda function, *asked: function(*asked))
+    file = tmp_path / "deploy.json"
+    run("deploy", threads=1, quick=True, json_file=file, network="samvit_base_patch16", size=40)
+    rows = {(row["runtime"], row["dtype"]): row for row in json.loads(file.read_text())["runs"][0]["rows"]}
+    assert [runtime for runtime, _ in rows] == ["eager", "eager", "onnxruntime native", "onnxruntime native"]
+    for row in (rows["eager", "float32"], rows["onnxruntime native", "float32"]):
+        assert (row["size"], row["batch"]) == (40, 1)
+        assert row["network"]["name"] == "samvit_base_patch16 accelerated"
+        assert max(row["network"]["difference"], row["yardstick"]["difference"]) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("bench", "given", "message"),
+    [
+        ("core", {"network": "sasa_resnet50"}, "--network is for nearsight bench deploy"),
+        ("deploy", {"size": 0}, "--size must be at least 1; received 0"),
+        (
+            "deploy",
+            {"network": "resnet51"},
+            "--network must be one of sasa_resnet26, sasa_resnet50, samvit_base_patch16",
+        ),
+    ],
+)
+def test_what_bench_deploy_alone_takes(bench, given, message):
+    with pytest.raises(OptionError, match=message):
+        run(bench, threads=1, **given)
 
 
 @pytest.mark.sweep

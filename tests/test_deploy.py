@@ -159,6 +159,11 @@ WRONG_INPUTS = {
     "table": ({f"relative{i}": torch.randn(4, 5, 7) for i in (0, 1)}, {}, "relative of axis 0 must be .4, 5, 8."),
     "shared by more than a window": ({}, {"shared_by": [6, 6]}, "a size is out of range"),
     "kernel of nothing": ({}, {"kernel_size": [0, 5]}, "kernel_size and stride must be at least 1"),
+    "kernels whose table would have no end": (
+        {},
+        {"kernel_size": [2**31 - 1] * 2, "border": "shift shift"},
+        "too large",
+    ),
     "dilation": ({}, {"dilation": [0, 1]}, "a size is out of range"),
     "causal": ({}, {"causal": [2, 0]}, "causal flag"),
 }

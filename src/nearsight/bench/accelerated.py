@@ -130,7 +130,7 @@ def contest(
     """
     opened = _open(given, size)
     model, x = opened.network, torch.randn(batch, opened.view.channels, opened.view.size, opened.view.size)
-    _draw_zeros(model)
+    draw_zeros(model)
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     ours = copy.deepcopy(model, shared)
     report = accelerate(ours)
@@ -219,7 +219,7 @@ class _OfMaps(nn.Module):
         return self.layer(x.movedim(1, -1)).movedim(-1, 1)
 
 
-def _draw_zeros(model: nn.Module) -> None:
+def draw_zeros(model: nn.Module) -> None:
     """Parameters that are zeros throughout, as position tables that were never trained: they would hide what differs."""
     with torch.no_grad():
         for parameter in model.parameters():

@@ -2,7 +2,8 @@
 """Networks where they are deployed: each runtime, with our operator and without, each network beside its ResNet.
 
 Both of a pair are written to a file, opened and run in the same way, on the same threads. What memory a session takes is the
-rise of the peak of a process of its own over making it and ten runs.
+rise of the peak of a process of its own over making it and some runs. Of Segment Anything's encoder the yardstick is the
+network as its makers wrote it.
 """
 
 from __future__ import annotations
@@ -18,21 +19,41 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..acceleration import accelerate
 from ..attention import native
 from ..attention.node import as_nodes
 from ..deploy import onnxruntime_library, openvino_library
-from ..errors import NearsightError
+from ..errors import NearsightError, OptionError
+from ..models import create_model
 from ..private import compiled_ahead, loaded_ahead
 from ..saved.export import to_onnx, trace
+from .accelerated import draw_zeros
 from .hosts import NEEDS, NO_CONVOLUTIONS, Step, not_installed, run_onnxruntime, run_openvino
 from .memory import in_fresh_process, peak_memory
 from .models import _images, _model
 from .timing import Times, race
 
-PAIRS = (("sasa_resnet26", "resnet26", 224), ("sasa_resnet50", "resnet50", 224))  # network, yardstick, image size
 DTYPES = (torch.float32, torch.bfloat16)
-BATCH = 8
-RUNS = 10  # whose memory counts
+ACCELERATED = " accelerated"  # after a network's name: its attention by our operation
+
+
+class Pair(NamedTuple):
+    """A network, its yardstick, and what both take; runs: whose memory counts, beside that of making the session."""
+
+    network: str
+    yardstick: str
+    size: int
+    batch: int = 8
+    runs: int = 10
+    runtimes: tuple[str, ...] | None = None  # None: all
+
+
+PAIRS = (
+    Pair("sasa_resnet26", "resnet26", 224),
+    Pair("sasa_resnet50", "resnet50", 224),
+    # Segment Anything's encoder, as its makers export it. It was made for 1024 pixels: --size 1024.
+    Pair(f"samvit_base_patch16{ACCELERATED}", "samvit_base_patch16", 256, 1, 2, ("eager", "onnxruntime native")),
+)
 
 
 class Runtime(NamedTuple):
@@ -46,6 +67,9 @@ class Runtime(NamedTuple):
 
 
 def _write_onnx(model: nn.Module, images: Tensor, file: Path, *, operators: str) -> None:
+    for module in model.modules():
+        if "fused_attn" in vars(module):  # timm's, of three axes, which torch.onnx refuses
+            vars(module).update(fused_attn=False)
     with as_nodes():
         program = trace(model.float(), images.float(), ())
     file.write_bytes(to_onnx(program, {}, operators).SerializeToString())
@@ -71,7 +95,7 @@ def _open_aoti(file: str, images: Tensor) -> Step:
 
 
 def _open_eager(name: str, images: Tensor) -> Step:
-    model = _network(name, images.dtype)
+    model = _network(name, images.dtype, images.shape[-1])
     return lambda: model(images)
 
 
@@ -95,32 +119,45 @@ RUNTIMES = {
 }
 
 
-def measure(quick: bool) -> list[dict[str, Any]]:
-    """Images per second and memory of every runtime and dtype, and how far its outputs are from the network's own."""
-    rounds, seconds = (3, 10.0) if quick else (15, 60.0)
+def measure(quick: bool, network: str | None = None, size: int | None = None) -> list[dict[str, Any]]:
+    """Images per second and memory of every runtime and dtype, and how far its outputs are from the network's own.
+
+    Args:
+        network: alone, as it is called in the first column of ``PAIRS``; None for all, or for the first with ``quick``.
+        size: of the images, in place of the pair's.
+
+    Raises:
+        OptionError: no such network.
+    """
+    rounds, seconds = (3, 10.0) if quick else (15, 30.0)
+    chosen = [pair for pair in PAIRS if network in (None, pair.network, pair.yardstick)]
+    if not chosen:
+        raise OptionError(f"--network must be one of {', '.join(pair.network for pair in PAIRS)}; received {network!r}")
     print(
-        f"batch {BATCH}; ratio: median of the rounds' ratios; memory: what making a session and {RUNS} runs add to a fresh "
-        "process's peak; off: from eager in float32, relative to the largest output"
+        "ratio: median of the rounds' ratios; memory: what making a session and some runs add to a fresh process's peak; "
+        "off: from eager in float32, relative to the largest output"
     )
-    print(f"{'':32}{'images/s: network':>18}{'ResNet':>9}{'ratio':>8}{'MB: network':>13}{'ResNet':>9}{'off':>10}")
+    print(
+        f"{'':32}{'images/s: network':>18}{'yardstick':>11}{'ratio':>8}{'MB: network':>13}{'yardstick':>11}{'off':>9}"
+    )
     rows = []
-    for network, yardstick, size in PAIRS[:1] if quick else PAIRS:
-        print(f"{network} against {yardstick}, {size}")
+    for pair in chosen[:1] if quick else chosen:
+        pair = pair._replace(size=size or pair.size)
+        print(f"{pair.network} against {pair.yardstick}, {pair.size}, batch {pair.batch}")
         with tempfile.TemporaryDirectory() as folder:
             for runtime, dtype in product(RUNTIMES, DTYPES):
-                named = {"runtime": runtime, "dtype": _name(dtype), "batch": BATCH, "size": size}
-                found = _contest(runtime, dtype, (network, yardstick), size, Path(folder), rounds, seconds)
-                rows.append(named | found)
-                _print(rows[-1])
+                if pair.runtimes is None or runtime in pair.runtimes:
+                    named = {"runtime": runtime, "dtype": _name(dtype), "batch": pair.batch, "size": pair.size}
+                    rows.append(named | _contest(runtime, dtype, pair, Path(folder), rounds, seconds))
+                    _print(rows[-1])
     return rows
 
 
 @torch.no_grad()
-def _contest(
-    runtime: str, dtype: torch.dtype, names: tuple[str, str], size: int, folder: Path, rounds: int, seconds: float
-) -> dict[str, Any]:
+def _contest(runtime: str, dtype: torch.dtype, pair: Pair, folder: Path, rounds: int, seconds: float) -> dict[str, Any]:
     """The two in turn, and each alone in a process; or why they do not run."""
-    images = _pictures(size, dtype)
+    images = _pictures(pair.batch, pair.size, dtype)
+    names = (pair.network, pair.yardstick)
     steps: dict[str, Step] = {}
     files = {name: _file(runtime, name, dtype, folder) for name in names}
     for name, file in files.items():
@@ -128,11 +165,14 @@ def _contest(
         if isinstance(step, str):
             return {"why_not": step}
         steps[name] = torch.no_grad()(step)
-    off = [_difference(steps[name](), _network(name, torch.float32)(images.float())) for name in names]
+    off = [_difference(steps[name](), _network(name, torch.float32, pair.size)(images.float())) for name in names]
     times = race(steps, rounds, seconds)
-    asked = [(runtime, files[name], images.dtype == torch.bfloat16, size, torch.get_num_threads()) for name in names]
-    memory = [in_fresh_process(session_memory, *one) for one in asked]
-    network, yardstick = (_facts(name, times[name], *one) for name, *one in zip(names, off, memory, strict=True))
+    half = images.dtype == torch.bfloat16
+    asked = (half, pair.size, torch.get_num_threads(), pair.batch, pair.runs)
+    memory = [in_fresh_process(session_memory, runtime, files[name], *asked) for name in names]
+    network, yardstick = (
+        _facts(name, pair.batch, times[name], *one) for name, *one in zip(names, off, memory, strict=True)
+    )
     return {"network": network, "yardstick": yardstick, "ratio": times[names[0]].faster_than(times[names[1]])}
 
 
@@ -153,29 +193,31 @@ def _opened(runtime: str, name: str, images: Tensor, file: str) -> Step | str:
         return reason
     try:
         if write is not None and not Path(file).exists():
-            write(_network(name, images.dtype), images, Path(file))
+            write(_network(name, images.dtype, images.shape[-1]), images, Path(file))
         return opened(file, images)
     except NearsightError as error:  # no compiler, no library
         return str(error)
 
 
-def session_memory(runtime: str, file: str, half: bool, size: int, threads: int) -> float:
+def session_memory(
+    runtime: str, file: str, half: bool, size: int, threads: int, batch: int = 8, runs: int = 10
+) -> float:
     """Bytes that a session and its runs add to the peak of this process, which must have done nothing else."""
     torch.set_num_threads(threads)
-    images = _pictures(size, torch.bfloat16 if half else torch.float32)
+    images = _pictures(batch, size, torch.bfloat16 if half else torch.float32)
     for package in RUNTIMES[runtime].packages[-1:]:  # the runtime itself
         import_module(package)
     before = peak_memory()
     step = RUNTIMES[runtime].open(file, images)
     assert not isinstance(step, str), step
     with torch.no_grad():
-        for _ in range(RUNS):
+        for _ in range(runs):
             step()
     return peak_memory() - before
 
 
-def _facts(name: str, times: Times, off: float, memory: float) -> dict[str, Any]:
-    speed = BATCH * 1e3 / times.median
+def _facts(name: str, batch: int, times: Times, off: float, memory: float) -> dict[str, Any]:
+    speed = batch * 1e3 / times.median
     return {"name": name, **times.facts(), "images_per_second": speed, "peak_memory": memory, "difference": off}
 
 
@@ -183,14 +225,22 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _network(name: str, dtype: torch.dtype) -> nn.Module:
+def _network(name: str, dtype: torch.dtype, size: int) -> nn.Module:
     torch.manual_seed(0)
-    return _model(name, "contiguous").eval().to(dtype)
+    own = name.removesuffix(ACCELERATED)
+    if own.startswith("samvit"):
+        model = create_model(own, img_size=size).eval()
+        draw_zeros(model)
+    else:
+        model = _model(own, "contiguous").eval()
+    if own != name:
+        accelerate(model)
+    return model.to(dtype)
 
 
-def _pictures(size: int, dtype: torch.dtype) -> Tensor:
+def _pictures(batch: int, size: int, dtype: torch.dtype) -> Tensor:
     torch.manual_seed(1)
-    return _images("contiguous", BATCH, size).to(dtype)
+    return _images("contiguous", batch, size).to(dtype)
 
 
 def _difference(found: Any, expected: Tensor) -> float:
@@ -204,6 +254,6 @@ def _print(row: dict[str, Any]) -> None:
         print(f"{title}{row['why_not']}", flush=True)
         return
     network, yardstick = row["network"], row["yardstick"]
-    speeds = f"{network['images_per_second']:18.1f}{yardstick['images_per_second']:9.1f}{row['ratio']:8.2f}"
-    memory = f"{network['peak_memory'] / 1e6:13,.0f}{yardstick['peak_memory'] / 1e6:9,.0f}"
-    print(f"{title}{speeds}{memory}{network['difference']:10.0e}", flush=True)
+    speeds = f"{network['images_per_second']:18.1f}{yardstick['images_per_second']:11.1f}{row['ratio']:8.2f}"
+    memory = f"{network['peak_memory'] / 1e6:13,.0f}{yardstick['peak_memory'] / 1e6:11,.0f}"
+    print(f"{title}{speeds}{memory}{network['difference']:9.0e}", flush=True)

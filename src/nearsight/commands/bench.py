@@ -32,6 +32,8 @@ def run(arguments: list[str]) -> None:
     parser.add_argument(
         "--quick", action="store_true", help="fewer shapes and rounds: to see that it works, not to quote"
     )
+    parser.add_argument("--network", metavar="NAME", help="deploy: this network alone, such as sasa_resnet50")
+    parser.add_argument("--size", type=int, metavar="N", help="deploy: images of N pixels a side")
     parser.add_argument("--json", metavar="FILE", help="write every number to a file")
     parser.add_argument("--output", type=Path, metavar="DIR", help="card: folder for card.json and card.html")
     parser.add_argument("--device", help="card: cuda, or cpu to see that it runs (default: cuda)")
@@ -41,13 +43,14 @@ def run(arguments: list[str]) -> None:
         return
     if options.output or options.device:
         raise OptionError(f"--output and --device are for nearsight bench {CARD}; --json takes a file")
-    run(options.what, threads=options.threads, quick=options.quick, json_file=options.json)
+    chosen = {"network": options.network, "size": options.size}
+    run(options.what, threads=options.threads, quick=options.quick, json_file=options.json, **chosen)
 
 
 def _card(options: Any) -> None:
     if options.output is None:
         raise OptionError("--output DIR names the folder for card.json and card.html")
-    if options.threads or options.quick or options.json:
+    if options.threads or options.quick or options.json or options.network or options.size:
         raise OptionError(f"nearsight bench {CARD} takes --device and --output alone")
     from ..bench.card import run_card
 
