@@ -61,15 +61,16 @@ void check_map(const char* name, const Array& array, int64_t rank, int64_t heads
                Refusal::kInput);
 }
 
-// (batch, heads * channels, *axes), planar: the strides of (batch, heads, *axes, channels).
-nearsight_tensor planar(void* data, const std::vector<int64_t>& shape, int64_t heads) {
+// (batch, heads * channels, *axes): the strides of (batch, heads, *axes, channels).
+nearsight_tensor laid_out(void* data, const std::vector<int64_t>& shape, int64_t heads, bool channels_last) {
     const size_t rank = shape.size() - 2;
+    const int64_t channels = shape[1];
     nearsight_tensor t = {data, {}};
-    int64_t cells = 1;
-    for (size_t i = rank; i-- > 0; cells *= shape[i + 2]) t.strides[i + 2] = cells;
-    t.strides[rank + 2] = cells;
-    t.strides[1] = shape[1] / heads * cells;
-    t.strides[0] = shape[1] * cells;
+    int64_t step = channels_last ? channels : 1;
+    for (size_t i = rank; i-- > 0; step *= shape[i + 2]) t.strides[i + 2] = step;
+    t.strides[rank + 2] = channels_last ? 1 : step;
+    t.strides[1] = channels / heads * t.strides[rank + 2];
+    t.strides[0] = channels_last ? step : channels * step;
     return t;
 }
 
@@ -195,10 +196,10 @@ nearsight_problem Node::problem(int threads) const {
 void Node::run(void* out, const nearsight_executor& executor, int threads) const {
     const Attributes& a = attributes;
     const nearsight_problem p = problem(threads);
-    nearsight_tensor query = planar(inputs[kQuery].data, inputs[kQuery].shape, a.num_heads);
-    nearsight_tensor key = planar(inputs[kKey].data, inputs[kKey].shape, a.num_kv_heads);
-    nearsight_tensor value = planar(inputs[kValue].data, inputs[kValue].shape, a.num_kv_heads);
-    nearsight_tensor result = planar(out, out_shape(), a.num_heads);
+    nearsight_tensor query = laid_out(inputs[kQuery].data, inputs[kQuery].shape, a.num_heads, channels_last);
+    nearsight_tensor key = laid_out(inputs[kKey].data, inputs[kKey].shape, a.num_kv_heads, channels_last);
+    nearsight_tensor value = laid_out(inputs[kValue].data, inputs[kValue].shape, a.num_kv_heads, channels_last);
+    nearsight_tensor result = laid_out(out, out_shape(), a.num_heads, channels_last);
     const int64_t of_key = key.strides[1], of_value = value.strides[1];
     if (a.num_kv_heads != a.num_heads) key.strides[1] = value.strides[1] = 0;
     int64_t table = 1;

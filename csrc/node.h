@@ -46,6 +46,7 @@ struct Node {
     const Attributes& attributes;  // that were checked
     int32_t dtype;
     Array inputs[kInputs];
+    bool channels_last = false;  // query, key, value and output lie in memory as (batch, *axes, channels)
 
     // Throws a Refusal where the shapes do not fit; the shape of the output where they do.
     std::vector<int64_t> out_shape() const;

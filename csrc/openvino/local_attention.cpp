@@ -6,9 +6,13 @@
 #include <tbb/parallel_for.h>
 #include <tbb/task_arena.h>
 
+#include <algorithm>
+
 #include <openvino/core/op_extension.hpp>
 #include <openvino/frontend/onnx/extension/conversion.hpp>
+#include <openvino/op/constant.hpp>
 #include <openvino/op/op.hpp>
+#include <openvino/op/transpose.hpp>
 
 #include "../node.h"
 
@@ -38,6 +42,19 @@ void guarded(Work work) {
     }
 }
 
+// Of (batch, channels, *axes) that lie as (batch, *axes, channels), and back.
+template <class Shape>
+Shape channels_last(Shape shape) {
+    std::rotate(shape.begin() + 1, shape.begin() + 2, shape.end());
+    return shape;
+}
+
+template <class Shape>
+Shape channels_first(Shape shape) {
+    std::rotate(shape.begin() + 1, shape.end() - 1, shape.end());
+    return shape;
+}
+
 // What an input of a graph is for: nodes of OpenVINO have no empty inputs, so that each says which it has.
 using Slots = std::vector<int64_t>;
 
@@ -48,8 +65,8 @@ class LocalAttention : public ov::op::Op {
     OPENVINO_OP("LocalAttention", "nearsight");
 
     LocalAttention() = default;
-    LocalAttention(const ov::OutputVector& inputs, const Slots& slots, const Attributes& attributes)
-        : Op(inputs), slots_(slots), attributes_(attributes) {
+    LocalAttention(const ov::OutputVector& inputs, const Slots& slots, const Attributes& attributes, bool last)
+        : Op(inputs), slots_(slots), attributes_(attributes), last_(last) {
         constructor_validate_and_infer_types();
     }
 
@@ -65,11 +82,12 @@ class LocalAttention : public ov::op::Op {
         visitor.on_attribute("border", attributes_.border);
         visitor.on_attribute("scale", attributes_.scale);
         visitor.on_attribute("inputs", slots_);
+        visitor.on_attribute("channels_last", last_);
         return true;
     }
 
     std::shared_ptr<ov::Node> clone_with_new_inputs(const ov::OutputVector& inputs) const override {
-        return std::make_shared<LocalAttention>(inputs, slots_, attributes_);
+        return std::make_shared<LocalAttention>(inputs, slots_, attributes_, last_);
     }
 
     void validate_and_infer_types() override {
@@ -85,10 +103,10 @@ class LocalAttention : public ov::op::Op {
 
     bool evaluate(ov::TensorVector& outputs, const ov::TensorVector& inputs) const override {
         guarded([&] {
-            nearsight::Node node = {attributes_, dtype_of(inputs[0].get_element_type()), {}};
+            nearsight::Node node = {attributes_, dtype_of(inputs[0].get_element_type()), {}, last_};
             for (size_t i = 0; i < inputs.size(); ++i)
-                node.inputs[slots_[i]] = array(const_cast<void*>(inputs[i].data()), inputs[i].get_shape());
-            const std::vector<int64_t> shape = node.out_shape();
+                node.inputs[slots_[i]] = array(const_cast<void*>(inputs[i].data()), given(i, inputs[i].get_shape()));
+            const std::vector<int64_t> shape = made(node.out_shape());
             outputs[0].set_shape(ov::Shape(shape.begin(), shape.end()));
             node.run(outputs[0].data(), {on_arena, nullptr}, threads());
         });
@@ -96,6 +114,17 @@ class LocalAttention : public ov::op::Op {
     }
 
   private:
+    // Shapes as the specification has them, from those of the inputs, and the output's from them.
+    template <class Shape>
+    Shape given(size_t i, const Shape& shape) const {
+        return last_ && slots_[i] < nearsight::kBias && shape.size() > 2 ? channels_first(shape) : shape;
+    }
+
+    template <class Shape>
+    Shape made(const Shape& shape) const {
+        return last_ ? channels_last(shape) : shape;
+    }
+
     static int32_t dtype_of(const ov::element::Type& type) {
         OPENVINO_ASSERT(type == ov::element::f32 || type == ov::element::bf16,
                         "nearsight::LocalAttention takes float32 and bfloat16; received ", type);
@@ -127,24 +156,27 @@ class LocalAttention : public ov::op::Op {
         for (size_t i = 0; i < get_input_size(); ++i) {
             const ov::PartialShape& shape = get_input_partial_shape(i);
             known = known && shape.is_static();
-            if (known) node.inputs[slots_[i]] = array(nullptr, shape.to_shape());
+            if (known) node.inputs[slots_[i]] = array(nullptr, given(i, shape.to_shape()));
         }
         if (known) {
             std::vector<int64_t> shape;
-            guarded([&] { shape = node.out_shape(); });
+            guarded([&] { shape = made(node.out_shape()); });
             return ov::PartialShape(std::vector<ov::Dimension>(shape.begin(), shape.end()));
         }
         ov::PartialShape shape = get_input_partial_shape(0);
         const ov::PartialShape value = get_input_size() > 2 ? get_input_partial_shape(2) : ov::PartialShape::dynamic();
         if (shape.rank().is_dynamic() || shape.size() < 2) return ov::PartialShape::dynamic(attributes_.rank + 2);
-        const bool open = value.rank().is_dynamic() || value.size() < 2 || value[1].is_dynamic();
-        shape[1] = open ? ov::Dimension::dynamic()
-                        : ov::Dimension(value[1].get_length() / attributes_.num_kv_heads * attributes_.num_heads);
+        const size_t channels = last_ ? shape.size() - 1 : 1;
+        const bool open = value.rank().is_dynamic() || value.size() != shape.size() || value[channels].is_dynamic();
+        shape[channels] = open
+            ? ov::Dimension::dynamic()
+            : ov::Dimension(value[channels].get_length() / attributes_.num_kv_heads * attributes_.num_heads);
         return shape;
     }
 
     Slots slots_;
     Attributes attributes_;
+    bool last_ = false;
 };
 
 namespace {
@@ -181,16 +213,38 @@ class FromOnnx {
     const ov::frontend::NodeContext& node_;
 };
 
+ov::Output<ov::Node> transposed(const ov::Output<ov::Node>& map, const std::vector<int64_t>& order) {
+    const auto constant = ov::op::v0::Constant::create(ov::element::i64, {order.size()}, order);
+    return std::make_shared<ov::op::v1::Transpose>(map, constant);
+}
+
+bool are_maps(const ov::frontend::NodeContext& node, int64_t rank) {
+    if (node.get_input_size() < nearsight::kBias) return false;
+    for (int i = 0; i < nearsight::kBias; ++i) {
+        const ov::Rank found = node.get_input(i).get_partial_shape().rank();
+        if (found.is_dynamic() || found.get_length() != rank + 2) return false;
+    }
+    return true;
+}
+
+// Convolutions leave the channels of a cell side by side here: to transpose moves nothing then, where to ask for planes
+// would. What are no maps is refused by the node.
 ov::OutputVector converted(const ov::frontend::NodeContext& node) {
+    Attributes attributes = FromOnnx(node).attributes();
+    guarded([&] { nearsight::check(attributes); });
+    const bool last = are_maps(node, attributes.rank);
+    std::vector<int64_t> order;
+    for (int64_t i = 0; i < attributes.rank + 2; ++i) order.push_back(i);
     ov::OutputVector inputs;
     Slots slots;
     for (size_t i = 0; i < node.get_input_size(); ++i) {
         const ov::Output<ov::Node> one = node.get_input((int)i);
         if (std::string(one.get_node()->get_type_name()) == "NullNode") continue;  // an empty name
-        inputs.push_back(one);
+        inputs.push_back(last && i < nearsight::kBias ? transposed(one, channels_last(order)) : one);
         slots.push_back((int64_t)i);
     }
-    return {std::make_shared<LocalAttention>(inputs, slots, FromOnnx(node).attributes())};
+    const auto made = std::make_shared<LocalAttention>(inputs, slots, attributes, last);
+    return {last ? transposed(made, channels_first(order)) : ov::Output<ov::Node>(made)};
 }
 
 }  // namespace
