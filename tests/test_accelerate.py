@@ -297,6 +297,18 @@ def test_dropout_in_training_is_that_of_the_makers(windows, dropout):
     assert near(*found)
 
 
+@pytest.mark.parametrize(("images", "recorded"), [(2, False), (2, True), (8, False)])
+def test_a_few_maps_of_one_block_are_inferred_by_the_makers_forward(images, recorded, monkeypatch):
+    """Which is faster there, and there alone."""
+    module, x = HaloAttn(4, 16, num_heads=2, block_size=4, halo_size=2).eval(), torch.randn(images, 4, 4, 4)
+    theirs, ran = HaloAttn.forward, []
+    ns.accelerate(module)
+    monkeypatch.setattr(HaloAttn, "forward", lambda self, x: ran.append(len(x)) or theirs(self, x))
+    with torch.set_grad_enabled(recorded):
+        module(x)
+    assert ran == ([2] if images == 2 and not recorded else [])
+
+
 def test_other_dtypes_and_maps_are_the_makers_own():
     module, x = made("halo")
     ns.accelerate(module)

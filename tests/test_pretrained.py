@@ -20,6 +20,7 @@ from nearsight.errors import DataError, NearsightError, OptionError
 from nearsight.models.first_weights import is_untrained
 from nearsight.models.nat import Nat
 from nearsight.models.published import from_published
+from nearsight.models.sasa import SasaResNet
 from nearsight.models.shipped import WEIGHTS, shipped
 
 # ------------------------------------------------------------------------------------------------------------ our own
@@ -414,3 +415,44 @@ def test_another_networks_folder_leaves_nothing_random(tmp_path):
     file = {"file": str(tmp_path / "nano" / "model.safetensors")}
     with pytest.raises(DataError, match="the weights do not fit sasa_nano"):
         ns.create_model("sasa_nano", pretrained=True, pretrained_cfg_overlay=file, num_classes=3)
+
+
+# ------------------------------------------------------------------------------------------ folders, as a user meets them
+
+
+def test_from_pretrained_says_in_a_line_what_is_wrong(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    SasaResNet((1,), (16,), stem_stride=1, num_heads=2, num_classes=4).save_pretrained("own")
+    assert SasaResNet.from_pretrained("own").num_classes == 4
+    wrong = [
+        (
+            lambda: SasaResNet.from_pretrained("own", num_classes=7),
+            "make it with num_classes=4, and take model.reset_class",
+        ),
+        (lambda: SasaResNet.from_pretrained("own", in_chans=1), r"do not fit own: size mismatch for stem\.0\.weight"),
+        (
+            lambda: SasaResNet.from_pretrained("own", colour=1),
+            "SasaResNet cannot be made of what own and these options say",
+        ),
+        (lambda: Nat.from_pretrained("own"), "Nat cannot be made of what own and these options say"),
+        (lambda: SasaResNet.from_pretrained("nowhere"), "cannot fetch nowhere: .*; without a network put"),
+    ]
+    for call, reason in wrong:
+        with pytest.raises(DataError, match=reason) as caught:
+            call()
+        assert "\n" not in str(caught.value)
+
+
+def test_a_folder_of_timms_with_another_network_is_one_line(tmp_path):
+    model = ns.create_model("sasa_nano")
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    config = {"first_conv": "stem.0", "classifier": "head.fc", "num_classes": 10, "input_size": [3, 32, 32]}
+    noted = {"architecture": "resnet18", "num_classes": 4, "pretrained_cfg": config}
+    (tmp_path / "config.json").write_text(json.dumps(noted))
+    with pytest.raises(DataError, match="the weights do not fit local-dir:"):
+        ns.create_model(f"local-dir:{tmp_path}", pretrained=True, in_chans=1)
+    noted["architecture"] = "sasa_nano"
+    (tmp_path / "config.json").write_text(json.dumps(noted))
+    adapted = ns.create_model(f"local-dir:{tmp_path}", pretrained=True, in_chans=1, features_only=True)
+    assert adapted(torch.randn(1, 1, 32, 32))[-1].shape == (1, 192, 8, 8)

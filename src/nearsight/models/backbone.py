@@ -17,7 +17,7 @@ from timm.layers import ClassifierHead, DropPath
 from timm.models import build_model_with_cfg, checkpoint_seq
 from torch import Tensor, nn
 
-from ..errors import OptionError
+from ..errors import DataError, OptionError
 from ..positions import UNNAMED_POSITION, no_weight_decay_in
 from ..window import plain
 from .checkpoints import fitting, reading
@@ -134,6 +134,20 @@ class Backbone(nn.Module, PyTorchModelHubMixin, library_name="nearsight", licens
             # The classifier may have been reset since.
             config = {**self._hub_mixin_config, "num_classes": self.num_classes}
         return super().save_pretrained(save_directory, config=config, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Any:
+        """A network of a folder or a repository that :meth:`save_pretrained` wrote; see huggingface_hub.
+
+        Raises:
+            DataError: there is none, it cannot be read, or it is another network's.
+        """
+        where = str(pretrained_model_name_or_path)
+        try:
+            with reading(where):
+                return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        except TypeError as error:
+            raise DataError(f"{cls.__name__} cannot be made of what {where} and these options say: {error}") from error
 
     @classmethod
     def _from_pretrained(cls, *, model_id: str, strict: bool = True, **kwargs: Any) -> Backbone:

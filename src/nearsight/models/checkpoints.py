@@ -49,11 +49,27 @@ def reading(what: str) -> Iterator[None]:
         raise _damaged(what) from error
     except RuntimeError as error:
         if "in loading state_dict" in str(error):
-            way_on = f"; {OTHER_SIZE}" if re.search(r"mismatch for \S*\bposition\.", str(error)) else ""
-            raise DataError(f"the weights do not fit {what}: {'; '.join(_lines(error)[1:3])}{way_on}") from error
+            raise DataError(
+                f"the weights do not fit {what}: {'; '.join(_lines(error)[1:3])}{_way_on(error)}"
+            ) from error
         if any(word in str(error) for word in ("weights_only", "archive", "file")):  # PyTorch's reader
             raise _damaged(what) from error
         raise DataError(f"{what}: {_first_line(error)}") from error
+    except (AttributeError, KeyError) as error:  # timm's, where a config names layers that its network has not
+        raise DataError(f"the weights do not fit {what}: {_first_line(error)}") from error
+
+
+def _way_on(error: RuntimeError) -> str:
+    """What to do about the first tensor of another shape, where that is plain from its name."""
+    mismatch = re.search(r"size mismatch for (\S+): .*?Size\(\[(\d+)", str(error))
+    if mismatch is None:
+        return ""
+    name, first = mismatch.groups()
+    if re.search(r"\bposition\.", name):
+        return f"; {OTHER_SIZE}"
+    if name.startswith("head."):
+        return f"; make it with num_classes={first}, and take model.reset_classifier then"
+    return ""
 
 
 def _damaged(what: str) -> DataError:
@@ -90,7 +106,7 @@ def fitting(state: Mapping[str, Tensor], model: nn.Module, *, adapted: bool = Tr
             theirs, ours = held[min(other)][0], wanted[min(other)][0]
             way_on = f"make it with num_classes={theirs}, and take model.reset_classifier({ours}) then"
         if other and not missing and not unknown and tables_of_maps(model).issuperset(other):
-            way_on = f"they are for images of another size: {OTHER_SIZE}"
+            way_on = f"they are for images of another size, or for windows: {OTHER_SIZE}"
         raise DataError(f"the weights do not fit {_name(model)}: {', '.join(reasons)}; {way_on}")
     return dict(state)
 

@@ -24,7 +24,8 @@ def resize_positions(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict
 
     with Keys' cubic w, a = -3/4, and the outermost entries repeated. An offset thus comes to mean the same part of the
     image, not the same number of cells. Tables that fit already, and all else, are handed on as they are. A window's tables
-    hang on ``kernel_size`` alone, are right for images of any size, and are never resized.
+    hang on ``kernel_size`` alone, are right for images of any size, and are never resized; but from those of a map of few
+    cells they cannot be told where the network's attention is global, and the weights' was not.
 
     It has the arguments and the result of timm's ``checkpoint_filter_fn``, and can be given wherever timm takes one.
 
