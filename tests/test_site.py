@@ -41,3 +41,9 @@ def test_every_public_name_has_a_page():
     assert len(names) == len(set(names))
     assert public() - set(names) == set()
     assert len(public()) > 60
+
+
+def test_every_recipe_is_on_its_page():
+    page = (DOCS / "reference" / "recipes.md").read_text()
+    shown = re.findall(r"literalinclude} \.\./\.\./recipes/(\w+\.yaml)", page)
+    assert sorted(shown) == sorted(file.name for file in (DOCS.parent / "recipes").glob("*.yaml"))
