@@ -498,7 +498,7 @@ def no_weight_decay_in(module: nn.Module) -> set[str]:
 
     Example:
         >>> from nearsight import LocalSelfAttention2d
-        >>> sorted(no_weight_decay_in(nn.Sequential(nn.Linear(4, 4), LocalSelfAttention2d(8))))
+        >>> sorted(no_weight_decay_in(nn.Sequential(nn.Linear(4, 4), LocalSelfAttention2d(16))))
         ['1.position.vectors.0', '1.position.vectors.1']
     """
     parts = [(path, part) for path, part in module.named_modules() if path and hasattr(part, "no_weight_decay")]
