@@ -707,13 +707,6 @@ AT_ONCE = tuple(
     Fault(name, file, old, new, "tests/test_at_once.py", isa)
     for name, file, old, new, isa in (
         (
-            "a channel of ones lies where there is no cell as well",
-            MAIN,
-            "for (int j = 0; j < run.count; ++j) lanes[run.lane + j * run.step] = 1.0f;",
-            "for (int j = 0; j < run.count * run.step; ++j) lanes[run.lane + j] = 1.0f;",
-            LOWEST,
-        ),
-        (
             "a strip of the input keeps what the one before left",
             MAIN,
             "memset(w.input, 0, (size_t)(projection.channels * pitch) * sizeof(float));",
