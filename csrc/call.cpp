@@ -55,6 +55,14 @@ bool lines_are_shared(const Plan& plan) {
     return plan.query.channel == 1 && plan.query.head < plan.query.x && !plan.bfloat16;
 }
 
+// As many heads as fill a line, so that each line is brought near once for all of them.
+int32_t heads_together(const Plan& plan) {
+    if (!lines_are_shared(plan)) return 1;
+    int64_t heads = std::max<int64_t>(1, 16 / std::max(plan.head_dim, plan.value_dim));
+    while (plan.heads % heads != 0) --heads;
+    return (int32_t)heads;
+}
+
 std::atomic<int64_t> calls{0};
 
 // Owns what a plan points at.
@@ -82,6 +90,7 @@ void Call::describe(const nearsight_problem& p, const nearsight_inputs& inputs, 
     plan.bfloat16 = p.dtype == NEARSIGHT_BFLOAT16;
     plan.batch = p.batch;
     plan.heads = p.heads;
+    plan.heads_together = 1;
     plan.head_dim = p.head_dim;
     plan.value_dim = p.value_dim;
     plan.batch_group = row.images;
@@ -122,6 +131,7 @@ struct ForwardCall : Call {
     ForwardCall(const nearsight_problem& p, const nearsight_inputs& inputs, const Kernel* kernel)
         : Call(p, inputs, kernel, false) {
         describe(p, inputs, plan);
+        plan.heads_together = heads_together(plan);
         const int64_t groups = (int64_t)query_lists.pass().z.group_count * query_lists.pass().y.group_count;
         const PassLists::Chunk& chunk = lines_are_shared(plan) ? kSmallChunk : kChunk;
         query_lists.deal(p.batch, p.heads, groups, groups * kGroupRows, 0, chunk);
@@ -251,10 +261,11 @@ int forward(const nearsight_problem& p, const nearsight_inputs& inputs, const ne
     call.plan.lse = lse;
     const size_t bytes = call.kernel->forward_bytes(&call.plan);
     if (int error = check_scratch(bytes)) return error;
-    const auto work = [&](int64_t head, int64_t job, char* workspace) {
-        call.kernel->forward(&call.plan, head, job, workspace);
+    const int64_t together = call.plan.heads_together;
+    const auto work = [&](int64_t heads, int64_t job, char* workspace) {
+        call.kernel->forward(&call.plan, heads * together, job, workspace);
     };
-    return run(p.heads, call.plan.query_pass.jobs, bytes, work, p.num_threads, executor);
+    return run(p.heads / together, call.plan.query_pass.jobs, bytes, work, p.num_threads, executor);
 }
 
 int forward_projected(const nearsight_problem& p, const nearsight_projection& projection,

@@ -226,7 +226,8 @@ ptrdiff_t forward_tile_row(const Pass& pass) {
 
 Workspace forward_workspace(const Plan& plan, Arena& arena) {
     const Pass& pass = plan.query_pass;
-    const KeyRow row(plan, pass.max_away_pitch, pass.max_away_lanes, false);
+    KeyRow row(plan, pass.max_away_pitch, pass.max_away_lanes, false);
+    row.size *= plan.heads_together;
     Workspace w = carve(plan, pass, row, ForwardHome(plan).channels, plan.value_dim + 1, arena);
     w.scores = arena.floats(kGroupRows * forward_tile_row(pass));
     if (in_pairs(plan)) w.weight_pairs = arena.floats(weight_pairs(pass));
@@ -250,6 +251,8 @@ struct ForwardWalk : Walk {
     const ForwardHome home;
     ForwardWalk(const Plan& plan, const Item& item, Workspace& w)
         : Walk(plan, plan.query_pass, item, w), keys(plan, tile.away_pitch, tile.away_lanes, false), home(plan) {
+        together = plan.heads_together;
+        next_head = keys.size;
         home_streams[0] = {&plan.query, plan.head_dim};
         away_streams[0] = {&plan.key, plan.head_dim};
         away_streams[1] = {&plan.value, plan.value_dim};
@@ -264,7 +267,8 @@ struct ForwardWalk : Walk {
         multiply_for_tables(plan, query);
     }
     void pack_away(int64_t z, int64_t y, float* row) const {
-        pack_keys(plan, address(z, y), away_runs(0, tile.away_lanes), keys, row, w.loose);
+        for (int64_t i = 0; i < together; ++i, row += next_head)
+            pack_keys(plan, {item.first_batch, item.head + i, z, y}, away_runs(0, tile.away_lanes), keys, row, w.loose);
     }
     void place(Spot& spot, int) const {
         for (int r = 0; r < kGroupRows; ++r) spot.tile.rows[r] = w.scores + r * forward_tile_row(pass);

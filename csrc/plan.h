@@ -122,6 +122,7 @@ struct Plan {
     int32_t bfloat16;
     int64_t batch, heads, head_dim, value_dim;
     int32_t batch_group;    // batches side by side in one row, for maps narrower than a vector
+    int32_t heads_together; // of a forward: neighbouring heads, whose cells lie in the same lines of memory
     int64_t out[3];         // queries along z, y, x
     int32_t entries[3];     // of the tables
     int64_t bias_entries;   // product of the above

@@ -353,10 +353,12 @@ struct Walk {
     Workspace& w;
     Stream home_streams[3] = {}, away_streams[2] = {}, result_streams[2] = {};
     int64_t calls = 0, steps = 0;  // of dot and mix for each source, and in these: prefetches are spread over them
+    int64_t together = 1, head;    // heads from the item's on, packed and listed together; that which is worked on
+    ptrdiff_t next_head = 0;       // from a head's away row to the next one's
     Walk(const Plan& plan, const Pass& pass, const Item& item, Workspace& w)
-        : plan(plan), pass(pass), item(item), tile(pass.tiles[item.tile]), w(w) {}
+        : plan(plan), pass(pass), item(item), tile(pass.tiles[item.tile]), w(w), head(item.head) {}
 
-    RowAddress address(int64_t z, int64_t y) const { return {item.first_batch, item.head, z, y}; }
+    RowAddress address(int64_t z, int64_t y) const { return {item.first_batch, head, z, y}; }
     float* home_row(int r) const { return w.home + r * w.home_channels * kLanes; }
     Runs home_runs(int vector) const {
         const LaneVector& lanes = pass.vectors[tile.first_vector + vector];
@@ -410,24 +412,31 @@ void walk_group(Steps& steps, const Group& z, const Group& y, const GroupPair* n
     const Plan& plan = steps.plan;
     const LaneTile& tile = steps.tile;
     Workspace& w = steps.w;
+    steps.head = steps.item.head;
     const int sources = find_sources(steps.pass, z, y, w, steps);
     for (int v = 0; v < tile.vectors; ++v) {
-        Spot spot = spot_of(plan, steps.pass, tile, steps.item.head, v, w);
-        spot.z = &z;
-        spot.y = &y;
-        spot.source_count = sources;
-        steps.place(spot, v);
         const Runs runs = steps.home_runs(v);
         steps.list_results(z.home[0], y, v);
         if (next) steps.list_next(*next->z, *next->y, v);
-        w.prefetches->spread_over(sources * steps.calls, sources * steps.steps);
-        // Some rows or lanes may hold no cell.
-        if (spot.lanes->gaps || y.rows < kGroupRows || !is_whole(plan, steps.item))
-            memset(w.home, 0, w.home_bytes);
-        for (int r = 0; r < y.rows; ++r)
-            steps.pack_home(spot, r, steps.address(z.home[0], y.home[r]), runs);
-        steps.compute(spot);
-        for (int r = 0; r < y.rows; ++r) steps.unpack(r, steps.address(z.home[0], y.home[r]), steps.own_runs(v));
+        w.prefetches->spread_over(steps.together * sources * steps.calls, steps.together * sources * steps.steps);
+        for (int64_t i = 0; i < steps.together; ++i) {
+            steps.head = steps.item.head + i;
+            for (int s = 0; i > 0 && s < sources; ++s) w.sources[s].away += steps.next_head;
+            Spot spot = spot_of(plan, steps.pass, tile, steps.head, v, w);
+            spot.z = &z;
+            spot.y = &y;
+            spot.source_count = sources;
+            steps.place(spot, v);
+            // Some rows or lanes may hold no cell.
+            if (spot.lanes->gaps || y.rows < kGroupRows || !is_whole(plan, steps.item))
+                memset(w.home, 0, w.home_bytes);
+            for (int r = 0; r < y.rows; ++r)
+                steps.pack_home(spot, r, steps.address(z.home[0], y.home[r]), runs);
+            steps.compute(spot);
+            for (int r = 0; r < y.rows; ++r) steps.unpack(r, steps.address(z.home[0], y.home[r]), steps.own_runs(v));
+        }
+        steps.head = steps.item.head;
+        for (int s = 0; s < sources; ++s) w.sources[s].away -= (steps.together - 1) * steps.next_head;
     }
 }
 
