@@ -54,6 +54,20 @@ WINDOWS = (
         KERNEL.format("shared"),
     ),
     Fault(
+        "the next of the heads that share a line has the keys of the first",
+        WALK,
+        "w.sources[s].away += steps.next_head;",
+        "w.sources[s].away += 0;",
+        "tests/test_native.py::test_heads_that_share_lines",
+    ),
+    Fault(
+        "heads that share a line and do not divide the others are left out",
+        CALL,
+        "while (plan.heads % heads != 0) --heads;",
+        "heads = std::min(heads, plan.heads);",
+        "tests/test_native.py::test_heads_that_share_lines",
+    ),
+    Fault(
         "the last of a causal group may lie beyond the map",
         GEOMETRY,
         "return std::min(group + shared_by - 1, last) - step;",

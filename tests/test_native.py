@@ -157,6 +157,34 @@ def test_misaligned(shift, dtype, isa):
         assert torch.equal(local(*tensors, ns.Window(5)), local(*moved, ns.Window(5)))
 
 
+# ---------------------------------------------------------------------------------- heads whose cells lie in one line
+
+# Of 16 numbers: heads that are worked on together, as many as divide all of them.
+TOGETHER = {
+    f"{heads} heads of {head_dim} and {value_dim}": Case(
+        size, 3, batch=batch, heads=heads, head_dim=head_dim, value_dim=value_dim, layout="heads last", **TABLES
+    )
+    for heads, head_dim, value_dim, size, batch in (
+        (2, 8, 8, (5, 37), 1),
+        (3, 8, 8, (7, 19), 2),
+        (5, 3, 3, (4, 9), 3),
+        (6, 4, 4, (8, 8), 5),
+        (6, 1, 5, (3, 21), 2),
+        (8, 2, 1, (2, 3, 7), 2),
+        (9, 4, 2, (4, 17), 1),
+        (16, 1, 1, (35,), 2),
+        (4, 9, 4, (5, 6), 1),
+    )
+}
+
+
+@needs_library
+@every_isa
+@pytest.mark.parametrize("name", TOGETHER)
+def test_heads_that_share_lines(name, isa):
+    check_contract(Contestant(native, isa).attend, replace(TOGETHER[name], dtype=torch.float32))
+
+
 # ----------------------------------------------------------------------------------------------------- products of pairs
 
 needs_pairs = pytest.mark.skipif("avx512_bf16" not in ISAS, reason="this processor has no AVX512-BF16")
