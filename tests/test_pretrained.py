@@ -448,7 +448,7 @@ def test_a_folder_of_timms_with_another_network_is_one_line(tmp_path):
     model = ns.create_model("sasa_nano")
     save_file(model.state_dict(), tmp_path / "model.safetensors")
     config = {"first_conv": "stem.0", "classifier": "head.fc", "num_classes": 10, "input_size": [3, 32, 32]}
-    noted = {"architecture": "resnet18", "num_classes": 4, "pretrained_cfg": config}
+    noted = {"architecture": "resnet18", "num_classes": 10, "pretrained_cfg": config}
     (tmp_path / "config.json").write_text(json.dumps(noted))
     with pytest.raises(DataError, match="the weights do not fit local-dir:"):
         ns.create_model(f"local-dir:{tmp_path}", pretrained=True, in_chans=1)
