@@ -150,8 +150,9 @@ def test_at_a_prompt(name, tmp_path):
 def records() -> dict[str, type]:
     """Every dataclass of the package."""
     found = {}
+    others = ("libnearsight", "libnearsight_onnxruntime", "natten_modules")  # no Python, and what needs NATTEN
     for module in pkgutil.walk_packages(ns.__path__, "nearsight."):
-        if not module.name.endswith(("__main__", "nearsight_command", "libnearsight", "libnearsight_onnxruntime")):
+        if not module.name.endswith(("__main__", "nearsight_command", *others)):
             found |= {
                 f"{one.__module__}.{one.__name__}": one
                 for one in vars(importlib.import_module(module.name)).values()
