@@ -798,13 +798,6 @@ IN_PAIRS = tuple(
             "pairs_at_every_edge",
         ),
         (
-            "pairs end where the numbers of a row do",
-            WALK,
-            "lanes > pitch ? (lanes - pitch + kLanes - 1) / kLanes * kLanes : 0;",
-            "0;",
-            "pairs_at_every_edge",
-        ),
-        (
             "keys have their gradient of queries that are scaled twice",
             MAIN,
             "in_pairs(plan) ? plan.scale : kLn2;",

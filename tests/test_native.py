@@ -218,6 +218,21 @@ def test_poison_stays_in_its_half_of_a_pair(name, channels):
 
 @needs_library
 @needs_pairs
+@pytest.mark.parametrize("border", ["shift", "mask"])
+@pytest.mark.parametrize("columns", [*range(12, 20), 43, 44, 48])
+def test_pairs_do_not_reach_into_the_next_channel(columns, border):
+    """Where the last pair of a row ends, the next channel begins: with its first cells, which only the first queries see."""
+    query, key, value = torch.randn(3, 1, 1, 4, columns, 5).bfloat16()
+    window = ns.Window((1, 7), border=border)
+    clean = PAIRS.attend(query, key, value, window)[..., 7:, :]
+    for poisoned in (key, value):
+        (kept := poisoned.clone())[..., 0, :] = float("nan")
+        maps = [kept if one is poisoned else one for one in (query, key, value)]
+        assert torch.equal(PAIRS.attend(*maps, window)[..., 7:, :], clean)
+
+
+@needs_library
+@needs_pairs
 @pytest.mark.parametrize("channels", [5, 16])
 def test_what_is_rounded_where_there_are_pairs(channels):
     """The weights and the gradients of the logits, to bfloat16 before they are mixed: no other number but the results.

@@ -177,6 +177,8 @@ SMALL = {
     "Check",
     "Runtime",
     "Pair",
+    "LayerTimes",
+    "Contest",
 }  # a few
 
 
