@@ -261,7 +261,7 @@ def test_memory_is_that_of_a_fresh_process():
     weights = 4 * 40**4
     assert all(1.95 * weights <= extra <= 2.3 * weights for extra in textbook)  # the call before leaves a little to use
     assert dense is None or dense < 0.3 * weights
-    assert unseen is None or unseen <= mmap.PAGESIZE  # 2 KB of output
+    assert unseen is None or unseen <= 16 * mmap.PAGESIZE  # 2 KB of output, and what a process takes by the way
 
 
 @pytest.mark.parametrize(
