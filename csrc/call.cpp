@@ -244,10 +244,10 @@ void reduce(const std::vector<float>& parts, int64_t heads, int64_t jobs, int64_
 
 int check_scratch(const nearsight_problem& p, int isa, bool backward) {
     if (!backward) {
-        const ForwardCall call(p, {}, kernel_of(isa));
+        const ForwardCall call(p, {}, kernel_for(isa, p.dtype == NEARSIGHT_BFLOAT16));
         return check_scratch(call.kernel->forward_bytes(&call.plan));
     }
-    BackwardCall call(p, {}, kernel_of(isa));
+    BackwardCall call(p, {}, kernel_for(isa, p.dtype == NEARSIGHT_BFLOAT16));
     float wanted = 0;  // of these, only whether they are NULL counts
     call.plan.bias_parts = &wanted;
     for (float*& parts : call.plan.relative_parts) parts = &wanted;
@@ -256,7 +256,7 @@ int check_scratch(const nearsight_problem& p, int isa, bool backward) {
 
 int forward(const nearsight_problem& p, const nearsight_inputs& inputs, const nearsight_tensor& out, float* lse,
             int isa, const nearsight_executor* executor) {
-    ForwardCall call(p, inputs, kernel_of(isa));
+    ForwardCall call(p, inputs, kernel_for(isa, p.dtype == NEARSIGHT_BFLOAT16));
     call.plan.out_tensor = place(p, out);
     call.plan.lse = lse;
     const size_t bytes = call.kernel->forward_bytes(&call.plan);
@@ -270,7 +270,7 @@ int forward(const nearsight_problem& p, const nearsight_inputs& inputs, const ne
 
 int forward_projected(const nearsight_problem& p, const nearsight_projection& projection,
                       const nearsight_inputs& tables, const nearsight_tensor& out, float* lse, int isa) {
-    ProjectedCall call(p, projection, tables, kernel_of(isa));
+    ProjectedCall call(p, projection, tables, kernel_for(isa, p.dtype == NEARSIGHT_BFLOAT16));
     call.plan.out_tensor = place(p, out);
     call.plan.lse = lse;
     const size_t bytes = call.kernel->forward_bytes(&call.plan);
@@ -283,7 +283,7 @@ int forward_projected(const nearsight_problem& p, const nearsight_projection& pr
 
 int backward(const nearsight_problem& p, const nearsight_inputs& inputs, const nearsight_tensor& out, const float* lse,
              const nearsight_tensor& grad_out, const nearsight_gradients& gradients, int isa) {
-    BackwardCall call(p, inputs, kernel_of(isa));
+    BackwardCall call(p, inputs, kernel_for(isa, p.dtype == NEARSIGHT_BFLOAT16));
     BackwardPlan& plan = call.plan;
     plan.out_tensor = place(p, out);
     plan.grad_out = place(p, grad_out);

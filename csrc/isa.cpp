@@ -60,6 +60,12 @@ const Kernel* kernel_of(int isa) {
 
 namespace {
 
+int widest_isa_of_numbers() {
+    for (int isa : {NEARSIGHT_ISA_AVX512, NEARSIGHT_ISA_AVX2})
+        if (kernel_of(isa)) return isa;
+    return kBaselineIsa;
+}
+
 // Whether products of pairs run at the full rate of float32 multiply-adds: on AMD's processors that have them. On
 // Intel's, where half the rate was measured, the conversions that they save do not make up for it.
 bool pairs_pay() {
@@ -72,12 +78,14 @@ bool pairs_pay() {
 
 int best_isa() {
     if (pairs_pay() && kernel_of(NEARSIGHT_ISA_AVX512_BF16)) return NEARSIGHT_ISA_AVX512_BF16;
-    for (int isa : {NEARSIGHT_ISA_AVX512, NEARSIGHT_ISA_AVX2})
-        if (kernel_of(isa)) return isa;
-    return kBaselineIsa;
+    return widest_isa_of_numbers();
 }
 
 }  // namespace
+
+const Kernel* kernel_for(int isa, bool bfloat16) {
+    return kernel_of(isa == NEARSIGHT_ISA_AVX512_BF16 && !bfloat16 ? widest_isa_of_numbers() : isa);
+}
 
 int resolve_isa(int isa) {
     if (isa < 0 || isa >= kIsaCount) return -NEARSIGHT_ERROR_ENUM;

@@ -15,6 +15,9 @@ extern const int kIsaCount;
 // NULL when this build or this processor lacks it.
 const Kernel* kernel_of(int isa);
 
+// What computes a problem under an instruction set that is there: the kernel of pairs has products of bfloat16 alone.
+const Kernel* kernel_for(int isa, bool bfloat16);
+
 // An instruction set, or a negated error.
 int resolve_isa(int isa);
 

@@ -10,7 +10,7 @@
 
 namespace {
 
-// float32, and bfloat16 where the processor has no products of pairs.
+// Of float32, and of bfloat16 where the processor has no products of pairs.
 struct Floats {
     static constexpr bool kPaired = false;
     static NEARSIGHT_INLINE Vector multiply_add(Vector a, Vector b, Vector sum) { return sum + a * b; }
@@ -48,6 +48,8 @@ struct Pairs {
     }
 };
 
+using Products = Pairs;
+
 // Pairs of any numbers, rounded to nearest, ties to even. NaN stays NaN.
 NEARSIGHT_INLINE Vector round_pair(Vector first, Vector second) {
     typedef uint16_t Halves __attribute__((vector_size(4 * kLanes)));
@@ -61,7 +63,7 @@ NEARSIGHT_INLINE Vector round_pair(Vector first, Vector second) {
 
 constexpr bool kHasPairs = false;
 constexpr int32_t kFirstOfPair = -1;
-using Pairs = Floats;  // never called: what asks for pairs compiles
+using Products = Floats;
 NEARSIGHT_INLINE Vector round_pair(Vector first, Vector) { return first; }
 
 #endif

@@ -32,7 +32,6 @@ struct DotOperands {
     const float* away;  // entry 0
     ptrdiff_t away_pitch, step;
     int64_t channels;  // or pairs of them
-    bool paired;
     float multiplier;  // pairs: of the sums
     ptrdiff_t ahead;  // to the next row that `dot` will be called for; 0 when there is none
     Prefetches* prefetches;
@@ -105,10 +104,7 @@ NEARSIGHT_INLINE void dot_by(const DotOperands& o, int rows, int entries, Part& 
 
 template <class Part>
 NEARSIGHT_INLINE void dot_all(const DotOperands& o, int rows, int entries, Part& part) {
-    if (kHasPairs && o.paired)
-        dot_by<Pairs>(o, rows, entries, part);
-    else
-        dot_by<Floats>(o, rows, entries, part);
+    dot_by<Products>(o, rows, entries, part);
 }
 
 // The same, not inlined: measured to be faster in the forward and slower in the gradients.
@@ -376,10 +372,7 @@ void mix_by(const MixOperands& o, int64_t channels, float* result, ptrdiff_t res
 
 // result[r], packed as the away rows are = sum over sources and entries of weights * away.
 void mix_all(const MixOperands& o, int64_t channels, float* result, ptrdiff_t result_row) {
-    if (kHasPairs && o.pairs)
-        mix_by<Pairs>(pair_weights(o), channels, result, result_row);
-    else
-        mix_by<Floats>(o, channels, result, result_row);
+    mix_by<Products>(kHasPairs ? pair_weights(o) : o, channels, result, result_row);
 }
 
 // ---- Tables of relative vectors -------------------------------------------------------------------------------------

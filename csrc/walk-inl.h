@@ -78,8 +78,8 @@ int64_t slots(const Pass& pass) { return (int64_t)pass.z.slots * pass.y.slots; }
 
 // ---- What packed rows hold ------------------------------------------------------------------------------------------
 
-// Whether dot and mix multiply in pairs: not what is made of the layer's input, which is never rounded.
-bool in_pairs(const Plan& plan) { return kHasPairs && plan.bfloat16 && !plan.projection; }
+// Whether dot and mix multiply in pairs: a kernel that has them is given bfloat16 alone.
+constexpr bool in_pairs(const Plan&) { return kHasPairs; }
 int64_t pairs_of(int64_t count) { return (count + 1) / 2; }
 // Home channels that pairs take beside the numbers.
 int64_t pairs_at_home(const Plan& plan, int64_t channels) { return in_pairs(plan) ? pairs_of(channels) : 0; }
@@ -312,7 +312,6 @@ DotOperands dot_operands(const Spot& s, int i, int64_t home_channel, const Secti
     o.away_pitch = away.channel;
     o.step = s.step;
     o.channels = dot_steps(*s.plan, channels);
-    o.paired = in_pairs(*s.plan);
     o.multiplier = multiplier;
     o.ahead = i + 1 < s.source_count ? s.w->sources[i + 1].away - source.away : 0;
     o.prefetches = s.w->prefetches;

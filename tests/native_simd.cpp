@@ -129,7 +129,7 @@ static void pairs() {
     right &= (second_of(halves, 1) & 0x7fff) > 0x7f80 && second_of(halves, kLanes - 2) == 0;
     expect(right, "round_pair");
 
-    const Vector sum = Pairs::multiply_add(pair, pair, splat(0.5f));
+    const Vector sum = Products::multiply_add(pair, pair, splat(0.5f));
     right = true;
     for (int i = 0; i < kLanes; ++i) {
         const double truth = 0.5 + (double)first[i] * first[i] + (double)second[i] * second[i];
