@@ -207,7 +207,7 @@ def test_the_french_readme_shows_the_code_and_the_numbers_of_the_english_one():
     assert "(README.fr.md)" in english
     assert "(README.md)" in translation
     assert readme_faults(english, translation) == []
-    assert "README.md has no 1.4" in readme_faults(english, translation.replace("1,3 fois", "1,4 fois"))
+    assert "README.md has no 1.46" in readme_faults(english, translation.replace("1,26 fois", "1,46 fois"))
     assert "no block" in readme_faults(english, translation.replace("stride=2", "stride=4"))[0]
     assert "space" in readme_faults(english, translation.replace("\u00a0:", " :"))[0]
 
