@@ -136,6 +136,8 @@ struct ForwardCall : Call {
         const PassLists::Chunk& chunk = lines_are_shared(plan) ? kSmallChunk : kChunk;
         query_lists.deal(p.batch, p.heads, groups, groups * kGroupRows, 0, chunk);
         plan.query_pass = query_lists.pass();
+        // What a problem needs was asked of one head at a time: it may take no more.
+        if (kernel->forward_bytes(&plan) > (size_t)kMostScratch) plan.heads_together = 1;
     }
 };
 
